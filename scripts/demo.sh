@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Makes .venv, installs vit-suite and runs the demo; arguments go to `vit-suite demo`.
+set -euo pipefail
+. "$(dirname "$0")/env.sh"
+.venv/bin/vit-suite demo --overwrite "$@"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Makes .venv with the test extra, runs ruff and the tests; arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/env.sh" test
+.venv/bin/ruff check .
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,37 @@
+"""vit-suite: train vision transformers three ways, measure what they learned, show where they look.
+
+The names below load on first use, so that `import vit_suite` and `vit-suite --help` do not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DINO": "vit_suite.methods.dino",
+    "Backbone": "vit_suite.models.backbone",
+    "ImageDataModule": "vit_suite.data.module",
+    "load_backbone": "vit_suite.weights.checkpoint",
+    "knn_classify": "vit_suite.evaluation.knn",
+    "attention_maps": "vit_suite.attention.maps",
+}
+__all__ = ["Backbone", "DINO", "ImageDataModule", "attention_maps", "knn_classify", "load_backbone"]
+
+if TYPE_CHECKING:
+    from vit_suite.attention.maps import attention_maps
+    from vit_suite.data.module import ImageDataModule
+    from vit_suite.evaluation.knn import knn_classify
+    from vit_suite.methods.dino import DINO
+    from vit_suite.models.backbone import Backbone
+    from vit_suite.weights.checkpoint import load_backbone
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'vit_suite' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

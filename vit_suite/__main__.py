@@ -1,0 +1,8 @@
+"""`python -m vit_suite`, the same as `vit-suite`."""
+
+import sys
+
+from vit_suite.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

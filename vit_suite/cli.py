@@ -1,0 +1,223 @@
+"""The command line: which commands there are, their help, and what a failure prints.
+
+Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130 interrupted.
+`vit-suite --help` answers as fast as Python starts, so everything is imported inside the functions; the code of a command, and
+with it torch, only once its options have proved right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import namedtuple
+
+Command = namedtuple("Command", "help config run")
+"""One line of help; "module:Class" of the options; "module:function" that takes an object of that class."""
+
+COMMANDS = {
+    "demo": Command(
+        "A tour without downloads: generated images, DINO, kNN, attention masks",
+        "vit_suite.config:DemoConfig",
+        "vit_suite.commands.demo:run",
+    ),
+    "pretrain": Command(
+        "Train a backbone",
+        "vit_suite.config:PretrainConfig",
+        "vit_suite.commands.pretrain:run",
+    ),
+    "knn": Command(
+        "Score a backbone by weighted k nearest neighbours",
+        "vit_suite.config:KNNConfig",
+        "vit_suite.commands.knn:run",
+    ),
+    "attention": Command(
+        "Show where a backbone looks: heat maps, overlays, masks",
+        "vit_suite.config:AttentionConfig",
+        "vit_suite.commands.attention:run",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line (sys.argv without one); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        return _say(overview())
+    if argv[0] in ("-V", "--version"):
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return _say(f"vit-suite {version('vit-suite')}")
+        except PackageNotFoundError:
+            return _say("vit-suite (a source tree that is not installed)")
+    return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
+    from vit_suite.errors import UserError
+
+    config = None
+    try:
+        command = _find(argv[0])
+        config_class, words = _load(command.config), argv[1:]
+        if "--help" in words or "-h" in words:
+            return _say(command_help(argv[0], config_class, [word for word in words if word not in ("--help", "-h")]))
+        from vit_suite.parsing import dump_config, load_config
+
+        show = {"--print_config", "--print-config"}
+        config = load_config(None, [word for word in words if word not in show], config_class)
+        if show.intersection(words):
+            return _say(dump_config(config).rstrip())
+        _load(command.run)(config)
+        return 0
+    except UserError as error:
+        return _complain(f"error: {_one_line(error)}", 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C with sys.exit(1)
+            return _complain("interrupted", 130)
+        raise
+    except Exception as error:
+        log = _write_log(argv, config)
+        return _complain(f"error: {_cause(error)} (traceback: {log})", 1)
+
+
+def _find(name: str) -> Command:
+    from vit_suite.errors import UserError, unknown_name
+
+    if name.startswith("-"):
+        raise UserError(f"expected a command before '{name}'. Known: {', '.join(COMMANDS)}.")
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    return COMMANDS[name]
+
+
+def _load(place: str):
+    from importlib import import_module
+
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+# What goes wrong --------------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; point stdout elsewhere, or Python complains again when it exits
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"vit-suite: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    """The message without line breaks; of an error that a loader's worker process passed on, only what the worker said."""
+    message = str(error).strip()
+    if "Original Traceback" in message:
+        message = message.splitlines()[-1].partition(": ")[2] or message.splitlines()[-1]
+    return " ".join(message.split())
+
+
+def _cause(error: Exception) -> str:
+    message = _one_line(error)
+    message = message if len(message) <= 300 else message[:297] + "..."
+    cause = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's, without importing torch to ask
+        cause += " Use a smaller batch_size or image size; pretrain keeps its batch with a larger trainer.accumulate."
+    return cause
+
+
+def _write_log(argv: list[str], config) -> str:
+    """Append the traceback to a log in the run directory, else in the working directory, else in the temporary one."""
+    import shlex
+    import tempfile
+    import time
+    import traceback
+    from pathlib import Path
+
+    output = getattr(getattr(config, "run", config), "output", None)
+    folders = [Path(output)] if output and Path(output).is_dir() else []
+    for folder in [*folders, Path(), Path(tempfile.gettempdir())]:
+        path = folder / "vit-suite-error.log"
+        try:
+            with path.open("a", encoding="utf-8") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} vit-suite {shlex.join(argv)}\n{traceback.format_exc()}\n")
+            return str(path)
+        except OSError:
+            continue
+    traceback.print_exc()
+    return "above"
+
+
+# Help -------------------------------------------------------------------------------------------------------------------------
+
+
+def overview() -> str:
+    """What `vit-suite --help` prints."""
+    commands = "\n".join(f"  {name:<12}{command.help}" for name, command in COMMANDS.items())
+    return f"""Train vision transformers, measure what they learned, and see where they look.
+
+usage: vit-suite COMMAND [--config FILE] [--OPTION VALUE ...]
+
+{commands}
+
+vit-suite COMMAND --help lists the options of a command; vit-suite --version the version."""
+
+
+def command_help(name: str, config_class: type, words: list[str]) -> str:
+    """Every option of a command by group: what it does, its type, limits and default. `words` may choose the method."""
+    import shutil
+    import textwrap
+
+    from vit_suite.options import Schema, attribute_docs
+    from vit_suite.parsing import chosen, read_arguments
+
+    schema = Schema(config_class, chosen(read_arguments(words)[1]))
+    width = max(60, min(130, shutil.get_terminal_size((110, 24)).columns))
+    parts = [
+        f"usage: vit-suite {name} [--config FILE] [--OPTION VALUE ...]",
+        textwrap.fill(" ".join(config_class.__doc__.split()), width),
+        _entry("--config FILE", "YAML with any of the options below; options on the command line win over it", width)
+        + "\n"
+        + _entry("--print_config", "Print the resolved options as YAML and stop", width),
+    ]
+    for group, cls in schema.groups.items():
+        docs = attribute_docs(cls)
+        options = [option for key, option in schema.options.items() if key.rpartition(".")[0] == group]
+        texts = {option.key: f"{docs.get(option.key.rpartition('.')[2], '')} {_facts(option)}" for option in options}
+        rows = [_entry(f"--{key}", text, width) for key, text in texts.items()]
+        if group:
+            rows.insert(0, textwrap.fill(f"{group}: {' '.join(cls.__doc__.split())}", width))
+        if rows:
+            parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _entry(option: str, text: str, width: int, column: int = 32) -> str:
+    """`  --option   text`, the text wrapped beside the option, or below it where the option is long."""
+    import textwrap
+
+    lines = textwrap.wrap(text, width - column)
+    head = f"  {option}".ljust(column) + lines.pop(0) if len(option) + 4 <= column else f"  {option}"
+    return "\n".join([head, *(" " * column + line for line in lines)])
+
+
+def _facts(option) -> str:
+    """`[float (at least 0), default 0.0005]`"""
+    from vit_suite.options import REQUIRED
+
+    default = option.default
+    if default is REQUIRED:
+        return f"[{option.type_name}, required]"
+    if default is None:
+        return f"[{option.type_name}, optional]"
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    return f"[{option.type_name}, default {str(default).lower() if isinstance(default, bool) else default}]"

@@ -1,0 +1,152 @@
+"""`vit-suite pretrain`: data, method and trainer from a config; everything is checked before the run directory appears."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+
+from vit_suite.commands import rundir
+from vit_suite.config import PretrainConfig
+from vit_suite.data.decode import Quarantine
+from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import UserError, unknown_name
+from vit_suite.evaluation.online import OnlineKNN
+from vit_suite.hardware import pick_device, pick_precision
+from vit_suite.methods.base import Method
+from vit_suite.methods.dino import DINO
+from vit_suite.reports.metrics import MetricsLogger
+from vit_suite.reports.results import append_result
+from vit_suite.views.multicrop import pick_backend
+from vit_suite.weights.checkpoint import weights_sha256
+from vit_suite.weights.keeper import Keeper
+
+log = logging.getLogger("vit_suite")
+
+METHODS: dict[str, type[Method]] = {"dino": DINO}
+
+
+def run(cfg: PretrainConfig) -> None:
+    """Train, or resume, the run of `cfg`."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    folder = Path(cfg.run.output)
+    main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
+    checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    pl.seed_everything(cfg.run.seed, workers=True, verbose=False)
+    device = pick_device(cfg.trainer.accelerator)
+    precision = pick_precision(cfg.trainer.precision, device)
+    data = ImageDataModule(
+        cfg.data,
+        seed=cfg.run.seed,
+        quarantine=Quarantine(folder / "quarantine.txt", cfg.data.max_corrupt),
+        accumulate=cfg.trainer.accumulate,
+    )
+    method = build_method(cfg, data)
+    data.setup("fit")
+    score = build_score(cfg, data, precision)
+    trainer = build_trainer(cfg, folder, score, precision, data.name)
+    data.trainer = trainer
+    data.plan()  # says now whether the global batch splits over the ranks
+    if main:
+        rundir.create(cfg)
+    if checkpoint:
+        log.info("resuming %s", checkpoint)
+    started = time.perf_counter()
+    trainer.fit(method, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        summarise(cfg, folder, trainer, method, score, data, time.perf_counter() - started)
+
+
+def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:
+    """The LightningModule of `cfg.method`, sized for the data."""
+    if cfg.method.name not in METHODS:
+        raise unknown_name("method", cfg.method.name, METHODS)
+    backbone = replace(cfg.backbone, channels=cfg.data.channels)
+    return METHODS[cfg.method.name](
+        cfg.method, backbone, cfg.views, cfg.optim, data.mean, data.std, seed=cfg.run.seed, batch_size=cfg.data.batch_size
+    )
+
+
+def build_score(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> OnlineKNN | None:
+    """Online kNN, where it is wanted and the data has labels."""
+    if not cfg.evaluate.every_epochs:
+        return None
+    if data.train_source.labels is None:
+        log.info("%s has no labels: no kNN during training; the best checkpoint is the last", data.name)
+        return None
+    size = [cfg.views.global_size, cfg.views.global_size]
+    return OnlineKNN(cfg.evaluate, data, size, precision)
+
+
+def build_trainer(cfg: PretrainConfig, folder: Path, score: OnlineKNN | None, precision: str, data_name: str) -> pl.Trainer:
+    """The Lightning trainer of a run that writes into `folder`."""
+    options = cfg.trainer
+    callbacks: list[pl.Callback] = [Keeper(folder, cfg.checkpoint, method=cfg.method.name, data=data_name, seed=cfg.run.seed)]
+    if score:
+        callbacks.append(score)
+    return pl.Trainer(
+        accelerator="gpu" if pick_device(options.accelerator).type == "cuda" else "cpu",
+        devices=options.devices if options.devices != "auto" or torch.cuda.is_available() else 1,
+        num_nodes=options.nodes,
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_epochs=options.max_epochs,
+        max_steps=options.max_steps,
+        accumulate_grad_batches=options.accumulate,
+        log_every_n_steps=options.log_every,
+        enable_progress_bar=options.progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the data module slices the global batch itself
+        num_sanity_val_steps=0,
+        logger=build_loggers(cfg, folder),
+        callbacks=callbacks,
+        default_root_dir=folder,
+    )
+
+
+def build_loggers(cfg: PretrainConfig, folder: Path) -> list[Logger]:
+    """metrics.csv, and W&B when asked for."""
+    loggers: list[Logger] = [MetricsLogger(folder)]
+    if cfg.logger.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise UserError("logger.wandb needs the wandb package: pip install 'vit-suite[wandb]'.") from error
+        from pytorch_lightning.loggers import WandbLogger
+
+        loggers.append(
+            WandbLogger(name=cfg.run.name, project=cfg.logger.wandb_project, offline=cfg.logger.wandb_offline, save_dir=str(folder))
+        )
+    return loggers
+
+
+def summarise(
+    cfg: PretrainConfig, folder: Path, trainer: pl.Trainer, method: Method, score: OnlineKNN | None, data: ImageDataModule, seconds: float
+) -> None:
+    """Append the run to results.json and say what to do next."""
+    images = trainer.global_step * cfg.data.batch_size
+    metrics: dict[str, object] = {"steps": trainer.global_step, "epochs": trainer.current_epoch, "images": images, "seconds": round(seconds, 1)}
+    if score and score.history:
+        metrics["knn_top1"] = score.history[-1][1]
+        metrics["knn_top1_by_epoch"] = score.history
+    protocol = {
+        "method": cfg.method.name,
+        "data": data.name,
+        "knn": {"k": cfg.evaluate.k, "temperature": cfg.evaluate.temperature, "bank": cfg.evaluate.bank_size, "test": cfg.evaluate.test_size},
+    }
+    append_result(folder / "results.json", "pretrain", metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
+    last = f", kNN {score.history[-1][1]:.2f}%" if score and score.history else ""
+    log.info("done: %d steps, %d images in %.0f s%s; %s", trainer.global_step, images, seconds, last, folder)
+    root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
+    log.info("next: vit-suite knn --checkpoint %s --data.name %s%s", folder, cfg.data.name, root)
+    log.info("      vit-suite attention --checkpoint %s --images IMAGES --output %s", folder, folder / "attention")

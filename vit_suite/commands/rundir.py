@@ -1,0 +1,71 @@
+"""The run directory: fresh, resumed, or refused, decided before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from vit_suite.config import PretrainConfig
+from vit_suite.errors import UserError
+from vit_suite.files import write_atomically
+from vit_suite.parsing import dump_config, load_config
+
+CONFIG = "config.yaml"
+FIXED = ("method", "backbone", "views", "optim", "data", "run.seed")
+"""What a resumed run may not change: the rest of its training would be another run's."""
+FREE = ("data.root", "data.workers", "data.resident", "data.memory_gb", "data.max_corrupt", "data.download", "views.backend")
+"""Except these, which change where things are and how fast they come, not what they are."""
+
+
+def check(cfg: PretrainConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start. Writes nothing.
+
+    Raises:
+        UserError: the directory is something else's, or its run was started with other settings.
+    """
+    folder = Path(cfg.run.output)
+    if not folder.exists() or cfg.run.overwrite:
+        if cfg.run.overwrite and folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+            raise UserError(f"run.overwrite: '{folder}' is no run directory (no {CONFIG}); it will not be deleted.")
+        return None
+    if not folder.is_dir():
+        raise UserError(f"run.output '{folder}' is a file; expected a directory.")
+    if not (folder / CONFIG).is_file():
+        if any(folder.iterdir()):
+            raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG}); name another.")
+        return None
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        return None
+    before = _flat(asdict(load_config(folder / CONFIG, cls=type(cfg))))
+    now = _flat(asdict(cfg))
+    changed = [key for key in now if key.startswith(FIXED) and key not in FREE and before.get(key) != now[key]]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"'{folder}' holds a run with {key} {before.get(key)}, not {now[key]}{more}. "
+            "Repeat its settings to resume, name another run.output, or give --run.overwrite to start anew."
+        )
+    return last
+
+
+def create(cfg: PretrainConfig) -> Path:
+    """Make the directory (emptied with run.overwrite) and save the resolved config in it."""
+    folder = Path(cfg.run.output)
+    if cfg.run.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG, lambda path: path.write_text(dump_config(cfg)))
+    return folder
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

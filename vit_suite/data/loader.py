@@ -1,0 +1,208 @@
+"""Training batches `(images, labels, indices)` from memory or from files, and batches for evaluation.
+
+images: uint8 (B, C, H, W), or a list of uint8 (C, H_i, W_i) when sizes differ; labels: int64 (B,), -1 without one; indices: int64 (B,)
+into the source. What is in a batch is settled in `order.py`.
+
+A file that does not decode is replaced in training by another image, drawn from (its index, attempt) alone, so that the batch keeps
+its shape and every run replaces it alike; in evaluation it is left out. Both are reported to the quarantine by the main process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vit_suite.data.decode import DecodeError, Quarantine
+from vit_suite.data.order import Batch, EpochLoader, EpochPlan
+from vit_suite.data.source import ImageSource, ResidentSource, stable_seed
+from vit_suite.errors import UserError
+
+Images = Tensor | list[Tensor]
+ATTEMPTS = 20  # replacements tried for one image before giving up
+
+
+class ResidentLoader(EpochLoader):
+    """Batches of a `ResidentSource`, gathered on the device that holds it: no workers, no copies between devices."""
+
+    def __init__(self, source: ResidentSource, plan: EpochPlan) -> None:
+        super().__init__(plan)
+        self.source = source
+
+    def _produce(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        device = self.source.images.device
+        labels = _labels(self.source)
+        for batch in self.plan.batches(epoch, start):
+            indices = batch.indices.to(device, non_blocking=True)
+            yield self.source.images.index_select(0, indices), labels[batch.indices].to(device, non_blocking=True), indices
+
+
+class FileLoader(EpochLoader):
+    """Batches decoded in worker processes (in this one with `workers` 0), kept alive between epochs.
+
+    `transform(images, batch)`, when given, runs in the worker on the list of images of a micro-batch and its `order.Batch`, and its
+    result takes the place of the images.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        plan: EpochPlan,
+        workers: int = 0,
+        quarantine: Quarantine | None = None,
+        pin_memory: bool = False,
+        transform: Callable[[list[Tensor], Batch], Any] | None = None,
+    ) -> None:
+        super().__init__(plan)
+        self.source, self.quarantine = source, quarantine or source.quarantine or Quarantine()
+        self._batches = _Feed(plan)
+        self._loader = DataLoader(
+            _Decoder(source, replace=True, transform=transform),
+            batch_sampler=self._batches,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def _produce(self, epoch: int, start: int) -> Iterator[tuple[Images, Tensor, Tensor]]:
+        self._batches.epoch, self._batches.start = epoch, start
+        for result in self._loader:
+            yield _checked(result, self.source, self.quarantine)
+
+
+class EvaluationLoader:
+    """Every image once, in order, un-augmented; rank r of n takes images r, r + n, ... without padding. Bad files are left out.
+
+    Yields `(images, labels, indices)` like the training loaders.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        workers: int = 0,
+        quarantine: Quarantine | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.source, self.batch_size = source, batch_size
+        self.quarantine = quarantine or source.quarantine or Quarantine()
+        self.indices = torch.arange(rank, len(source), world)
+        self._loader = None
+        if not isinstance(source, ResidentSource):
+            batches = [
+                Batch(0, step, 0, slice(0, len(part)), part)
+                for step, part in enumerate(self.indices.split(batch_size))
+                if len(part)
+            ]
+            self._loader = DataLoader(
+                _Decoder(source, replace=False), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Images, Tensor, Tensor]]:
+        if self._loader is None:
+            images, labels = self.source.images, _labels(self.source)
+            for part in self.indices.split(self.batch_size) if len(self.indices) else ():
+                yield images.index_select(0, part.to(images.device)), labels[part].to(images.device), part.to(images.device)
+            return
+        for result in self._loader:
+            batch = _checked(result, self.source, self.quarantine)
+            if len(batch[2]):
+                yield batch
+
+
+def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> int:
+    """The number of decoding processes `data.workers` stands for: auto = 0 in memory, else this rank's cores, at most 8."""
+    if workers != "auto":
+        if not isinstance(workers, int) or workers < 0:
+            raise UserError(f"data.workers is {workers!r}; expected 'auto' or a number from 0.")
+        return 0 if resident else workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if resident else max(1, min(8, cores // max(1, local_world)))
+
+
+class _Feed:
+    """The batch sampler of a DataLoader that lives for all epochs; yields whole `Batch` objects, so that workers know the step."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan, self.epoch, self.start = plan, 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.plan.batches(self.epoch, self.start)
+
+    def __len__(self) -> int:
+        return len(self.plan) - self.start
+
+
+class _Decoder:
+    """The torch Dataset that runs in workers: one `Batch` in, `(images, labels, indices, failures, error)` out.
+
+    Errors travel as data, because torch re-raises a worker's exception with the worker's traceback in its message.
+    """
+
+    def __init__(self, source: ImageSource, replace: bool, transform: Callable[[list[Tensor], Batch], Any] | None = None) -> None:
+        self.source, self.replace, self.transform = source, replace, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, batch: Batch) -> tuple[Any, Tensor, Tensor, list[DecodeError], UserError | None]:
+        images: list[Tensor] = []
+        indices: list[int] = []
+        failures: list[DecodeError] = []
+        try:
+            for index in batch.indices.tolist():
+                image, index = self._load(index, failures)
+                if image is not None:
+                    images.append(image)
+                    indices.append(index)
+            result: Any = self.transform(images, batch) if self.transform is not None else _stack(images)
+        except UserError as error:
+            return [], torch.empty(0), torch.empty(0), failures, error
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        labels = self.source.labels
+        return result, torch.full_like(chosen, -1) if labels is None else labels[chosen], chosen, failures, None
+
+    def _load(self, index: int, failures: list[DecodeError]) -> tuple[Tensor | None, int]:
+        place = index
+        for attempt in range(ATTEMPTS):
+            try:
+                return self.source.load(index), index
+            except DecodeError as error:
+                failures.append(error)
+                if not self.replace:
+                    return None, index
+                index = stable_seed("replacement", place, attempt) % len(self.source)
+        raise UserError(
+            f"{ATTEMPTS} images of {self.source.title} in a row do not decode; the last is {failures[-1].path} ({failures[-1].reason})."
+        )
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _labels(source: ImageSource) -> Tensor:
+    return source.labels if source.labels is not None else torch.full((len(source),), -1, dtype=torch.int64)
+
+
+def _stack(images: list[Tensor]) -> Images:
+    """One tensor when all sizes agree (pages shared with the main process once, not per image), else the list."""
+    return torch.stack(images) if images and all(image.shape == images[0].shape for image in images) else images
+
+
+def _checked(result: tuple, source: ImageSource, quarantine: Quarantine) -> tuple[Images, Tensor, Tensor]:
+    images, labels, indices, failures, error = result
+    if failures:
+        quarantine.report(list(failures), source.title, len(source))
+    if error is not None:
+        raise error
+    return images, labels, indices

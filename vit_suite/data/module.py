@@ -1,0 +1,159 @@
+"""The LightningDataModule: a data set by name, held in memory or read by workers, for training and for evaluation.
+
+    data = ImageDataModule(DataConfig(name="folder", root="photos"))
+    trainer.fit(model, datamodule=data)          # under any pl.Trainer
+    for images, labels, indices in data.train_dataloader(): ...
+
+Training batches are uint8 and un-augmented: views are made on the device (`views/`), by the methods.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from vit_suite.config import DataConfig
+from vit_suite.data.decode import Quarantine
+from vit_suite.data.loader import EvaluationLoader, FileLoader, ResidentLoader, auto_workers
+from vit_suite.data.order import Batch, EpochPlan
+from vit_suite.data.registry import dataset_info, open_split, open_test, open_train, statistics
+from vit_suite.data.resident import make_resident, to_device
+from vit_suite.data.source import ImageSource, ResidentSource, stratified
+
+log = logging.getLogger("vit_suite")
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Images by name.
+
+    Args:
+        cfg: which images (`DataConfig`); a dict is taken too.
+        seed: of the order, of `length` samples, and of generated images.
+        quarantine: where files that do not decode are listed: a `Quarantine`, a path of `quarantine.txt`, or None (only counted).
+        accumulate: micro-batches an optimiser step is split into; the trainer's accumulate_grad_batches when None.
+        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`); files only.
+
+    The sets are opened on first use, so every attribute works without `setup()`. Raises UserError for whatever is wrong with the
+    input: names, roots, layouts, batch size, too many bad files.
+    """
+
+    def __init__(
+        self,
+        cfg: DataConfig | dict | None = None,
+        seed: int = 0,
+        quarantine: Quarantine | str | None = None,
+        accumulate: int | None = None,
+        transform: Callable[[list[Tensor], Batch], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg if isinstance(cfg, DataConfig) else DataConfig(**(cfg or {}))
+        self.seed, self.accumulate, self.transform = seed, accumulate, transform
+        self.info = dataset_info(self.cfg.name)
+        self.mean, self.std = statistics(self.cfg)
+        self.quarantine = quarantine if isinstance(quarantine, Quarantine) else Quarantine(quarantine, self.cfg.max_corrupt)
+        self._train: ImageSource | None = None
+        self._test: ImageSource | None = None
+
+    # -- Lightning ---------------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Download, on one process of a node, where `data.download` asks for it."""
+        if self.cfg.download and self.info.download:
+            open_split(self.cfg, self.cfg.train_split, self.seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the training set and check that the batch fits it; the scored set is opened when it is first asked for."""
+        if stage in (None, "fit"):
+            self.plan()
+
+    def train_dataloader(self) -> ResidentLoader | FileLoader:
+        """Batches `(images uint8, labels, indices)` of this rank, in the order of `order.py`."""
+        plan, source = self.plan(), self.train_source
+        device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+        if isinstance(source, ResidentSource):
+            if device.type == "cuda" and not to_device(source, device):
+                log.info("%s stays in main memory: it would take more than half of the free memory of %s", source.title, device)
+            return ResidentLoader(source, plan)
+        local_world = self.trainer.num_devices if self.trainer is not None else 1
+        workers = auto_workers(self.cfg.workers, False, local_world)
+        return FileLoader(source, plan, workers, self.quarantine, pin_memory=device.type == "cuda", transform=self.transform)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Un-augmented batches of the scored split, each image once."""
+        return self.evaluation_loader(self.test_source)
+
+    def plan(self) -> EpochPlan:
+        """How an epoch is cut into batches for this rank. UserError when the global batch does not fit the set or the ranks."""
+        trainer = self.trainer
+        accumulate = self.accumulate or (trainer.accumulate_grad_batches if trainer is not None else 1)
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return EpochPlan(len(self.train_source), self.cfg.batch_size, self.seed, rank, world, accumulate)
+
+    # -- sources -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def train_source(self) -> ImageSource:
+        """The training images, un-augmented; a `ResidentSource` when they are held in memory."""
+        if self._train is None:
+            self._train = self._hold(open_train(self.cfg, self.seed))
+        return self._train
+
+    @property
+    def test_source(self) -> ImageSource:
+        """The scored images, un-augmented; a `ResidentSource` when they are held in memory."""
+        if self._test is None:
+            self._test = self._hold(open_test(self.cfg, self.seed))
+        return self._test
+
+    def _hold(self, source: ImageSource) -> ImageSource:
+        source.quarantine = self.quarantine
+        source = make_resident(source, self.cfg.resident, self.cfg.memory_gb, self.quarantine) or source
+        source.quarantine = self.quarantine
+        where = f"in memory ({source.images.numel() / 2**20:.0f} MiB)" if isinstance(source, ResidentSource) else "from files"
+        log.info("%s: %d images, %d classes, %s", source.title, len(source), len(source.classes), where)
+        return source
+
+    @property
+    def resident(self) -> bool:
+        """Whether the training images are held in memory."""
+        return isinstance(self.train_source, ResidentSource)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; empty for an unlabelled set."""
+        return self.train_source.classes
+
+    @property
+    def name(self) -> str:
+        """The set's name as it stands beside scores."""
+        return self.train_source.name
+
+    def bank(self, size: int | None = None, seed: int | None = None) -> ImageSource:
+        """`size` training images (None or 0: all), class by class, un-augmented: what kNN votes with."""
+        return self._sample(self.train_source, size, seed)
+
+    def test(self, size: int | None = None, seed: int | None = None) -> ImageSource:
+        """`size` scored images (None or 0: all), class by class."""
+        return self._sample(self.test_source, size, seed)
+
+    def _sample(self, source: ImageSource, size: int | None, seed: int | None) -> ImageSource:
+        if not size or size >= len(source):
+            return source
+        return source.subset(stratified(source.labels, len(source), size, self.seed if seed is None else seed))
+
+    def evaluation_loader(
+        self, source: ImageSource, batch_size: int | None = None, rank: int = 0, world: int = 1
+    ) -> EvaluationLoader:
+        """Every image of `source` once, in order; files that do not decode are left out and reported."""
+        workers = auto_workers(self.cfg.workers, isinstance(source, ResidentSource))
+        return EvaluationLoader(source, batch_size or min(self.cfg.batch_size, 256), workers, self.quarantine, rank, world)
+
+    def to(self, device: torch.device | str) -> bool:
+        """Move the resident sets that are open to `device`, where they fit into half of its free memory; whether all did."""
+        held = [source for source in (self._train, self._test) if isinstance(source, ResidentSource)]
+        return all([to_device(source, device) for source in held])

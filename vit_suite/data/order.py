@@ -1,0 +1,146 @@
+"""Which images make up batch b of epoch e on rank r: one global permutation an epoch, sliced.
+
+The global batch s of epoch e is `perm(seed, e)[s * G : (s + 1) * G]`. It splits into `accumulate` micro-batches, and each of these into
+one contiguous part a rank, so that any number of ranks and of micro-batches sees the same global batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vit_suite.data.source import stable_seed
+from vit_suite.errors import UserError
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank. `rows`: its place in the global batch; `indices`: int64 (B,) into the source."""
+
+    epoch: int
+    step: int
+    micro: int
+    rows: slice
+    indices: Tensor
+
+
+def epoch_order(total: int, seed: int, epoch: int) -> Tensor:
+    """The permutation (total,) of an epoch; a function of its arguments alone."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(stable_seed("order", seed, epoch)))
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Slices of an epoch. `batch_size` is global; incomplete global batches are dropped.
+
+    Raises UserError when the batch exceeds the set, or does not split evenly over ranks and micro-batches.
+    """
+
+    total: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.world * self.accumulate
+        if self.batch_size < 1:
+            raise UserError(f"data.batch_size is {self.batch_size}; expected at least 1.")
+        if self.batch_size > self.total:
+            raise UserError(f"data.batch_size {self.batch_size} is larger than the data set of {self.total} training images.")
+        if self.batch_size % parts:
+            below, above = self.batch_size // parts * parts, -(-self.batch_size // parts) * parts
+            near = f"{below} or {above}" if below else f"{above}"
+            raise UserError(
+                f"data.batch_size {self.batch_size} (global) does not split evenly over {self.world} ranks x {self.accumulate} "
+                f"accumulated micro-batches; {near} would."
+            )
+
+    @property
+    def local(self) -> int:
+        """Images in a micro-batch of one rank."""
+        return self.batch_size // (self.world * self.accumulate)
+
+    def __len__(self) -> int:
+        """Micro-batches in an epoch."""
+        return self.total // self.batch_size * self.accumulate
+
+    def rows(self, micro: int) -> slice:
+        """Place of micro-batch `micro` of this rank in its global batch."""
+        start = (micro * self.world + self.rank) * self.local
+        return slice(start, start + self.local)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This rank's micro-batches of an epoch, from number `start` on."""
+        order = epoch_order(self.total, self.seed, epoch)
+        for number in range(start, len(self)):
+            step, micro = divmod(number, self.accumulate)
+            rows = self.rows(micro)
+            indices = order[step * self.batch_size + rows.start : step * self.batch_size + rows.stop]
+            yield Batch(epoch, step, micro, rows, indices)
+
+
+class EpochLoader:
+    """Iterates an `EpochPlan`; subclasses turn plans into batches.
+
+    Iterating again goes on to the next epoch; `set_epoch` chooses one. `state_dict` holds the position after the last batch that was
+    handed out, not after those that workers have prepared; `load_state_dict` makes the next iteration go on from there. The state
+    does not depend on the rank, and a resumed run may have another number of ranks or micro-batches. Lightning calls all three.
+    """
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan = plan
+        self.batch_size = plan.local  # what others, Lightning included, read as the size of one batch of this rank
+        self.epoch = 0
+        self.position = 0  # micro-batches of the epoch already handed out
+        self._placed = True  # epoch and position are where the next iteration starts
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @property
+    def sampler(self) -> EpochLoader:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the next iteration at `epoch`; a position just loaded for that epoch is kept."""
+        if not (self._placed and epoch == self.epoch):
+            self.epoch, self.position, self._placed = epoch, 0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers: epoch, global batches done, micro-batches done of the next, and what must not change."""
+        step, micro = divmod(self.position, self.plan.accumulate)
+        fixed = {"total": self.plan.total, "batch_size": self.plan.batch_size, "seed": self.plan.seed}
+        return {"epoch": self.epoch, "step": step, "micro": micro, "accumulate": self.plan.accumulate} | fixed
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches that `state` counts. UserError when the order it counts in was another."""
+        for key, name in (("total", "number of training images"), ("batch_size", "data.batch_size"), ("seed", "run.seed")):
+            now = getattr(self.plan, key)
+            if state[key] != now:
+                raise UserError(f"cannot resume: the run began with {name} {state[key]}, now it is {now}.")
+        if state["micro"] and state["accumulate"] != self.plan.accumulate:
+            raise UserError(
+                f"cannot resume in the middle of an optimiser step with another trainer.accumulate ({state['accumulate']} before, "
+                f"{self.plan.accumulate} now)."
+            )
+        self.epoch, self.position, self._placed = state["epoch"], state["step"] * self.plan.accumulate + state["micro"], True
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: nothing moves before the first batch is asked for, because Lightning makes iterators that it then drops.
+        if not self._placed:
+            self.epoch, self.position = self.epoch + 1, 0
+        self._placed = False
+        for batch in self._produce(self.epoch, self.position):
+            self.position += 1
+            yield batch
+
+    def _produce(self, epoch: int, start: int) -> Iterator[Any]:
+        raise NotImplementedError

@@ -1,0 +1,131 @@
+"""Decode a whole set once into one uint8 tensor (N, C, H, W), when all images have one size and memory allows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_suite.data.decode import DecodeError, Quarantine, convert_channels, image_size
+from vit_suite.data.source import ArraySource, FileSource, ImageSource, ResidentSource, Subset
+from vit_suite.errors import UserError
+
+GIB = 1024**3
+PROBES = 64
+# Pillow holds the GIL outside its inner loops, so threads slow small images down. Measured on 2 cores, JPEG: see THREADS_FROM_PIXELS
+THREADS_FROM_PIXELS = 128 * 128
+
+
+def common_size(source: ImageSource) -> tuple[int, int] | None:
+    """(H, W) of every image if that is known, or likely: headers of 64 files spread over the set agree. None otherwise.
+
+    Only headers of a sample are read, so that a set of a million photographs answers at once; `decode_all` finds the rare odd one.
+    """
+    if source.image_size is not None:
+        return source.image_size
+    picks = sorted({int(i) for i in np.linspace(0, len(source) - 1, min(PROBES, len(source)))})
+    sizes = {size for size in (_probe(source, i) for i in picks) if size is not None}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _probe(source: ImageSource, index: int) -> tuple[int, int] | None:
+    while isinstance(source, Subset):
+        source, index = source.base, int(source.indices[index])
+    if isinstance(source, FileSource) and (size := image_size(source.path(index))):
+        return size
+    try:
+        image = source.load(index)
+        return image.shape[1], image.shape[2]
+    except DecodeError:
+        return None
+
+
+def make_resident(source: ImageSource, wanted: bool | str, memory_gb: float, quarantine: Quarantine) -> ResidentSource | None:
+    """The decoded set, or None when it stays in files. Images that do not decode are left out and reported to `quarantine`.
+
+    `wanted`: True, False or "auto" (data.resident). UserError when True is impossible, or when too many files are bad.
+    """
+    if wanted is False:
+        return None
+    size = common_size(source)
+    if size is None:
+        return _refuse(wanted, f"{source.title} holds images of different sizes")
+    need = len(source) * source.channels * size[0] * size[1]
+    if need > memory_gb * GIB:
+        return _refuse(wanted, f"{source.title} needs {need / GIB:.2f} GiB decoded, and data.memory_gb is {memory_gb}")
+    decoded = decode_all(source, size)
+    if decoded is None:
+        return _refuse(wanted, f"{source.title} holds images of different sizes")
+    images, good, failures = decoded
+    quarantine.report(failures, source.title, len(source))
+    base = source if len(good) == len(source) else source.subset(good)
+    return ResidentSource(base, images)
+
+
+def _refuse(wanted: bool | str, why: str) -> None:
+    if wanted is True:
+        raise UserError(f"data.resident is true, but {why}; use data.resident auto or false.")
+
+
+def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tensor, list[DecodeError]] | None:
+    """Images uint8 (M, C, H, W), their indices (M,) in the source, and the failures; None as soon as an image has another size."""
+    if (whole := _array(source)) is not None:
+        return whole, torch.arange(len(source)), []
+    images = torch.empty((len(source), source.channels, *size), dtype=torch.uint8)
+    bad: dict[int, DecodeError] = {}
+
+    def fill(indices: Iterable[int]) -> bool:
+        for index in indices:
+            try:
+                image = source.load(index)
+            except DecodeError as error:
+                bad[index] = error
+                continue
+            if image.shape[1:] != images.shape[2:]:
+                return False
+            images[index] = image
+        return True
+
+    chunks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
+    if size[0] * size[1] < THREADS_FROM_PIXELS:
+        agree = all(map(fill, chunks))
+    else:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+            agree = all(pool.map(fill, chunks))
+    if not agree:
+        return None
+    if not bad:
+        return images, torch.arange(len(source)), []
+    good = torch.tensor([i for i in range(len(source)) if i not in bad], dtype=torch.int64)
+    return images[good], good, [bad[i] for i in sorted(bad)]
+
+
+def _array(source: ImageSource) -> Tensor | None:
+    """All images of an array-backed source at once, converted; None for other sources."""
+    base = source.base if isinstance(source, Subset) else source
+    if not isinstance(base, ArraySource):
+        return None
+    picks = source.indices.numpy() if isinstance(source, Subset) else np.arange(len(source))
+    images = torch.empty((len(source), source.channels, *base.images.shape[2:]), dtype=torch.uint8)
+    for start in range(0, len(picks), 1024):  # the grey conversion works in 32 bits: a slice at a time
+        part = convert_channels(base.images[picks[start : start + 1024]], source.channels, source.name)
+        images[start : start + 1024] = torch.from_numpy(np.array(part, order="C"))
+    return images
+
+
+def to_device(source: ResidentSource, device: torch.device | str, reserve: float = 0.5) -> bool:
+    """Move the images of `source` to `device` in place; False, and nothing moves, when they need more than `reserve` of a GPU's free
+    memory (the rest is the model's)."""
+    device = torch.device(device)
+    if source.images.device == device:
+        return True
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if source.images.numel() > reserve * free:
+            return False
+    source.images = source.images.to(device)
+    return True

@@ -1,0 +1,27 @@
+"""The one exception a user's mistake raises, and the nearest-name hint that goes with it.
+
+Anything that the user can put right (a key, a path, a name, a number) raises `UserError` with one sentence that says what, where,
+and what was expected; the command line prints it and exits with status 2. Every other exception is a fault of ours: status 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The input is wrong; the message is shown to the user as it stands, without a traceback."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest of `known`, or an empty string when none is close."""
+    match = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def unknown_name(kind: str, word: str, known: Iterable[str], shown: int = 20) -> UserError:
+    """The error for a name that is not in a registry: kind, word, nearest valid name, and the (first) valid names."""
+    names = list(known)
+    listed = ", ".join(names[:shown]) + (f" ... ({len(names)} in all)" if len(names) > shown else "")
+    return UserError(f"unknown {kind} '{word}'.{nearest(word, names)} Known: {listed}.")

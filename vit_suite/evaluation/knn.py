@@ -1,0 +1,291 @@
+"""Weighted k-nearest-neighbour classification of frozen features.
+
+The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eval_knn.py computes it: a query's score for class c is the
+sum of exp(similarity / temperature) over those of its k nearest bank rows whose label is c. Deliberate deviations:
+
+- the bank is searched in chunks too, not only the queries, so memory is bounded whatever the sizes;
+- votes are scattered by label instead of multiplied by a (k, classes) one-hot, so the number of classes is not a memory problem;
+- the vote runs in float64 after subtracting the largest similarity: the ranking is the same and a small temperature cannot overflow;
+- ties are resolved: between bank rows and between classes the lower index wins; a class without any vote is never a top-5 hit
+  (the official sort leaves both to chance);
+- k larger than the bank is clamped, and reported as clamped; few queries, few classes and few bank rows all work.
+
+Axes: N bank rows, M queries, D feature width, C classes, K largest number of neighbours, Q and B rows of a query and of a bank chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vit_suite.errors import UserError
+
+DEFAULT_MEMORY = 256 * 2**20
+"""Bytes; larger chunks were not faster on a CPU (they leave its cache), smaller ones cost launches on a GPU."""
+
+_BYTES_PER_PAIR = 12
+"""Of a (query, bank row) pair at the worst moment: similarity (4), running count (4) and masks (4) while ties are resolved."""
+
+
+@dataclass
+class KNNResult:
+    """What `knn_classify` found. Dictionaries are keyed by the k that was asked for.
+
+    top1, top5: percent of the queries whose label has the highest score, or one of the five highest; empty without query labels.
+    predictions: (M,) int64, the class with the highest score.
+    used_k: the k that was used: smaller than the key when the bank holds fewer rows.
+    scores: (M, C) float64, sum of exp(similarity / temperature) by class, only with `return_scores`; infinite where it overflows
+        float64 (temperature below 0.0014), which does not touch predictions.
+    neighbours, similarities: (M, K) int64 bank rows and float32 cosines, most similar first, only with `return_neighbours`.
+    """
+
+    queries: int
+    bank: int
+    classes: int
+    temperature: float
+    used_k: dict[int, int]
+    top1: dict[int, float] = field(default_factory=dict)
+    top5: dict[int, float] = field(default_factory=dict)
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    neighbours: Tensor | None = None
+    similarities: Tensor | None = None
+
+    @property
+    def clamped(self) -> dict[int, int]:
+        """{asked: used} for every k that is larger than the bank."""
+        return {k: used for k, used in self.used_k.items() if used != k}
+
+    @property
+    def best_k(self) -> int:
+        """The asked k with the highest top-1 (the smallest of equals)."""
+        return max(sorted(self.top1), key=lambda k: self.top1[k])
+
+
+def knn_classify(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor | None = None,
+    *,
+    ks: Iterable[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    classes: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    leave_one_out: bool = False,
+    return_scores: bool = False,
+    return_neighbours: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> KNNResult:
+    """Classify `queries` (M, D) by a weighted vote of their nearest rows in `bank` (N, D), for every k of `ks` in one search.
+
+    Rows are L2-normalised here unless they already have unit length. Similarities are exact float32 cosines, whatever autocast or
+    TF32 setting is active. `bank_labels` (N,) and `query_labels` (M,) are integers 0..classes-1; `classes` is the largest label + 1
+    when not given. `memory` bounds the working memory in bytes, on top of inputs and results. `leave_one_out` is for queries that ARE
+    the bank, row for row: each then ignores itself. Work happens on `device`, the bank's own when not given.
+
+    Raises UserError for empty, mismatched or non-finite inputs, labels outside 0..classes-1 (-1 means unlabelled), k < 1,
+    temperature <= 0, and a memory budget too small for a single query.
+    Source: eval_knn.py `knn_classifier` of facebookresearch/dino.
+    """
+    asked = _check_ks(ks)
+    _check_rows(bank, queries, temperature, leave_one_out)
+    classes = _check_labels(bank_labels, query_labels, len(bank), len(queries), classes)
+    available = len(bank) - int(leave_one_out)
+    used = {k: min(k, available) for k in asked}
+    largest = max(used.values())
+    rows, columns = chunk_sizes(len(queries), len(bank), largest, classes, memory)
+    device = torch.device(device) if device is not None else bank.device
+    result = KNNResult(len(queries), len(bank), classes, float(temperature), used)
+    parts: list[dict] = []
+    with torch.no_grad(), _exact_float32(device):
+        bank = _unit_rows(bank)
+        for start in _steps(len(queries), rows, progress):
+            chunk = _unit_rows(queries[start:start + rows]).to(device)
+            similarities, neighbours = _search(chunk, bank, largest, columns, start if leave_one_out else None)
+            truth = None if query_labels is None else query_labels[start:start + rows].to(device)
+            votes = bank_labels.to(neighbours.device if bank_labels.is_cuda else "cpu")[neighbours.to(bank_labels.device)].to(device)
+            part = _vote(similarities, votes.long(), used, temperature, classes, truth, return_scores)
+            if return_neighbours:
+                part |= {"neighbours": neighbours.cpu(), "similarities": similarities.cpu()}
+            parts.append(part)
+    return _gather(result, parts)
+
+
+def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> tuple[int, int]:
+    """(query rows, bank rows) of a chunk so that similarities, candidates and votes stay within `memory` bytes."""
+    # Candidates: two lists of k (value 4, index 8), concatenated (x2) and sorted (x2). Votes: scores and comparisons, 8 + 8 bytes.
+    row = 96 * k + 16 * classes
+    least = row + _BYTES_PER_PAIR * min(bank, 256)
+    if memory < least:
+        raise UserError(f"memory {memory} bytes is too small for one query of this search (k {k}, {classes} classes): "
+                        f"give at least {least}")
+    rows = min(queries, 1024, memory // least)
+    # A query chunk of 1024 keeps the matrix product efficient; the bank chunk takes what remains.
+    return rows, min(bank, (memory - rows * row) // (rows * _BYTES_PER_PAIR))
+
+
+def _search(queries: Tensor, bank: Tensor, k: int, columns: int, first: int | None) -> tuple[Tensor, Tensor]:
+    """The k most similar bank rows of each query, exactly: (similarities (Q, k), indices (Q, k)), ties by the lower index.
+
+    `first` is the bank row that IS query 0 (leave one out), else None.
+    """
+    best_values = queries.new_empty(len(queries), 0)
+    best_indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(bank), columns):
+        chunk = bank[start:start + columns].to(queries.device)
+        similarities = queries @ chunk.T  # (Q, B)
+        if first is not None:
+            own = torch.arange(first, first + len(queries), device=queries.device) - start  # column of the query itself
+            inside = (own >= 0) & (own < len(chunk))
+            similarities[inside.nonzero()[:, 0], own[inside]] = -torch.inf
+        values, indices = stable_topk(similarities, min(k, len(chunk)))
+        # Chunks come in bank order, so a stable sort of (earlier, later) keeps the lower index first among equals.
+        values, order = torch.cat([best_values, values], 1).sort(dim=1, descending=True, stable=True)
+        best_indices = torch.cat([best_indices, indices + start], 1).gather(1, order)[:, :k]
+        best_values = values[:, :k]
+    return best_values, best_indices
+
+
+def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(k, dim=1)` of (Q, B) floats, sorted, where equal values come in the order of their column, and the lowest
+    columns are taken when the cut falls among equals. torch.topk promises neither; a full stable sort is many times slower."""
+    width = values.shape[1]
+    top, indices = values.topk(min(k + 1, width), dim=1)
+    if k < width:
+        cut = top[:, k] == top[:, k - 1]  # the (k+1)-th equals the k-th: which of them were taken was left to chance
+        top, indices = top[:, :k], indices[:, :k]
+        if cut.any():
+            indices = indices.clone()
+            indices[cut] = _first_of_equals(values[cut], top[cut, k - 1:k], k)
+    indices = indices.sort(dim=1).values
+    top, order = values.gather(1, indices).sort(dim=1, descending=True, stable=True)
+    return top, indices.gather(1, order)
+
+
+def _first_of_equals(values: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """Columns (rows, k), ascending, of all values above the k-th largest and of the first ones that equal it."""
+    above = values > threshold
+    equal = values == threshold
+    missing = k - above.sum(1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
+    return taken.nonzero()[:, 1].view(len(values), k)
+
+
+def _vote(similarities: Tensor, labels: Tensor, used: dict[int, int], temperature: float, classes: int,
+          truth: Tensor | None, return_scores: bool) -> dict:
+    """Predictions, ranks of the truth and (raw) scores of one query chunk for every k; labels (Q, K) are the neighbours'."""
+    exponent = similarities.double() / temperature
+    offset = exponent[:, :1]  # the largest; subtracting it scales a row's scores by a constant
+    weights = (exponent - offset).exp()
+    scores = weights.new_zeros(len(weights), classes)
+    counted, by_size = 0, {}
+    for size in sorted(set(used.values())):
+        scores.scatter_add_(1, labels[:, counted:size], weights[:, counted:size])
+        counted = size
+        by_size[size] = {"prediction": scores.argmax(1).cpu()}  # argmax returns the first of equals
+        if return_scores:
+            by_size[size]["scores"] = (scores * offset.exp()).cpu()
+        if truth is not None:
+            own = scores.gather(1, truth[:, None].long())
+            better = (scores > own).sum(1)
+            earlier = torch.arange(classes, device=scores.device) < truth[:, None]
+            rank = better + ((scores == own) & earlier).sum(1)
+            by_size[size]["hit1"] = int((rank == 0).sum())
+            by_size[size]["hit5"] = int(((rank < 5) & (own[:, 0] > 0)).sum())
+    return {k: by_size[size] for k, size in used.items()}
+
+
+def _gather(result: KNNResult, parts: list[dict]) -> KNNResult:
+    """Join the query chunks into `result`."""
+    for k in result.used_k:
+        result.predictions[k] = torch.cat([part[k]["prediction"] for part in parts])
+        if "scores" in parts[0][k]:
+            result.scores[k] = torch.cat([part[k]["scores"] for part in parts])
+        if "hit1" in parts[0][k]:
+            result.top1[k] = 100.0 * sum(part[k]["hit1"] for part in parts) / result.queries
+            result.top5[k] = 100.0 * sum(part[k]["hit5"] for part in parts) / result.queries
+    if "neighbours" in parts[0]:
+        result.neighbours = torch.cat([part["neighbours"] for part in parts])
+        result.similarities = torch.cat([part["similarities"] for part in parts])
+    return result
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    """float32 rows of unit length; rows that already are pass through bit for bit (a zero row stays zero)."""
+    features = features.float()
+    norms = features.norm(dim=1)
+    return features if bool(((norms - 1).abs() < 1e-5).all()) else functional.normalize(features, dim=1)
+
+
+@contextmanager
+def _exact_float32(device: torch.device):
+    """Matrix products in true float32: no autocast, no TF32, no bf16 passes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _steps(total: int, step: int, progress: bool):
+    """range(0, total, step), with a progress bar in queries when asked for."""
+    if not progress:
+        yield from range(0, total, step)
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="kNN", unit="query", leave=False) as bar:
+        for start in range(0, total, step):
+            yield start
+            bar.update(min(step, total - start))
+
+
+def _check_ks(ks: Iterable[int]) -> list[int]:
+    asked = sorted({int(k) for k in ([ks] if isinstance(ks, int) else ks)})
+    if not asked or asked[0] < 1:
+        raise UserError(f"k must be one or more whole numbers from 1 up, not {list(asked)}")
+    return asked
+
+
+def _check_rows(bank: Tensor, queries: Tensor, temperature: float, leave_one_out: bool) -> None:
+    if not temperature > 0:
+        raise UserError(f"the kNN temperature must be above 0, not {temperature}")
+    for name, rows in (("bank", bank), ("queries", queries)):
+        if rows.ndim != 2:
+            raise UserError(f"the kNN {name} must be (rows, width), not {tuple(rows.shape)}")
+        if len(rows) == 0:
+            raise UserError(f"the kNN {name} has no rows")
+        broken = int((~rows.isfinite().all(1)).sum())
+        if broken:
+            raise UserError(f"{broken} of {len(rows)} features of the kNN {name} are NaN or infinite: the weights have diverged")
+    if bank.shape[1] != queries.shape[1]:
+        raise UserError(f"the kNN bank has features of width {bank.shape[1]}, the queries of {queries.shape[1]}: "
+                        "both must come from one backbone")
+    if leave_one_out and len(bank) != len(queries):
+        raise UserError(f"leave_one_out needs the bank itself as queries, not {len(queries)} queries beside {len(bank)} bank rows")
+    if leave_one_out and len(bank) < 2:
+        raise UserError("leave_one_out needs a bank of at least 2 rows")
+
+
+def _check_labels(bank_labels: Tensor, query_labels: Tensor | None, bank: int, queries: int, classes: int | None) -> int:
+    """The number of classes; UserError when labels do not fit the rows or the classes."""
+    given = [("bank", bank_labels, bank)] + ([] if query_labels is None else [("queries", query_labels, queries)])
+    for name, labels, rows in given:
+        if labels is None or tuple(labels.shape) != (rows,) or labels.is_floating_point():
+            shape = None if labels is None else f"{tuple(labels.shape)} {labels.dtype}"
+            raise UserError(f"the kNN {name} needs one integer label a row ({rows}), not {shape}")
+        unlabelled = int((labels < 0).sum())
+        if unlabelled:
+            raise UserError(f"{unlabelled} of {rows} images of the kNN {name} are unlabelled (-1): kNN needs a labelled set")
+        if classes is not None and int(labels.max()) >= classes:
+            raise UserError(f"the kNN {name} has label {int(labels.max())}, but there are only {classes} classes (0..{classes - 1})")
+    return classes if classes is not None else max(int(labels.max()) for _, labels, _ in given) + 1

@@ -1,0 +1,53 @@
+"""Weighted kNN during training: the score that picks the best checkpoint (dino#229: the loss does not)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+
+from vit_suite.config import EvaluateConfig
+from vit_suite.data.module import ImageDataModule
+from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.knn import knn_classify
+
+
+class OnlineKNN(pl.Callback):
+    """Every `every_epochs` epochs and after the last one, scores the method's evaluation backbone; logs `knn/top1` in percent.
+
+    Bank and queries are clean (no augmentation), drawn once, class by class, so that the scores of a run compare.
+    Every rank scores the same images, so all agree on the best checkpoint without talking.
+    """
+
+    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
+        self.cfg, self.precision = cfg, precision
+        self.image_size = list(image_size)
+        self.bank, self.test = data.bank(cfg.bank_size), data.test(cfg.test_size)
+        self.history: list[tuple[int, float]] = []
+        """(epochs done, top-1 in percent)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [tuple(entry) for entry in state_dict["history"]]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        done = trainer.current_epoch + 1
+        last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if done % self.cfg.every_epochs and not last:
+            return
+        score = self.score(module)
+        self.history.append((done, score))
+        module.log("knn/top1", score, prog_bar=True, rank_zero_only=False)
+
+    def score(self, module: pl.LightningModule) -> float:
+        """Top-1 in percent of the module's evaluation backbone."""
+        options = {"batch_size": self.cfg.batch_size, "device": module.device, "precision": self.precision}
+        backbone = module.evaluation_backbone()
+        bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, **options)
+        test = extract_features(backbone, self.test, self.image_size, module.mean, module.std, **options)
+        result = knn_classify(*bank[:2], *test[:2], ks=[self.cfg.k], temperature=self.cfg.temperature)
+        return result.top1[self.cfg.k]
+

@@ -1,0 +1,40 @@
+"""What the machine multiplies natively: device and precision picks, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal
+
+import torch
+
+from vit_suite.errors import UserError
+
+
+def pick_device(accelerator: Literal["auto", "cpu", "gpu"] = "auto") -> torch.device:
+    """The device of a single-process command."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("accelerator=gpu, but torch sees no GPU here.")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run on hardware units: Ampere and newer GPUs, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # The public torch.cpu.get_capabilities differs between releases; these two exist in all that are supported.
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False
+
+
+def pick_precision(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+    """bf16 or fp32; auto takes bf16 where it is native."""
+    if precision == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    return precision
+
+
+def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> contextlib.AbstractContextManager:
+    """The context a forward pass of that precision runs in."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

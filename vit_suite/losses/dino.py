@@ -1,0 +1,44 @@
+"""DINO's self-distillation loss (arXiv 2104.14294, equation 3; facebookresearch/dino main_dino.py `DINOLoss`).
+
+Axes: q teacher views (the 2 global crops), v student views (global first), b images, k prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def teacher_probabilities(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """softmax((logits - center) / temperature) over prototypes, in fp32: centring and sharpening. (..., K) -> (..., K)."""
+    return ((logits.float() - center) / temperature).softmax(dim=-1)
+
+
+def dino_loss(student_logits: Tensor, teacher: Tensor, student_temperature: float) -> Tensor:
+    """Cross-entropy of every student view against the teacher's other views, averaged over pairs and images.
+
+        total, pairs = 0, 0
+        for q in teacher views:
+            for v in student views:
+                if v != q:                       # the same crop is never its own target
+                    total += mean over b of  -sum over k of  teacher[q, b, k] * log_softmax(student[v, b] / temperature)[k]
+                    pairs += 1
+        loss = total / pairs
+
+    Args:
+        student_logits: (V, B, K), global crops first, in the teacher's order.
+        teacher: (Q, B, K) probabilities, no gradient.
+        student_temperature: of the student's softmax.
+
+    Returns:
+        Scalar in nats. ln K is the loss of a uniform student.
+    """
+    log_student = torch.log_softmax(student_logits.float() / student_temperature, dim=-1)
+    pairs = torch.einsum("qbk,vbk->qvb", teacher.detach(), log_student).mean(-1)  # (Q, V)
+    same = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
+    return -pairs.masked_fill(same, 0.0).sum() / (pairs.numel() - len(pairs))
+
+
+def updated_center(center: Tensor, batch_mean: Tensor, momentum: float) -> Tensor:
+    """The running centre of the teacher's logits (equation 4): `batch_mean` (K,) is the mean over views, images and ranks."""
+    return center * momentum + batch_mean * (1.0 - momentum)

@@ -1,0 +1,169 @@
+"""What every pretraining method shares: views on the device, schedules per optimiser step, clipping, logging.
+
+A method implements `losses(crops, labels, step)` and `trained()`; this class turns them into a LightningModule that works under any
+`pl.Trainer` with any DataLoader that yields `(images, labels, ...)`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, is_dataclass
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from vit_suite import distributed
+from vit_suite.config import OptimConfig, ViewsConfig
+from vit_suite.optim.groups import clip_each, parameter_groups
+from vit_suite.optim.schedules import cosine
+from vit_suite.views.multicrop import MultiCrop, view_generator
+
+log = logging.getLogger("vit_suite")
+T = TypeVar("T")
+
+
+def as_config(cls: type[T], value: T | dict | None) -> T:
+    """A dataclass from itself, from the plain dict a checkpoint holds, or its defaults."""
+    return value if is_dataclass(value) else cls(**(value or {}))
+
+
+class Method(pl.LightningModule):
+    """A pretraining method.
+
+    Args:
+        optim: AdamW and its schedules; `lr` is per 256 images and scaled by the global batch.
+        views: augmentation.
+        mean, std: per channel, 0..1.
+        seed: of the view draws (weights are initialised from torch's global generator).
+        batch_size: global batch; taken from the trainer's loader when None.
+    """
+
+    def __init__(
+        self,
+        optim: OptimConfig,
+        views: ViewsConfig,
+        mean: list[float],
+        std: list[float],
+        seed: int = 0,
+        batch_size: int | None = None,
+    ):
+        super().__init__()
+        self.optim = optim
+        self.views_config = views
+        self.views = MultiCrop(views, mean, std)
+        self.mean, self.std = list(mean), list(std)
+        self.seed = seed
+        self.global_batch = batch_size
+
+    def keep_hyperparameters(self, **values: Any) -> None:
+        """Store the constructor's arguments as plain data, so that the checkpoint loads with `weights_only=True`."""
+        plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}
+        self.save_hyperparameters(plain)
+
+    # -- what a method provides ------------------------------------------------------------------------------------------------
+
+    def losses(self, crops: list[Tensor], labels: Tensor, logged: bool) -> dict[str, Tensor]:
+        """The scalar to minimise under `loss`, and further scalars to log; the costly ones only when `logged`."""
+        raise NotImplementedError
+
+    def trained(self) -> nn.Module:
+        """The module whose parameters the optimiser gets."""
+        raise NotImplementedError
+
+    def evaluation_backbone(self) -> nn.Module:
+        """The backbone that is scored and exported."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called once after optimiser step number `step` (0-based)."""
+
+    # -- shared -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+
+    def on_fit_start(self) -> None:
+        self.max_steps = int(self.trainer.estimated_stepping_batches)
+        if self.global_batch is None:
+            local = getattr(self.trainer.train_dataloader, "batch_size", None) or 256
+            self.global_batch = local * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        self.peak_lr = self.optim.lr * self.global_batch / 256
+        log.info(
+            "global batch %d = %d ranks x %d accumulated x %d images; lr %.3g = %.3g x %d / 256; %d steps of %d epochs",
+            self.global_batch,
+            self.trainer.world_size,
+            self.trainer.accumulate_grad_batches,
+            self.global_batch // self.trainer.world_size // self.trainer.accumulate_grad_batches,
+            self.peak_lr,
+            self.optim.lr,
+            self.global_batch,
+            self.max_steps,
+            math.ceil(self.max_steps / self.steps_per_epoch),
+        )
+
+    def crops(self, images: Tensor | list[Tensor], batch_idx: int) -> list[Tensor]:
+        """Views of a batch: a list of (B, C, S, S) tensors. Ready-made views (a list of 4-D tensors) pass through.
+
+        Draws are made for the whole global batch from (seed, epoch, step) and this micro-batch takes its rows, so any number of ranks
+        and of accumulated micro-batches sees the same views.
+        """
+        if isinstance(images, (list, tuple)) and images[0].ndim == 4:
+            return list(images)
+        accumulate = self.trainer.accumulate_grad_batches
+        step, micro = divmod(batch_idx, accumulate)
+        start = (micro * distributed.world_size() + distributed.rank()) * len(images)
+        total = len(images) * distributed.world_size() * accumulate
+        generator = view_generator(self.seed, self.current_epoch, step)
+        return self.views(images, generator, rows=slice(start, start + len(images)), total=total)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels, *_ = batch
+        logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        values = self.losses(self.crops(images, batch_idx), labels, logged)
+        # Reading a value makes a GPU wait, so there the check is made where values are read anyway.
+        if (logged or self.device.type == "cpu") and not torch.isfinite(values["loss"]):
+            raise RuntimeError(
+                f"the loss is {float(values['loss'])} at step {self.global_step}: lower optim.lr, or train with trainer.precision=fp32"
+            )
+        self.log("train/loss", values["loss"].detach(), prog_bar=True, sync_dist=logged)
+        for name, value in values.items():
+            if name != "loss":
+                self.log(f"train/{name}", value.detach(), sync_dist=True)
+        return values["loss"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.trained())
+        return torch.optim.AdamW(groups, lr=self.optim.lr, betas=tuple(self.optim.betas), weight_decay=self.optim.weight_decay, fused=True)
+
+    def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Write learning rate and weight decay of optimiser step `step` into the parameter groups."""
+        warmup = round(self.optim.warmup_epochs * self.steps_per_epoch)
+        lr = cosine(step, self.max_steps, self.peak_lr, self.optim.min_lr, warmup)
+        decay = cosine(step, self.max_steps, self.optim.weight_decay, self.optim.weight_decay_end)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            if group["decay"]:
+                group["weight_decay"] = decay
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        step = self.global_step  # Lightning counts it up after this hook, and calls the hook once per accumulated batch
+        self.set_rates(optimizer, step)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.log("train/weight_decay", optimizer.param_groups[0]["weight_decay"])
+        self.after_step(step)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Clip as `optim.clip_mode` says; the trainer's own clipping arguments are not used."""
+        if not self.optim.clip:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.optim.clip_mode == "tensor":
+            clip_each([p.grad for p in parameters], self.optim.clip)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip)

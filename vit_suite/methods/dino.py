@@ -1,0 +1,168 @@
+"""DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294; facebookresearch/dino main_dino.py).
+
+A student sees all crops, an EMA teacher the two global ones; the student matches the teacher's centred and sharpened output across
+crops. Deliberate differences from the official code:
+
+- The centre is updated once per optimiser step from the mean over its micro-batches, not once per forward pass, so that gradient
+  accumulation gives the numbers of the whole batch. Without accumulation the two agree.
+- Student and teacher heads return fp32 features to the loss; the matrix products in between may run in bf16.
+- The teacher temperature warms up 0.04 -> 0.07 over 30 epochs, as in the paper; the official code's default is a constant 0.04.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from vit_suite import distributed
+from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, ViewsConfig
+from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
+from vit_suite.methods.base import Method, as_config
+from vit_suite.methods.collapse import CollapseMonitor
+from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.ema import assert_twins, copy_weights, ema_update
+from vit_suite.models.heads import DINOHead
+from vit_suite.optim.schedules import cosine, teacher_temperature
+
+log = logging.getLogger("vit_suite")
+
+GLOBAL_CROPS = 2
+
+
+class Network(nn.Module):
+    """Backbone and head; the student and the teacher are one each."""
+
+    def __init__(self, backbone: BackboneConfig, method: DINOConfig, norm_last_layer: bool):
+        super().__init__()
+        self.backbone = Backbone(backbone)
+        self.head = DINOHead(
+            self.backbone.dim,
+            method.out_dim,
+            method.hidden_dim,
+            method.bottleneck_dim,
+            method.head_layers,
+            method.head_batch_norm,
+            norm_last_layer,
+        )
+
+    def features(self, crops: list[Tensor]) -> Tensor:
+        """CLS tokens of V crops (B, C, S_v, S_v) -> (V, B, D); crops of one size go through the backbone together."""
+        by_size = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
+        tokens = torch.cat([self.backbone(torch.cat(group)) for group in by_size])
+        return tokens.unflatten(0, (len(crops), -1))
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """Logits of V crops -> (V, B, K); the head runs once over all of them."""
+        features = self.features(crops)
+        return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+
+
+class DINO(Method):
+    """DINO as a LightningModule. The teacher is what is scored and exported.
+
+    `center` (K,) is a buffer, so it survives a resume; schedules are set at every optimiser step; the teacher follows the student once
+    after each. Logged: loss, teacher entropy and KL(teacher || student) in nats, centre norm, share of prototypes that are some
+    image's first choice, standard deviation of the L2-normalised teacher features over the batch (times sqrt(D): 1 is isotropic).
+    """
+
+    def __init__(
+        self,
+        method: DINOConfig | dict | None = None,
+        backbone: BackboneConfig | dict | None = None,
+        views: ViewsConfig | dict | None = None,
+        optim: OptimConfig | dict | None = None,
+        mean: list[float] = (0.485, 0.456, 0.406),
+        std: list[float] = (0.229, 0.224, 0.225),
+        seed: int = 0,
+        batch_size: int | None = None,
+    ):
+        method, views, optim = as_config(DINOConfig, method), as_config(ViewsConfig, views), as_config(OptimConfig, optim)
+        backbone = as_config(BackboneConfig, backbone)
+        super().__init__(optim, views, list(mean), list(std), seed, batch_size)
+        if backbone.image_size is None:
+            backbone = replace(backbone, image_size=[views.global_size, views.global_size])
+        self.method = method
+        self.student = Network(backbone, method, method.norm_last_layer)
+        # The release builds the teacher's head with a fixed gain whatever the student's, and drop path is the student's alone.
+        self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method, norm_last_layer=True)
+        copy_weights(self.teacher, self.student)
+        patch = self.student.backbone.patch_size
+        check_image_size([views.global_size], patch, "views.global_size")
+        if views.local_crops:
+            check_image_size([views.local_size], patch, "views.local_size")
+        self.register_buffer("center", torch.zeros(method.out_dim))
+        self.register_buffer("center_sum", torch.zeros(method.out_dim))
+        self.register_buffer("center_count", torch.zeros(()))
+        self.monitor = CollapseMonitor(method.out_dim)
+        self.keep_hyperparameters(
+            method=method, backbone=backbone, views=views, optim=optim, mean=list(mean), std=list(std), seed=seed, batch_size=batch_size
+        )
+
+    def trained(self) -> nn.Module:
+        return self.student
+
+    def evaluation_backbone(self) -> Backbone:
+        return self.teacher.backbone
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.global_step == 0:
+            assert_twins(self.teacher, self.student)
+        for network in (self.student, self.teacher):
+            network.backbone.set_fused_attention(self.device.type != "cpu")
+
+    def losses(self, crops: list[Tensor], labels: Tensor | None = None, logged: bool = False) -> dict[str, Tensor]:
+        """DINO's loss over all crops, globals first; adds the batch to the centre's running sum."""
+        temperature = teacher_temperature(
+            self.current_epoch,
+            self.method.warmup_teacher_temperature_epochs,
+            self.method.warmup_teacher_temperature,
+            self.method.teacher_temperature,
+        )
+        with torch.no_grad():
+            features = self.teacher.features(crops[:GLOBAL_CROPS])
+            teacher_logits = self.teacher.head(features.flatten(0, 1)).float()  # (2B, K)
+            target = teacher_probabilities(teacher_logits, self.center, temperature).unflatten(0, features.shape[:2])
+            self.center_sum += teacher_logits.sum(0)
+            self.center_count += len(teacher_logits)
+        loss = dino_loss(self.student(crops), target, self.method.student_temperature)
+        values = {"loss": loss}
+        if logged:
+            values |= self.diagnostics(loss.detach(), target, features)
+        return values
+
+    @torch.no_grad()
+    def diagnostics(self, loss: Tensor, target: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Values that tell learning from collapse; `target` (2, B, K) probabilities, `features` (2, B, D) teacher CLS."""
+        entropy = -torch.special.xlogy(target, target).sum(-1).mean()
+        unit = torch.nn.functional.normalize(features.float(), dim=-1)
+        values = {
+            "teacher_entropy": entropy,
+            "kl": loss - entropy,  # cross-entropy = entropy + KL, averaged over the same images
+            "center_norm": self.center.norm(),
+            "prototypes_used": target.argmax(-1).unique().numel() / torch.tensor(float(self.method.out_dim)),
+            "feature_std": unit.flatten(0, 1).std(0).mean() * features.shape[-1] ** 0.5,
+        }
+        sentence = self.monitor.update(float(loss), float(entropy))
+        if sentence:
+            log.warning("%s", sentence)
+        return values
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # None instead of zeros: AdamW then skips the layer whole, its moments and weight decay included.
+        if self.current_epoch < self.method.freeze_last_layer_epochs:
+            for parameter in self.student.head.last_layer.parameters():
+                parameter.grad = None
+
+    def after_step(self, step: int) -> None:
+        """Centre and teacher, after the optimiser step: the loss of this step used the old ones."""
+        mean = distributed.mean_over_ranks(self.center_sum / self.center_count)
+        self.center.copy_(updated_center(self.center, mean, self.method.center_momentum))
+        self.center_sum.zero_()
+        self.center_count.zero_()
+        momentum = cosine(step, self.max_steps, self.method.momentum_teacher, 1.0)
+        ema_update(self.teacher, self.student, momentum)

@@ -1,0 +1,1 @@
+"""Networks: the backbone, the heads, the EMA teacher."""

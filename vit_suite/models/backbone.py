@@ -1,0 +1,236 @@
+"""The backbone: a timm `VisionTransformer` that answers with tokens and attention, at any image size.
+
+Dosovitskiy et al. 2020 (arXiv 2010.11929) for the network, registers after arXiv 2309.16588. timm builds the blocks, so key names are
+those of timm and of the DINO release. Deliberate differences from timm:
+
+- Position embeddings at other sizes are resized as the DINO release does it (`resize_position`), not as timm does: released DINO
+  and DINOv2 weights were trained that way, and `size=` moves the CLS output by 0.035-0.49.
+- The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not from 1e-6.
+- On a CPU attention is plain softmax(q k^T) v, which was 2x faster in bf16 than the fused kernel; on a GPU it is the fused kernel.
+
+Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T = prefix + N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vit_suite.config import BackboneConfig
+from vit_suite.errors import UserError, nearest
+
+EXPLICIT = "vit"
+"""The name that stands for explicit dimensions instead of a timm model."""
+
+
+@dataclass
+class Tokens:
+    """What a forward pass leaves behind, after the final LayerNorm."""
+
+    cls: Tensor
+    """(B, D)."""
+    patches: Tensor
+    """(B, N, D), row-major over the grid."""
+    grid: tuple[int, int]
+    """(h, w) in patches."""
+    blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(cls, patches) of each block asked for, in the order of the blocks, each through the final LayerNorm."""
+
+
+def resize_position(position: Tensor, native: tuple[int, int], grid: tuple[int, int], prefix: int) -> Tensor:
+    """Position embeddings (1, prefix + N, D) of the `native` grid, bicubically resized to `grid`.
+
+    As in DINO `vision_transformer.py` `interpolate_pos_encoding`: `scale_factor` (not `size`), with 0.1 added to the target, whose
+    effect on the sampling points is part of what the released weights expect.
+    """
+    if grid == native:
+        return position
+    head, patches = position[:, :prefix], position[:, prefix:]
+    patches = patches.reshape(1, *native, -1).permute(0, 3, 1, 2).float()  # (1, D, h0, w0)
+    scale = ((grid[0] + 0.1) / native[0], (grid[1] + 0.1) / native[1])
+    patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+    if tuple(patches.shape[-2:]) != tuple(grid):
+        raise RuntimeError(f"position embeddings came out {tuple(patches.shape[-2:])}, not {grid}")
+    patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
+    return torch.cat([head, patches], dim=1)
+
+
+def check_image_size(size: Iterable[int], patch_size: int, what: str = "image size") -> None:
+    """Raise `UserError` unless both sides (pixels) are positive multiples of the patch."""
+    size = tuple(int(side) for side in size)
+    for side in size:
+        if side < patch_size:
+            raise UserError(f"{what} {size[0]}x{size[-1]} is smaller than a patch of {patch_size} pixels.")
+        if side % patch_size:
+            below = side // patch_size * patch_size
+            raise UserError(
+                f"{what} {size[0]}x{size[-1]} is not divisible by the patch size {patch_size}: nearest sides are "
+                f"{below} and {below + patch_size}."
+            )
+
+
+def _explicit(cfg: BackboneConfig) -> dict:
+    """timm arguments of a backbone given by its dimensions, DeiT-small's where a dimension is left out."""
+    dim = cfg.dim or 384
+    heads = cfg.heads or max(1, dim // 64)
+    if dim % heads:
+        raise UserError(f"backbone.dim {dim} is not divisible by backbone.heads {heads}.")
+    return {
+        "patch_size": cfg.patch_size or 16,
+        "embed_dim": dim,
+        "depth": cfg.depth or 12,
+        "num_heads": heads,
+        "mlp_ratio": 4.0 if cfg.mlp_ratio is None else cfg.mlp_ratio,
+        "reg_tokens": cfg.registers or 0,
+    }
+
+
+def _overrides(cfg: BackboneConfig) -> dict:
+    """timm arguments of the dimensions that the user set beside a timm name."""
+    given = {
+        "patch_size": cfg.patch_size,
+        "embed_dim": cfg.dim,
+        "depth": cfg.depth,
+        "num_heads": cfg.heads,
+        "mlp_ratio": cfg.mlp_ratio,
+        "reg_tokens": cfg.registers,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def build_vit(cfg: BackboneConfig) -> VisionTransformer:
+    """The timm network of `cfg`, without a classifier.
+
+    Raises:
+        UserError: the name is no timm model, the model is no plain VisionTransformer with a CLS token, or the image size is not
+            divisible by the patch.
+    """
+    common = {"num_classes": 0, "global_pool": "token", "in_chans": cfg.channels, "drop_path_rate": cfg.drop_path}
+    if cfg.image_size is not None:
+        size = tuple(cfg.image_size)
+        common["img_size"] = size if len(size) == 2 else size * 2
+    if cfg.name == EXPLICIT:
+        if cfg.pretrained:
+            raise UserError("backbone.pretrained needs a timm name in backbone.name; 'vit' has no published weights.")
+        arguments = _explicit(cfg) | common
+        check_image_size(common.get("img_size", (224, 224)), arguments["patch_size"])
+        vit = VisionTransformer(dynamic_img_size=True, **arguments)
+        nn.init.trunc_normal_(vit.cls_token, std=0.02)
+        return vit
+    if not timm.is_model(cfg.name):
+        known = [EXPLICIT, *timm.list_models("*vit*"), *timm.list_models("deit*")]
+        raise UserError(f"unknown backbone '{cfg.name}'.{nearest(cfg.name, known)} Use a timm ViT name, or 'vit' with explicit dims.")
+    if "img_size" in common:
+        native = cfg.patch_size or _patch_of(cfg.name)
+        if native:
+            check_image_size(common["img_size"], native)
+    try:
+        vit = timm.create_model(cfg.name, pretrained=cfg.pretrained, dynamic_img_size=True, **common, **_overrides(cfg))
+    except TypeError as error:  # timm families other than VisionTransformer do not take these arguments
+        raise UserError(f"backbone '{cfg.name}' is not of timm's VisionTransformer family ({error}).") from error
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(f"backbone '{cfg.name}' is a {type(vit).__name__}, not a timm VisionTransformer.")
+    if vit.cls_token is None:
+        raise UserError(f"backbone '{cfg.name}' has no CLS token; use a model with one, such as vit_small_patch16_224.")
+    return vit
+
+
+def _patch_of(name: str) -> int | None:
+    """Patch size in a timm name (`vit_small_patch16_224` -> 16), so that a wrong image size is answered before timm asserts."""
+    for part in name.split("_"):
+        if part.startswith("patch") and part[5:].isdigit():
+            return int(part[5:])
+    return None
+
+
+class Backbone(nn.Module):
+    """A ViT that returns CLS and patch tokens, tokens of chosen blocks, and the last block's attention.
+
+    `backbone(images)` with images (B, C, H, W), normalised, sides divisible by the patch, gives the CLS token (B, D) after the final
+    LayerNorm: what DINO's head, kNN and linear probes take.
+    """
+
+    def __init__(self, cfg: BackboneConfig):
+        super().__init__()
+        self.vit = build_vit(cfg)
+        patch = self.vit.patch_embed.patch_size
+        if patch[0] != patch[1]:
+            raise UserError(f"backbone '{cfg.name}' has {patch[0]}x{patch[1]} patches; only square patches are supported.")
+        self.patch_size: int = int(patch[0])
+        self.dim: int = int(self.vit.embed_dim)
+        self.depth: int = len(self.vit.blocks)
+        self.heads: int = int(getattr(self.vit.blocks[-1].attn, "num_heads", 0)) if hasattr(self.vit.blocks[-1], "attn") else 0
+        self.prefix_tokens: int = int(self.vit.num_prefix_tokens)
+        self.native_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
+        # Everything is spelled out, so that metadata alone rebuilds the network even if a default or timm's model changes.
+        native = [side * self.patch_size for side in self.native_grid]
+        self.cfg = replace(cfg, image_size=native, patch_size=self.patch_size, dim=self.dim, depth=self.depth, heads=self.heads or None)
+        self.set_fused_attention(torch.cuda.is_available())
+
+    def set_fused_attention(self, fused: bool) -> None:
+        """Use torch's fused attention kernel (GPU) or plain softmax attention (faster on a CPU in bf16)."""
+        for block in self.vit.blocks:
+            if hasattr(block, "attn") and hasattr(block.attn, "fused_attn"):
+                block.attn.fused_attn = fused
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patches, CLS, registers and positions: (B, C, H, W) -> tokens (B, T, D) before the first block, and the grid (h, w)."""
+        vit = self.vit
+        check_image_size(images.shape[-2:], self.patch_size)
+        x = vit.patch_embed(images)  # (B, h, w, D)
+        grid = (x.shape[1], x.shape[2])
+        x = x.flatten(1, 2)  # (B, N, D)
+        prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if vit.pos_embed is None:
+            x = torch.cat([*prefix, x], dim=1)
+        elif vit.no_embed_class:  # positions belong to patches alone (DeiT-3, DINOv2)
+            x = torch.cat([*prefix, x + resize_position(vit.pos_embed, self.native_grid, grid, 0)], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + resize_position(vit.pos_embed, self.native_grid, grid, self.prefix_tokens)
+        return vit.norm_pre(vit.patch_drop(vit.pos_drop(x))), grid
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> CLS token (B, D) after the final LayerNorm."""
+        x, _ = self.embed(images)
+        # LayerNorm works token by token, so normalising the CLS token alone gives the same numbers.
+        return self.vit.norm(self.vit.blocks(x)[:, 0])
+
+    def tokens(self, images: Tensor, blocks: Iterable[int] = ()) -> Tokens:
+        """CLS and patch tokens after the final LayerNorm; `blocks` names further blocks (0 = first, -1 = last) whose tokens are kept.
+
+        As DINO's `get_intermediate_layers`, kept tokens go through the final LayerNorm too.
+        """
+        wanted = {index % self.depth for index in blocks}
+        x, grid = self.embed(images)
+        kept = []
+        for index, block in enumerate(self.vit.blocks):
+            x = block(x)
+            if index in wanted:
+                normed = self.vit.norm(x)
+                kept.append((normed[:, 0], normed[:, self.prefix_tokens :]))
+        x = self.vit.norm(x)
+        return Tokens(x[:, 0], x[:, self.prefix_tokens :], grid, kept)
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """Softmaxed attention of the last block, (B, heads, T, T) in fp32; row 0 is what the CLS token looks at.
+
+        Recomputed from the block's own q and k, so it does not depend on the kernel the block runs (fused kernels keep no weights).
+        """
+        attention = getattr(self.vit.blocks[-1], "attn", None)
+        if not all(hasattr(attention, name) for name in ("qkv", "q_norm", "k_norm", "num_heads", "scale")):
+            raise UserError(f"the attention of {type(self.vit.blocks[-1]).__name__} blocks cannot be read; use a plain ViT.")
+        x, _ = self.embed(images)
+        for block in self.vit.blocks[:-1]:
+            x = block(x)
+        x = self.vit.blocks[-1].norm1(x)
+        batch, tokens, _ = x.shape
+        qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = attention.q_norm(qkv[0]).float(), attention.k_norm(qkv[1]).float()
+        with torch.autocast(x.device.type, enabled=False):
+            return ((q * attention.scale) @ k.transpose(-2, -1)).softmax(dim=-1)

@@ -1,0 +1,1 @@
+"""Schedules, parameter groups and gradient clipping."""

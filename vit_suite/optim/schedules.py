@@ -1,0 +1,29 @@
+"""Schedules: pure functions of the optimiser step (facebookresearch/dino utils.py `cosine_scheduler`)."""
+
+from __future__ import annotations
+
+import math
+
+
+def linear(index: int, count: int, start: float, end: float) -> float:
+    """Element `index` of `numpy.linspace(start, end, count)`: the last one is `end`, and a single one is `start`."""
+    if count > 1 and index == count - 1:
+        return end
+    return start + index * ((end - start) / (count - 1) if count > 1 else 0.0)
+
+
+def cosine(step: int, max_steps: int, start: float, end: float, warmup_steps: int = 0, warmup_start: float = 0.0) -> float:
+    """Linear warm-up from `warmup_start` to `start`, then half a cosine towards `end`.
+
+    The last warm-up step is already at `start`, and `end` would be reached one step after the last, as in the release.
+    """
+    if step < warmup_steps:
+        return linear(step, warmup_steps, warmup_start, start)
+    length = max(1, max_steps - warmup_steps)
+    done = min(step - warmup_steps, length)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * done / length))
+
+
+def teacher_temperature(epoch: int, warmup_epochs: int, start: float, end: float) -> float:
+    """Temperature of an epoch: linear over the warm-up epochs, the last of which is already at `end`; constant after."""
+    return linear(epoch, warmup_epochs, start, end) if epoch < warmup_epochs else end

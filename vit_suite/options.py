@@ -1,0 +1,210 @@
+"""What a config dataclass allows: its options by dotted key, their types, limits, defaults and docstrings, and the key nearest to
+a wrong one. jsonargparse converts a value to the type of its field; everything else here is the standard library, so that help
+answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from vit_suite.config import Range
+
+REQUIRED = dataclasses.MISSING
+
+SYNONYMS = {
+    "arch": "backbone.name", "model": "backbone.name", "embed_dim": "backbone.dim", "drop_path_rate": "backbone.drop_path",
+    "dataset": "data.name", "data_path": "data.root", "data_dir": "data.root", "num_workers": "data.workers",
+    "batch_size_per_gpu": "data.batch_size", "global_crops_scale": "views.global_scale", "local_crops_scale": "views.local_scale",
+    "local_crops_number": "views.local_crops", "num_crops": "views.local_crops", "learning_rate": "optim.lr",
+    "base_lr": "optim.lr", "clip_grad": "optim.clip", "gradient_clip_val": "optim.clip", "epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices", "num_nodes": "trainer.nodes", "accumulate_grad_batches": "trainer.accumulate",
+    "saveckp_freq": "checkpoint.keep_every_epochs", "output_dir": "run.output", "use_bn_in_head": "method.head_batch_norm",
+    "teacher_temp": "method.teacher_temperature", "warmup_teacher_temp": "method.warmup_teacher_temperature",
+    "freeze_last_layer": "method.freeze_last_layer_epochs",
+}  # fmt: skip
+"""Names that timm, solo-learn, Lightning and the DINO release use for ours, where spelling alone would not find it."""
+
+
+class Option(NamedTuple):
+    """A leaf of the configuration."""
+
+    key: str
+    hint: Any  # its type, without limits
+    limits: tuple[Range, ...]
+    default: Any  # or REQUIRED
+
+    @property
+    def is_list(self) -> bool:
+        return any(get_origin(inner) is list for inner in (self.hint, *get_args(self.hint)))
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the bare `--option` means true."""
+        return bool in (self.hint, *get_args(self.hint))
+
+    @property
+    def choices(self) -> list[str]:
+        return _choices(self.hint)
+
+    @property
+    def type_name(self) -> str:
+        """The type in words, with its limits: `int (at least 1)`, `one of cpu, gpu`, `list of float (2 of them, 0 to 1)`."""
+        limits = ", ".join(map(str, self.limits))
+        return f"{_spell(self.hint)} ({limits})" if limits else _spell(self.hint)
+
+    def convert(self, value: Any) -> Any:
+        """`value` (text, None, a list of text, or a Python object) in the type of the option; ValueError where it does not fit."""
+        value = _converter(self.hint)(value)
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, float)]
+        if not all(map(math.isfinite, numbers)) or not all(limit.holds(value) for limit in self.limits):
+            raise ValueError(value)
+        return value
+
+    def culprit(self, value: Any) -> Any:
+        """What to show of a value that does not convert: of a list its first item that is wrong in itself."""
+        if self.is_list and isinstance(value, (list, tuple)):
+            inner = next(get_args(inner)[0] for inner in (self.hint, *get_args(self.hint)) if get_origin(inner) is list)
+            limits = tuple(limit for limit in self.limits if limit.length is None)
+            for item in value:
+                try:
+                    self._replace(hint=inner, limits=limits).convert(item)
+                except ValueError:
+                    return item
+        return value
+
+
+class Schema:
+    """The options and groups of a config class. `chosen` maps `method.name` to the method whose options the group has."""
+
+    def __init__(self, cls: type, chosen: Mapping[str, Any] = types.MappingProxyType({})):
+        self.groups: dict[str, type] = {}  # "" is the config itself
+        self.options: dict[str, Option] = {}
+        self.selectors: list[str] = []  # the options that choose the class of their group
+        self._add("", cls, None, chosen)
+
+    def _add(self, group: str, cls: type, template: Any, chosen: Mapping[str, Any]) -> None:
+        """`template` carries the defaults of a group where its parent gives others than its class does."""
+        self.groups[group] = cls
+        hints, limited = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+        for field in dataclasses.fields(cls):
+            key, hint = join(group, field.name), hints[field.name]
+            default = _default(field) if template is None else getattr(template, field.name)
+            if variants := field.metadata.get("variants"):
+                # A name that no variant has keeps the default class; converting the name then tells the user the valid ones.
+                word = chosen.get(selector := f"{key}.name")
+                variant = variants.get(word, type(default)) if isinstance(word, str) else type(default)
+                self._add(key, variant, default if variant is type(default) else None, chosen)
+                self.options[selector] = self.options[selector]._replace(hint=Literal[tuple(variants)])
+                self.selectors.append(selector)
+            elif dataclasses.is_dataclass(hint):
+                self._add(key, hint, None if default is REQUIRED else default, chosen)
+            else:
+                self.options[key] = Option(key, hint, tuple(_limits(limited[field.name])), default)
+
+    def build(self, values: Mapping[str, Any], group: str = "") -> Any:
+        """The config object from a value for every option."""
+        keys = {field.name: join(group, field.name) for field in dataclasses.fields(self.groups[group])}
+        return self.groups[group](
+            **{name: self.build(values, key) if key in self.groups else values[key] for name, key in keys.items()}
+        )
+
+    def suggest(self, key: str, prefix: str = "") -> str:
+        """`" Did you mean 'optim.lr'?"` for the option closest to a wrong key; the groups there are when none is close."""
+        from difflib import SequenceMatcher
+
+        def likeness(known: str) -> float:
+            """The last word counts most: it may stand in the wrong group, and many options share a group."""
+            parts = zip(key.rpartition(".")[::2], known.rpartition(".")[::2], strict=True)
+            group, leaf = (SequenceMatcher(None, a, b).ratio() for a, b in parts)
+            return 0.2 * group + 0.8 * leaf
+
+        best = SYNONYMS.get(key.rpartition(".")[2])
+        if best not in self.options:
+            best = max(self.options, key=likeness, default=None)
+            if best is None or likeness(best) < 0.65:
+                return " Known: " + ", ".join(dict.fromkeys(prefix + known.partition(".")[0] for known in self.options)) + "."
+        return f" Did you mean '{prefix}{best}'?"
+
+
+def join(group: str, name: str) -> str:
+    """`optim`, `lr` -> `optim.lr`; the group of the config itself is empty."""
+    return f"{group}.{name}" if group else name
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _limits(hint: Any) -> Iterator[Range]:
+    """Every Range in an annotation, however deep: `list[Annotated[float, Range(0, 1)]] | None`."""
+    yield from (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range))
+    for inner in get_args(hint):
+        yield from _limits(inner)
+
+
+@functools.cache
+def _converter(hint: Any) -> Callable[[Any], Any]:
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--value", type=hint)
+
+    def convert(value: Any) -> Any:
+        if value is None and type(None) not in get_args(hint):  # None would mean "not given" to a parser
+            raise ValueError(value)
+        try:  # a copy, because jsonargparse converts the items of a list in place
+            return parser.parse_object({"value": list(value) if isinstance(value, (list, tuple)) else value}).value
+        except (ArgumentError, TypeError) as error:
+            raise ValueError(str(error)) from None
+
+    return convert
+
+
+def _choices(hint: Any) -> list[str]:
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    return [choice for inner in get_args(hint) for choice in _choices(inner)]
+
+
+def _spell(hint: Any) -> str:
+    origin, inner = get_origin(hint), [arg for arg in get_args(hint) if arg is not type(None)]
+    if origin is Literal:
+        return ("one of " if len(inner) > 1 else "") + ", ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_spell, inner))
+    if origin is list:
+        return f"list of {_spell(inner[0])}".replace("list of one of", "any of")
+    return "true or false" if hint is bool else getattr(hint, "__name__", str(hint))
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, its bases included. Python keeps it in the source only."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        docs |= _module_docs(base.__module__).get(base.__name__, {})
+    return docs
+
+
+@functools.cache
+def _module_docs(module: str) -> dict[str, dict[str, str]]:
+    """Class -> field -> docstring; read once a module, because inspect.getsource(cls) parses the whole file for each class."""
+    import ast
+    import inspect
+    import sys
+
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ClassDef):
+            pairs = zip(node.body, node.body[1:], strict=False)
+            docs[node.name] = {
+                field.target.id: " ".join(text.value.value.split())
+                for field, text in pairs
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            }
+    return docs

@@ -1,0 +1,192 @@
+"""YAML files, dotted options and Python mappings -> the dataclasses of config.py, or one sentence on what is wrong in them.
+
+The command line wins over files, a later file over an earlier one, files over defaults, wherever `--config` stands. Scalars of a
+file are kept as written and converted by the same rule as on the command line, so that `1e-3`, `no` and `null` mean the same in
+both. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vit_suite.config import PretrainConfig
+from vit_suite.errors import UserError, nearest
+from vit_suite.options import REQUIRED, Option, Schema, join
+
+
+class Given(NamedTuple):
+    """A value as somebody wrote it: text, None, nested lists of text, or (from Python) anything."""
+
+    value: Any
+    where: str  # begins the message about a wrong value
+    unknown: str  # begins the message about an unknown key
+    argument: bool = False  # from the command line: value is the list of words behind the option
+
+
+def load_config(
+    path: str | os.PathLike | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), cls: type = PretrainConfig
+) -> Any:
+    """A config object from a YAML file (None: from the defaults) and overrides, which win: either the words of a command line
+    (`["--optim.lr", "1e-3"]`) or a mapping, nested or dotted (`{"optim.lr": 1e-3}`). Raises UserError."""
+    if isinstance(overrides, Mapping):
+        files, given = [], read_mapping(overrides)
+    else:
+        files, given = read_arguments(overrides)
+    layers = [read_yaml(file) for file in ([] if path is None else [path]) + files]
+    merged = {key: item for layer in [*layers, given] for key, item in layer.items()}
+    return resolve(cls, merged)
+
+
+def dump_config(config: Any) -> str:
+    """A config object as YAML that `load_config` reads back to an equal object."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Lists in one line: `betas: [0.9, 0.999]`."""
+
+    Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True))
+    return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def resolve(cls: type, given: Mapping[str, Given]) -> Any:
+    """An object of the config class `cls` from what was given and its defaults; UserError names whatever does not fit."""
+    schema = Schema(cls, chosen(given))
+    values = {}
+    for key in sorted(given, key=lambda key: key not in schema.selectors):  # a wrong method first, then what it may not have
+        item = given[key]
+        if key in schema.options:
+            values[key] = _convert(schema.options[key], item)
+        elif key not in schema.groups:
+            raise UserError(item.unknown + schema.suggest(key, "--" if item.argument else ""))
+        elif item.value is not None:  # a section that is empty, or whose lines are all commented out, is no mistake
+            example = next(option for option in schema.options if option.startswith(key + "."))
+            raise UserError(f"{item.where}: is a group of options such as {example}, not a value")
+    missing = [key for key, option in schema.options.items() if option.default is REQUIRED and key not in values]
+    if missing:
+        raise UserError("missing required option " + " ".join(f"--{key}" for key in missing))
+    return schema.build({key: values.get(key, option.default) for key, option in schema.options.items()})
+
+
+def chosen(given: Mapping[str, Given]) -> dict[str, Any]:
+    """Key -> value, for `Schema` to choose the class of a group by its name."""
+    return {key: (item.value or [None])[0] if item.argument else item.value for key, item in given.items()}
+
+
+def _convert(option: Option, item: Given) -> Any:
+    value = _join(option, item) if item.argument else item.value
+    try:
+        return option.convert(value)
+    except ValueError:
+        value = option.culprit(value)
+        got = "nothing" if value is None else repr(value)
+        hint = nearest(value, option.choices) if isinstance(value, str) else ""
+        raise UserError(f"{item.where}: expected {option.type_name}, got {got}{hint and '.' + hint}") from None
+
+
+def _join(option: Option, item: Given) -> Any:
+    """The words behind an option as one value: a list for a list, true for a switch without a word, else exactly one word."""
+    words = item.value
+    if not words and option.is_switch:
+        return "true"
+    if not words:
+        raise UserError(f"{item.where}: expected {option.type_name}, got nothing")
+    if option.is_list and not (len(words) == 1 and (words[0] == "null" or words[0].startswith("["))):
+        return words
+    if len(words) > 1:
+        raise UserError(f"unexpected argument '{words[1]}' after {item.where} {words[0]}")
+    return words[0]
+
+
+def read_arguments(words: Sequence[str]) -> tuple[list[str], dict[str, Given]]:
+    """(files behind --config, the other options). `--a b c`, `--a=b`, and `-` for `_` in a name; the last of two equals wins."""
+    configs: list[list[str]] = []
+    given: dict[str, Given] = {}
+    values: list[str] | None = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            key, values = name.replace("-", "_"), [value] if equals else []
+            if key == "config":
+                configs.append(values)
+            else:
+                given[key] = Given(values, f"--{key}", f"unknown option '--{name}'.", argument=True)
+        elif values is None:
+            raise UserError(f"unexpected argument '{word}'; options look like --data.root DIR")
+        else:
+            values.append(word)
+    if not all(configs):
+        raise UserError("--config: expected a YAML file, got nothing")
+    return [file for files in configs for file in files], given
+
+
+def read_mapping(values: Mapping[str, Any], group: str = "") -> dict[str, Given]:
+    """Overrides from Python, nested or with dotted keys."""
+    given: dict[str, Given] = {}
+    for name, value in values.items():
+        key = join(group, str(name))
+        if isinstance(value, Mapping):
+            given |= read_mapping(value, key)
+        else:
+            given[key] = Given(os.fspath(value) if isinstance(value, os.PathLike) else value, key, f"unknown key '{key}'.")
+    return given
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Given]:
+    """Every value of a YAML file by its dotted key, as written. An empty file gives nothing."""
+    import yaml
+
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a YAML file")
+    try:
+        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        siblings = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such config file.{nearest(path.name, siblings)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError:
+        raise UserError(f"{path}: not valid YAML: not a text file") from None
+    given: dict[str, Given] = {}
+    if root is None or _is_null(root):
+        return given
+    if root.id != "mapping":
+        raise UserError(f"{path}: expected options as 'key: value' lines, got a {root.id}")
+    _collect(root, "", path, given)
+    return given
+
+
+def _collect(node: Any, group: str, path: Path, given: dict[str, Given]) -> None:
+    """Flatten a YAML mapping into `given`; a key that stands twice would silently lose its first value, so it is an error."""
+    if group.count(".") > 8:
+        raise UserError(f"{path}:{node.start_mark.line + 1}: nested too deep")
+    seen = set()
+    for name, value in node.value:
+        where = f"{path}:{name.start_mark.line + 1}"
+        if name.id != "scalar":
+            raise UserError(f"{where}: expected a key, got a {name.id}")
+        key = join(group, name.value)
+        if key in seen or key in given:
+            raise UserError(f"{where}: key '{key}' stands twice")
+        seen.add(key)
+        if value.id == "mapping":
+            _collect(value, key, path, given)
+        else:
+            given[key] = Given(_as_written(value), f"{where}: {key}", f"{where}: unknown key '{key}'.")
+
+
+def _as_written(node: Any) -> Any:
+    if node.id == "sequence":
+        return [_as_written(item) for item in node.value]
+    return None if _is_null(node) else node.value if node.id == "scalar" else {}
+
+
+def _is_null(node: Any) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"

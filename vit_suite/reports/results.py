@@ -1,0 +1,54 @@
+"""results.json: a list of scores, each with everything needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_suite.errors import UserError
+from vit_suite.files import write_atomically
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """The entries of a results.json; empty when there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is no results file ({error}); move it away or name another with --output.") from error
+    if not isinstance(entries, list):
+        raise UserError(f"'{path}' is no results file: expected a list of entries.")
+    return entries
+
+
+def append_result(path: str | Path, task: str, metrics: Mapping[str, Any], protocol: Mapping[str, Any], sha256: str | None = None) -> dict:
+    """Add an entry (task, metrics, full protocol, sha256 of the weights, command, time in UTC); the file is replaced atomically."""
+    entry = {
+        "task": task,
+        "metrics": dict(metrics),
+        "protocol": dict(protocol),
+        "sha256": sha256,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    entries = [*read_results(path), entry]
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(entries, indent=2) + "\n"))
+    return entry
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned text columns: the first to the left, the others to the right; floats with two digits."""
+    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,45 @@
+"""The deterministic view that features are measured on: shorter side to 256/224 of the crop, centre crop, normalise (DINO eval_knn.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vit_suite.views.multicrop import normalise_
+from vit_suite.views.resample import Size, as_pair
+
+MARGIN = 256 / 224
+"""Shorter side after the resize over the side of the crop."""
+
+
+def _centre(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) fp32 in 0..1 from (B, C, H, W) of one size."""
+    (height, width), (h, w) = images.shape[-2:], size
+    if (height, width) != (h, w):
+        # The side that limits reaches its target exactly; the other follows, cut to whole pixels as torchvision's Resize does.
+        down, across = round(h * MARGIN), round(w * MARGIN)
+        if down / height >= across / width:
+            resized = (down, max(across, int(down * width / height)))
+        else:
+            resized = (max(down, int(across * height / width)), across)
+        if images.dtype == torch.uint8 and images.device.type != "cpu":
+            images = images / 255  # only the CPU resizes 8 bits directly
+        images = functional.interpolate(images, size=resized, mode="bicubic", antialias=True, align_corners=False)
+        top, left = round((resized[0] - h) / 2), round((resized[1] - w) / 2)
+        images = images[..., top : top + h, left : left + w]
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float().clamp(0, 1)
+
+
+def eval_view(images: Tensor | Sequence[Tensor], size: Size, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, C, h, w) fp32, normalised, on the images' device.
+
+    images: uint8 or float in 0..1, (B, C, H, W), or a list of (C, H_i, W_i). Images that already have `size` are only normalised.
+    size: side, or (h, w), in pixels. mean, std: C floats in 0..1.
+    """
+    pair = as_pair(size)
+    if isinstance(images, Tensor):
+        return normalise_(_centre(images, pair), mean, std)
+    return normalise_(torch.cat([_centre(image[None], pair) for image in images]), mean, std)

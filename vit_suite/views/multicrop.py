@@ -1,0 +1,243 @@
+"""Multi-crop views of DINO (arXiv 2104.14294 section 3.2; main_dino.py DataAugmentationDINO), drawn per sample, made in batches.
+
+Order of a view as there: crop-resize, flip, jitter, grey, blur, solarise, normalise. Random numbers are drawn on the CPU for the
+GLOBAL batch and cut to the rows of a rank, so that 1 rank and N ranks make the same views.
+
+Axes: B images, V = 2 + L views (two global, L local), C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_suite.config import ViewsConfig
+from vit_suite.errors import UserError
+from vit_suite.views import colour
+from vit_suite.views.resample import crop_resize_views, send
+
+ATTEMPTS = 10
+"""Tries of torchvision's RandomResizedCrop before it takes the centre."""
+DRAWS = 2 * ATTEMPTS + 16
+"""Uniform numbers a view consumes: area and ratio of each attempt, place (2), flip, jitter, its factors (4) and order (4), grey, blur,
+sigma, solarise."""
+
+
+@dataclass
+class ViewParameters:
+    """Everything random about the views of a batch; tensors on the CPU, first axes (B, V)."""
+
+    boxes: Tensor
+    """(B, V, 4) int64 top, left, height, width in pixels."""
+    flip: Tensor
+    """(B, V) bool."""
+    jitter: Tensor
+    """(B, V) bool."""
+    factors: Tensor
+    """(B, V, 4) brightness, contrast, saturation factors, hue shift in turns."""
+    order: Tensor
+    """(B, V, 4) int64 order of those four operations."""
+    grey: Tensor
+    """(B, V) bool."""
+    blur: Tensor
+    """(B, V) bool."""
+    sigma: Tensor
+    """(B, V) standard deviation of the blur in pixels of the view."""
+    solarise: Tensor
+    """(B, V) bool."""
+
+    def views(self, part: slice) -> ViewParameters:
+        """Those of some views, flattened view by view: first axis V * B, except boxes and flip, which stay (B, V)."""
+        chosen = {field.name: getattr(self, field.name)[:, part] for field in fields(self)}
+        return ViewParameters(**{key: value if key in ("boxes", "flip") else value.transpose(0, 1).flatten(0, 1)
+                                 for key, value in chosen.items()})
+
+
+def view_generator(seed: int, epoch: int, step: int, rank: int | None = None) -> torch.Generator:
+    """A CPU generator for the views of one step; its arguments are hashed, so that neighbouring steps are independent.
+
+    rank is for draws that should differ between ranks; views leave it out and take their rows of the global draw instead.
+    """
+    key = [seed, epoch, step] if rank is None else [seed, epoch, step, rank]
+    # PyTorch's Mersenne Twister is seeded with the low 32 bits, so that is what the hash has to fill.
+    state = np.random.SeedSequence([int(value) % 2**64 for value in key]).generate_state(1, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ratio: Sequence[float]) -> Tensor:
+    """Whole-pixel boxes (..., 4) by the rule of torchvision's RandomResizedCrop, from uniform (..., 22) numbers.
+
+    height, width: (...) of the images. scale: (..., 2) least and most area as a share of the image. ratio: least and most width
+    over height. The first of 10 (area, log ratio) pairs that fits is taken, else the largest centred box within the ratio.
+    """
+    uniform, height, width = uniform.double(), height.double(), width.double()
+    low, high = scale.double().unbind(-1)
+    area = torch.lerp(low.unsqueeze(-1), high.unsqueeze(-1), uniform[..., :ATTEMPTS]) * (height * width).unsqueeze(-1)
+    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = (uniform[..., ATTEMPTS : 2 * ATTEMPTS] * (log_high - log_low) + log_low).exp()
+    wide, tall = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (wide > 0) & (wide <= width.unsqueeze(-1)) & (tall > 0) & (tall <= height.unsqueeze(-1))
+    first = fits.to(torch.uint8).argmax(-1, keepdim=True)
+    wide, tall, found = wide.gather(-1, first)[..., 0], tall.gather(-1, first)[..., 0], fits.any(-1)
+    shape = width / height
+    whole_wide = torch.where(shape > ratio[1], (height * ratio[1]).round(), width)
+    whole_tall = torch.where(shape < ratio[0], (width / ratio[0]).round(), height)
+    wide, tall = torch.where(found, wide, whole_wide), torch.where(found, tall, whole_tall)
+    place = uniform[..., 2 * ATTEMPTS :]
+    top = torch.where(found, (place[..., 0] * (height - tall + 1)).floor(), ((height - tall) / 2).floor())
+    left = torch.where(found, (place[..., 1] * (width - wide + 1)).floor(), ((width - wide) / 2).floor())
+    return torch.stack([top, left, tall, wide], -1).long()
+
+
+def _per_view(cfg: ViewsConfig, values: Sequence[float]) -> Tensor:
+    """(V,) of a [first global, second global, local] setting."""
+    return torch.tensor([values[0], values[1], *[values[2]] * cfg.local_crops], dtype=torch.float32)
+
+
+def draw(cfg: ViewsConfig, sizes: Tensor, generator: torch.Generator, rows: slice = slice(None), total: int | None = None) -> ViewParameters:
+    """The random parameters of the rows' views, out of a global batch of `total` images.
+
+    sizes: (B, 2) int height and width of the rows' images (CPU). total: B when not given.
+    """
+    views = 2 + cfg.local_crops
+    uniform = torch.rand(len(sizes) if total is None else total, views, DRAWS, generator=generator)[rows]
+    if len(uniform) != len(sizes):
+        raise ValueError(f"rows select {len(uniform)} of {total} samples for {len(sizes)} images")
+    scale = torch.tensor([cfg.global_scale] * 2 + [cfg.local_scale] * cfg.local_crops).expand(len(sizes), views, 2)
+    height, width = sizes[:, :1].expand(-1, views), sizes[:, 1:].expand(-1, views)
+    boxes = draw_boxes(uniform[..., : 2 * ATTEMPTS + 2], height, width, scale, cfg.ratio)
+    rest = uniform[..., 2 * ATTEMPTS + 2 :]
+    strength = torch.tensor(cfg.jitter_strength)
+    low, high = 1 - strength, 1 + strength
+    low[:3].clamp_(min=0)
+    low[3], high[3] = -strength[3], strength[3]
+    return ViewParameters(
+        boxes=boxes,
+        flip=rest[..., 0] < cfg.flip,
+        jitter=rest[..., 1] < cfg.jitter,
+        factors=low + rest[..., 2:6] * (high - low),
+        order=rest[..., 6:10].argsort(-1),
+        grey=rest[..., 10] < cfg.grey,
+        blur=rest[..., 11] < _per_view(cfg, cfg.blur),
+        sigma=cfg.blur_sigma[0] + rest[..., 12] * (cfg.blur_sigma[1] - cfg.blur_sigma[0]),
+        solarise=rest[..., 13] < _per_view(cfg, cfg.solarise),
+    )
+
+
+def image_sizes(images: Tensor | Sequence[Tensor]) -> Tensor:
+    """(B, 2) int64 height and width of a batch or a list of images, on the CPU."""
+    if isinstance(images, Tensor):
+        return torch.tensor(images.shape[-2:]).expand(len(images), 2)
+    return torch.tensor([image.shape[-2:] for image in images])
+
+
+class MultiCrop:
+    """Two global and L local views of every image of a batch, augmented and normalised, on the images' device.
+
+    mean, std: C floats in 0..1.
+    """
+
+    def __init__(self, cfg: ViewsConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+        validate_views(cfg)
+        self.cfg = cfg
+        self.mean, self.std = list(mean), list(std)
+
+    def __call__(self, images: Tensor | Sequence[Tensor], generator: torch.Generator, rows: slice = slice(None),
+                 total: int | None = None) -> list[Tensor]:
+        """[global1, global2, local1 .. localL], each (B, C, S, S) fp32.
+
+        images: uint8 or float 0..1 (B, C, H, W), or a list of (C, H_i, W_i): the rows' images.
+        generator: on the CPU, from `view_generator`. rows: this rank's samples in the global batch of `total` (B when not given).
+        """
+        return self.apply(images, draw(self.cfg, image_sizes(images), generator, rows, total))
+
+    def apply(self, images: Tensor | Sequence[Tensor], parameters: ViewParameters) -> list[Tensor]:
+        """The views for parameters already drawn."""
+        groups = [(slice(0, 2), self.cfg.global_size)]
+        if self.cfg.local_crops:
+            groups.append((slice(2, None), self.cfg.local_size))
+        return [view for part, size in groups for view in self._group(images, parameters.views(part), size)]
+
+    def _group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
+        views = crop_resize_views(images, drawn.boxes, drawn.flip, size)
+        x = views.flatten(0, 1)  # (V * B, C, S, S)
+        colour.jitter_(x, drawn.factors, drawn.order, drawn.jitter)
+        colour.greyscale_(x, drawn.grey)
+        colour.blur_(x, drawn.sigma, drawn.blur)
+        colour.solarise_(x, drawn.solarise)
+        normalise_(x, self.mean, self.std)
+        return list(views.unbind(0))
+
+
+def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std per channel of (N, C, H, W), in place."""
+    if len(mean) != x.shape[1] or len(std) != x.shape[1]:
+        raise UserError(f"the images have {x.shape[1]} channels but data.mean has {len(mean)} and data.std {len(std)} values.")
+    gain = torch.tensor([1 / value for value in std])
+    shift = -torch.tensor(list(mean)) * gain
+    gain, shift = (send(values.view(-1, 1, 1), x.device) for values in (gain, shift))
+    return x.mul_(gain).add_(shift)
+
+
+class MultiCropImage:
+    """The views of ONE image, for decoding workers: picklable, deterministic in (seed, epoch, index)."""
+
+    def __init__(self, cfg: ViewsConfig, mean: Sequence[float], std: Sequence[float], seed: int) -> None:
+        self.views = MultiCrop(cfg, mean, std)
+        self.seed = seed
+
+    def __call__(self, image: Tensor, epoch: int, index: int) -> list[Tensor]:
+        """[global1, global2, local1 .. localL], each (C, S, S) fp32. image: uint8 (C, H, W). index: the image's place in the epoch
+        (or any number that is its own within the epoch)."""
+        return [view[0] for view in self.views(image[None], view_generator(self.seed, epoch, index))]
+
+
+def _share(cfg: ViewsConfig, key: str, least: float, most: float, length: int | None) -> None:
+    values = getattr(cfg, key)
+    listed = values if length else [values]
+    if length and len(listed) != length:
+        raise UserError(f"views.{key}: expected {length} numbers, got {len(listed)}: {values}.")
+    for value in listed:
+        if not least <= value <= most:
+            raise UserError(f"views.{key}: expected numbers from {least:g} to {most:g}, got {values}.")
+
+
+def _span(cfg: ViewsConfig, key: str, most: float) -> None:
+    values = getattr(cfg, key)
+    if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+        limit = f" and at most {most:g}" if most != float("inf") else ""
+        raise UserError(f"views.{key}: expected [least, most], both above 0{limit}, least first; got {values}.")
+
+
+def validate_views(cfg: ViewsConfig) -> None:
+    """Raises UserError that names the first setting that cannot be."""
+    for key in ("global_size", "local_size"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"views.{key}: expected a side of at least 1 pixel, got {getattr(cfg, key)}.")
+    if cfg.local_crops < 0:
+        raise UserError(f"views.local_crops: expected 0 or more, got {cfg.local_crops}.")
+    for key in ("global_scale", "local_scale"):
+        _span(cfg, key, 1.0)
+    for key in ("ratio", "blur_sigma"):
+        _span(cfg, key, float("inf"))
+    for key in ("flip", "jitter", "grey"):
+        _share(cfg, key, 0, 1, None)
+    for key in ("blur", "solarise"):
+        _share(cfg, key, 0, 1, 3)
+    _share(cfg, "jitter_strength", 0, float("inf"), 4)
+    if cfg.jitter_strength[3] > 0.5:
+        raise UserError(f"views.jitter_strength: the hue change (fourth) is in turns, at most 0.5; got {cfg.jitter_strength}.")
+    if cfg.backend not in ("auto", "device", "workers"):
+        raise UserError(f"views.backend: expected auto, device or workers, got {cfg.backend!r}.")
+
+
+def pick_backend(cfg: ViewsConfig, device_type: str, ragged: bool) -> Literal["device", "workers"]:
+    """Where views are made: cfg.backend, or for `auto` the faster."""
+    if cfg.backend != "auto":
+        return cfg.backend
+    return "workers" if ragged and device_type == "cpu" else "device"

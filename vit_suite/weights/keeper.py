@@ -1,0 +1,81 @@
+"""What a training writes while it runs: last.ckpt, best.ckpt, kept epochs, and the backbone for everyone else.
+
+Own callback instead of Lightning's ModelCheckpoint, because several of those with equal triggers clash, and because their atomic save
+goes through the system's temporary folder: where that is another file system, as on most clusters, a kill leaves half a file.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from vit_suite.config import CheckpointConfig
+from vit_suite.weights.checkpoint import save_backbone
+
+
+class Keeper(Checkpoint):
+    """Writes `FOLDER/checkpoints/{last,best,epoch_NNNN}.ckpt` and `FOLDER/backbone.{safetensors,json}`.
+
+    `best` follows the logged metric `monitor` (higher is better) at the ends of epochs that logged it. `meta` goes into backbone.json.
+    Lightning calls a `Checkpoint` after all other callbacks, so scores of the same epoch are there.
+    """
+
+    def __init__(self, folder: str | Path, cfg: CheckpointConfig, monitor: str = "knn/top1", **meta: object):
+        self.folder, self.cfg, self.monitor, self.meta = Path(folder), cfg, monitor, meta
+        self.best: float | None = None
+        self.saved_at = time.monotonic()
+        self.saved_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        stepped = trainer.global_step != self.saved_step
+        due = bool(self.cfg.every_steps) and trainer.global_step % self.cfg.every_steps == 0
+        if self.cfg.every_minutes:
+            elapsed = time.monotonic() - self.saved_at >= 60 * self.cfg.every_minutes
+            due |= trainer.strategy.broadcast(elapsed)  # clocks of ranks differ, and saving is collective
+        if due and stepped:
+            self.save(trainer, "last")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        done = trainer.current_epoch + 1
+        score = trainer.callback_metrics.get(self.monitor)
+        # A score of an earlier epoch stays in callback_metrics, and was compared then: it is not above the best.
+        if score is not None and (self.best is None or float(score) > self.best):
+            self.best = float(score)
+            self.save(trainer, "best")
+        if self.cfg.keep_every_epochs and done % self.cfg.keep_every_epochs == 0:
+            self.save(trainer, f"epoch_{done:04d}")
+        if done % self.cfg.every_epochs == 0 or done == trainer.max_epochs:
+            self.save(trainer, "last")
+            self.export(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.global_step != self.saved_step:
+            self.save(trainer, "last")
+        self.export(trainer, module)
+
+    def save(self, trainer: pl.Trainer, name: str) -> None:
+        """Write a checkpoint beside its final place and move it there in one step."""
+        path = self.folder / "checkpoints" / f"{name}.ckpt"
+        partial = path.with_suffix(".ckpt.partial")
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            os.replace(partial, path)
+        if name == "last":
+            self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
+
+    def export(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the backbone that is evaluated (the teacher's for DINO)."""
+        if trainer.is_global_zero:
+            at = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+            save_backbone(module.evaluation_backbone(), self.folder, module.mean, module.std, **at, **self.meta)
