@@ -1,6 +1,6 @@
 """Images per second of one core, making multi-crop views: image by image with torchvision on PIL images, as DINO's released code
-does, beside ours in batches and ours image by image (what a decoding worker runs). One process, one thread, alternating, so that the
-ratios hold on a busy machine too; the time is the process's own CPU time.
+does, beside ours in batches and ours image by image (what a decoding worker runs). One process, one thread, taking turns, so that
+the ratios hold on a busy machine too; the time is the process's own CPU time.
 
     python scripts/bench_views.py --output views.json
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageFilter, ImageOps, __version__ as pillow_version
+from PIL import Image, ImageFilter, ImageOps
+from PIL import __version__ as pillow_version
 from torchvision import transforms
 
 from vit_suite.config import ViewsConfig
@@ -24,8 +25,8 @@ from vit_suite.views.multicrop import MultiCrop, MultiCropImage, view_generator
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CASES = {
-    "small": ("32x32 images in memory, 2 x 32 + 8 x 16", (32, 32), 256, ViewsConfig(global_size=32, local_size=16, local_crops=8)),
-    "photos": ("500x375 photographs, 2 x 224 + 8 x 96", (375, 500), 8, ViewsConfig(global_size=224, local_size=96, local_crops=8)),
+    "small": ("32x32 images in memory, 2 x 32 + 8 x 16", (32, 32), 256, ViewsConfig(global_size=32, local_size=16)),
+    "photos": ("500x375 photographs, 2 x 224 + 8 x 96", (375, 500), 8, ViewsConfig(global_size=224, local_size=96)),
 }
 
 
@@ -98,7 +99,8 @@ def measure(name: str, rounds: int) -> dict:
     print(f"{title}")
     for way, speed in best.items():
         print(f"  {way:28s} {speed:9.1f} images/s  {speed / base:6.2f}x")
-    return {"case": name, "title": title, "images_per_second": best, "ratio_to_pil": {way: speed / base for way, speed in best.items()}}
+    ratios = {way: speed / base for way, speed in best.items()}
+    return {"case": name, "title": title, "images_per_second": best, "ratio_to_pil": ratios}
 
 
 def main() -> None:

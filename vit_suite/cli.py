@@ -43,12 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         return _say(overview())
     if argv[0] in ("-V", "--version"):
-        from importlib.metadata import PackageNotFoundError, version
+        from vit_suite import __version__
 
-        try:
-            return _say(f"vit-suite {version('vit-suite')}")
-        except PackageNotFoundError:
-            return _say("vit-suite (a source tree that is not installed)")
+        return _say(f"vit-suite {__version__}")
     return _run(argv)
 
 

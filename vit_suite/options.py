@@ -108,9 +108,7 @@ class Schema:
     def build(self, values: Mapping[str, Any], group: str = "") -> Any:
         """The config object from a value for every option."""
         keys = {field.name: join(group, field.name) for field in dataclasses.fields(self.groups[group])}
-        return self.groups[group](
-            **{name: self.build(values, key) if key in self.groups else values[key] for name, key in keys.items()}
-        )
+        return self.groups[group](**{name: self.build(values, key) if key in self.groups else values[key] for name, key in keys.items()})
 
     def suggest(self, key: str, prefix: str = "") -> str:
         """`" Did you mean 'optim.lr'?"` for the option closest to a wrong key; the groups there are when none is close."""

@@ -1,8 +1,8 @@
 """Golden numbers: what the official code computed, read with the shapes and hyperparameters that it was run with.
 
 A fixture is a safetensors file whose metadata has one key, `golden`: JSON with `hyperparameters`, `inputs` (names of the tensors
-that went in; all others came out), `fixture` and `seed`. The folder is $VIT_SUITE_GOLDEN, or the copy in tests/golden; it may hold
-other sizes and seeds, so tests take every shape, head count and hyperparameter from here.
+that went in; all others came out), `fixture` and `seed`. The folder is $VIT_SUITE_GOLDEN, or the copy in tests/golden; it may
+hold other sizes and seeds, so tests take every shape, head count and hyperparameter from here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_golden_json(name: str) -> dict:
 
 def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose name starts with `prefix`, without it: `with_prefix(tensors, "state.")` is a state_dict."""
-    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def largest_error(ours, golden, relative: bool = False) -> float:

@@ -28,7 +28,7 @@ def test_dino_loss():
         loss.backward()
         center = updated_center(center, teacher.mean(0), hyper["center_momentum"])
         # 1e-6, or three units in the last place where fp32 is coarser than that (one unit is 9.5e-7 from a loss of 8 on).
-        tolerance = max(1e-6, 3 * torch.finfo(torch.float32).eps * 2 ** math.floor(math.log2(float(loss))))
+        tolerance = max(1e-6, 3 * torch.finfo(torch.float32).eps * 2 ** math.floor(math.log2(loss.item())))
         record("dino_loss", "loss", largest_error(loss, tensors[f"loss_{call}"]), tolerance)
         record("dino_loss", "gradient", largest_error(student.grad.flatten(0, 1), tensors[f"grad_student_{call}"]), 1e-6)
         record("dino_loss", "centre", largest_error(center, tensors[f"center_{call}"][0]), 1e-6)

@@ -18,11 +18,18 @@ def golden():
 def result(request, golden):
     hyperparameters, tensors = golden
     ks = hyperparameters["ks"]
+    features = tensors["train_features"], tensors["train_labels"], tensors["test_features"], tensors["test_labels"]
     small = 40 * (96 * max(ks) + 16 * hyperparameters["classes"] + 12 * 256)
     memory = {"memory": small} if request.param == "many chunks" else {}
-    return knn_classify(tensors["train_features"], tensors["train_labels"], tensors["test_features"], tensors["test_labels"], ks=ks,
-                        temperature=hyperparameters["T"], classes=hyperparameters["classes"], return_scores=True,
-                        return_neighbours=True, **memory)
+    return knn_classify(
+        *features,
+        ks=ks,
+        temperature=hyperparameters["T"],
+        classes=hyperparameters["classes"],
+        return_scores=True,
+        return_neighbours=True,
+        **memory,
+    )
 
 
 def test_knn(golden, result):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +35,7 @@ METHODS: dict[str, type[Method]] = {"dino": DINO}
 
 def run(cfg: PretrainConfig) -> None:
     """Train, or resume, the run of `cfg`."""
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
+    speak()
     folder = Path(cfg.run.output)
     main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
     checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
@@ -66,6 +66,16 @@ def run(cfg: PretrainConfig) -> None:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
         summarise(cfg, folder, trainer, method, score, data, time.perf_counter() - started)
+
+
+def speak() -> None:
+    """Show this package's messages, and of Lightning's the warnings only."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of a torch name
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # images are in memory, or data.workers said so
 
 
 def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:

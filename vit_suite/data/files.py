@@ -1,7 +1,7 @@
 """Data sets that are folders or lists of image files: `folder`, `flat`, `list`, and Tiny-ImageNet's own layout.
 
-Every opener takes `(cfg, root, split)` and returns an `ImageSource`, or raises one UserError that says what was expected and what was
-found. `split` None means "the one to score": test, else val, else the only one there is.
+Every opener takes `(cfg, root, split)` and returns an `ImageSource`, or raises one UserError that says what was expected and what
+was found. `split` None means "the one to score": test, else val, else the only one there is.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def choose_split(split: str | None, available: Iterable[str], where: str, key: s
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """`folder/CLASS/**/image` -> class names (sorted), paths relative to `folder`, labels. Folders without images are no classes."""
+    """`folder/CLASS/**/image` -> class names (sorted), paths relative to `folder`, labels. A class is a folder with images."""
     classes: list[str] = []
     paths: list[str] = []
     labels: list[int] = []
@@ -124,9 +124,8 @@ def class_folder_source(name: str, split: str, folder: Path, channels: int, clas
     if not paths:
         loose = " directly in it" if any(is_image(entry.name) for entry in os.scandir(folder)) else ""
         hint = "; for unlabelled images use data.name flat" if loose else ""
-        raise UserError(
-            f"no class folders with images in '{folder}': expected {folder}/CLASS/image.jpg, found {found_in(folder)}{loose}{hint}."
-        )
+        expected = f"expected {folder}/CLASS/image.jpg, found {found_in(folder)}"
+        raise UserError(f"no class folders with images in '{folder}': {expected}{loose}{hint}.")
     if classes is not None and found != classes:
         unknown = [name for name in found if name not in classes]
         if unknown:
@@ -181,9 +180,8 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
     paths, words = _read_list(file)
     base = file.resolve().parent
     if not any((base / path).exists() for path in paths[:100]):
-        raise UserError(
-            f"none of the first {min(100, len(paths))} paths in '{file}' exists; relative ones are looked up in '{base}'. First: {paths[0]}"
-        )
+        tried = f"none of the first {min(100, len(paths))} paths in '{file}' exists"
+        raise UserError(f"{tried}; relative ones are looked up in '{base}'. First: {paths[0]}")
     known = {word for word in words if word is not None}
     if not known:
         return FileSource(file.stem, chosen, base, paths, cfg.channels)
@@ -223,20 +221,17 @@ def _read_list(file: Path) -> tuple[list[str], list[str | None]]:
 def open_tiny_imagenet(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
     """Tiny-ImageNet as distributed: train/WNID/images with WNID_boxes.txt, val/images with val_annotations.txt, wnids.txt.
 
-    ROOT is the set itself or a folder that holds one in `tiny-imagenet-*`. The test split has no public labels and is not offered:
-    val is scored. Boxes in the files name the first and last pixel; here the last is exclusive. Class names come from words.txt.
+    ROOT is the set itself or a folder that holds one in `tiny-imagenet-*`. The test split has no public labels and is not
+    offered: val is scored. Boxes in the files name the first and last pixel; here the last is exclusive. Class names come from
+    words.txt.
     """
-    expected = "ROOT/wnids.txt, ROOT/train/WNID/images/*.JPEG and ROOT/val/val_annotations.txt, or a tiny-imagenet-* folder with these in ROOT"
+    expected = "wnids.txt, train/WNID/images/*.JPEG and val/val_annotations.txt in ROOT or in a tiny-imagenet-* folder in ROOT"
     _need_folder(root, "tiny_imagenet", expected)
-    places = [
-        p
-        for p in [root, *sorted(root.glob("tiny-imagenet*")), *sorted(root.glob("tiny_imagenet*"))]
-        if (p / "wnids.txt").is_file()
-    ]
+    inside = sorted(path for path in root.iterdir() if re.match(r"tiny[-_]imagenet", path.name, re.IGNORECASE))
+    places = [path for path in [root, *inside] if (path / "wnids.txt").is_file()]
     if not places:
-        raise UserError(
-            f"no Tiny-ImageNet under '{root}': expected {expected}; found {found_in(root)}. From https://cs231n.stanford.edu/tiny-imagenet-200.zip."
-        )
+        url = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
+        raise UserError(f"no Tiny-ImageNet under '{root}': expected {expected}; found {found_in(root)}. It is at {url}.")
     root = places[0]
     wnids = (root / "wnids.txt").read_text().split()
     splits = [name for name in ("train", "val") if (root / name).is_dir()]

@@ -1,10 +1,11 @@
 """Training batches `(images, labels, indices)` from memory or from files, and batches for evaluation.
 
-images: uint8 (B, C, H, W), or a list of uint8 (C, H_i, W_i) when sizes differ; labels: int64 (B,), -1 without one; indices: int64 (B,)
-into the source. What is in a batch is settled in `order.py`.
+images: uint8 (B, C, H, W), or a list of uint8 (C, H_i, W_i) when sizes differ; labels: int64 (B,), -1 without one; indices: int64
+(B,) into the source. What is in a batch is settled in `order.py`.
 
-A file that does not decode is replaced in training by another image, drawn from (its index, attempt) alone, so that the batch keeps
-its shape and every run replaces it alike; in evaluation it is left out. Both are reported to the quarantine by the main process.
+A file that does not decode is replaced in training by another image, drawn from (its index, attempt) alone, so that the batch
+keeps its shape and every run replaces it alike; in evaluation it is left out. Both are reported to the quarantine by the main
+process.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class ResidentLoader(EpochLoader):
 class FileLoader(EpochLoader):
     """Batches decoded in worker processes (in this one with `workers` 0), kept alive between epochs.
 
-    `transform(images, batch)`, when given, runs in the worker on the list of images of a micro-batch and its `order.Batch`, and its
-    result takes the place of the images.
+    `transform(images, batch)`, when given, runs in the worker on the list of images of a micro-batch and its `order.Batch`, and
+    its result takes the place of the images.
     """
 
     def __init__(
@@ -95,11 +96,8 @@ class EvaluationLoader:
         self.indices = torch.arange(rank, len(source), world)
         self._loader = None
         if not isinstance(source, ResidentSource):
-            batches = [
-                Batch(0, step, 0, slice(0, len(part)), part)
-                for step, part in enumerate(self.indices.split(batch_size))
-                if len(part)
-            ]
+            parts = self.indices.split(batch_size) if len(self.indices) else ()
+            batches = [Batch(0, step, 0, slice(0, len(part)), part) for step, part in enumerate(parts)]
             self._loader = DataLoader(
                 _Decoder(source, replace=False), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers
             )
@@ -130,7 +128,7 @@ def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> in
 
 
 class _Feed:
-    """The batch sampler of a DataLoader that lives for all epochs; yields whole `Batch` objects, so that workers know the step."""
+    """The batch sampler of a DataLoader that lives for all epochs; yields whole `Batch` objects: workers know the step."""
 
     def __init__(self, plan: EpochPlan) -> None:
         self.plan, self.epoch, self.start = plan, 0, 0
@@ -181,9 +179,8 @@ class _Decoder:
                 if not self.replace:
                     return None, index
                 index = stable_seed("replacement", place, attempt) % len(self.source)
-        raise UserError(
-            f"{ATTEMPTS} images of {self.source.title} in a row do not decode; the last is {failures[-1].path} ({failures[-1].reason})."
-        )
+        last = f"{failures[-1].path} ({failures[-1].reason})"
+        raise UserError(f"{ATTEMPTS} images of {self.source.title} in a row do not decode; the last is {last}.")
 
 
 def _as_it_is(result: Any) -> Any:

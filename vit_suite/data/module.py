@@ -36,7 +36,8 @@ class ImageDataModule(pl.LightningDataModule):
         seed: of the order, of `length` samples, and of generated images.
         quarantine: where files that do not decode are listed: a `Quarantine`, a path of `quarantine.txt`, or None (only counted).
         accumulate: micro-batches an optimiser step is split into; the trainer's accumulate_grad_batches when None.
-        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`); files only.
+        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`); files
+        only.
 
     The sets are opened on first use, so every attribute works without `setup()`. Raises UserError for whatever is wrong with the
     input: names, roots, layouts, batch size, too many bad files.
@@ -94,7 +95,8 @@ class ImageDataModule(pl.LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return EpochPlan(len(self.train_source), self.cfg.batch_size, self.seed, rank, world, accumulate)
 
-    # -- sources -------------------------------------------------------------------------------------------------------------------
+    # -- sources
+    # -------------------------------------------------------------------------------------------------------------------
 
     @property
     def train_source(self) -> ImageSource:

@@ -1,7 +1,7 @@
 """Which images make up batch b of epoch e on rank r: one global permutation an epoch, sliced.
 
-The global batch s of epoch e is `perm(seed, e)[s * G : (s + 1) * G]`. It splits into `accumulate` micro-batches, and each of these into
-one contiguous part a rank, so that any number of ranks and of micro-batches sees the same global batches.
+The global batch s of epoch e is `perm(seed, e)[s * G : (s + 1) * G]`. It splits into `accumulate` micro-batches, and each of
+these into one contiguous part a rank, so that any number of ranks and of micro-batches sees the same global batches.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ class EpochPlan:
 class EpochLoader:
     """Iterates an `EpochPlan`; subclasses turn plans into batches.
 
-    Iterating again goes on to the next epoch; `set_epoch` chooses one. `state_dict` holds the position after the last batch that was
-    handed out, not after those that workers have prepared; `load_state_dict` makes the next iteration go on from there. The state
-    does not depend on the rank, and a resumed run may have another number of ranks or micro-batches. Lightning calls all three.
+    Iterating again goes on to the next epoch; `set_epoch` chooses one. `state_dict` holds the position after the last batch that
+    was handed out, not after those that workers have prepared; `load_state_dict` makes the next iteration go on from there. The
+    state does not depend on the rank, and a resumed run may have another number of ranks or micro-batches. Lightning calls all
+    three.
     """
 
     def __init__(self, plan: EpochPlan) -> None:
@@ -125,10 +126,8 @@ class EpochLoader:
             if state[key] != now:
                 raise UserError(f"cannot resume: the run began with {name} {state[key]}, now it is {now}.")
         if state["micro"] and state["accumulate"] != self.plan.accumulate:
-            raise UserError(
-                f"cannot resume in the middle of an optimiser step with another trainer.accumulate ({state['accumulate']} before, "
-                f"{self.plan.accumulate} now)."
-            )
+            change = f"{state['accumulate']} before, {self.plan.accumulate} now"
+            raise UserError(f"cannot resume within an optimiser step with another trainer.accumulate ({change}).")
         self.epoch, self.position, self._placed = state["epoch"], state["step"] * self.plan.accumulate + state["micro"], True
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0

@@ -1,7 +1,9 @@
-"""Published data sets, read and downloaded by torchvision's own classes; or, where the root holds them so, as class folders of files.
+"""Published data sets, read and downloaded by torchvision's own classes; or, where the root holds them so, as class folders of
+files.
 
-Every opener takes `(cfg, root, split)` and returns an `ImageSource`. torchvision's many ways to fail (RuntimeError, FileNotFoundError,
-EOFError, pickle errors, network errors) all become one UserError with the expected layout and how to get the set.
+Every opener takes `(cfg, root, split)` and returns an `ImageSource`. torchvision's many ways to fail (RuntimeError,
+FileNotFoundError, EOFError, pickle errors, network errors) all become one UserError with the expected layout and how to get the
+set.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def open_oxford_pets(cfg: DataConfig, root: Path, split: str | None) -> ImageSou
 
 
 def open_imagenet(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """ImageNet-1k: train and val as WNID folders. With torchvision's meta.bin (or the devkit archive) classes have words, else WNIDs."""
+    """ImageNet-1k: train and val as WNID folders. Classes have words with torchvision's meta.bin (or the devkit archive)."""
     layout = (
         "ROOT/train/WNID/*.JPEG and ROOT/val/WNID/*.JPEG (val sorted into class folders), or ROOT with ILSVRC2012_img_train.tar, "
         "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which torchvision unpacks"
@@ -106,21 +108,18 @@ def open_imagenet(cfg: DataConfig, root: Path, split: str | None) -> ImageSource
         return _files(cfg, "ImageNet", chosen, root, paths, [words[0] for words in data.classes], labels)
     folder = split_folders(root).get(chosen)
     if folder is None or not subfolders(folder):
-        if cfg.download:
-            raise UserError(f"ImageNet cannot be downloaded without an account at https://image-net.org; expected {layout}.")
-        raise UserError(
-            f"no ImageNet {chosen} split under '{root}': expected {layout}; found {found_in(folder or root)}. It needs an account at https://image-net.org."
-        )
+        found = f"expected {layout}; found {found_in(folder or root)}"
+        raise UserError(f"no ImageNet {chosen} split under '{root}': {found}. It needs an image-net.org account.")
     return class_folder_source("ImageNet", chosen, folder, cfg.channels)
 
 
 def _place(
     cfg: DataConfig, root: Path, split: str | None, title: str, folder: str, classes: int, names: list[str] | None = None
 ) -> tuple[Path, ImageSource | None]:
-    """Where torchvision's `folder` lies (ROOT is its parent, or the folder itself), and the source if ROOT holds class folders instead.
+    """Where torchvision's `folder` lies (ROOT is its parent, or the folder itself); the source if ROOT holds class folders.
 
-    Class folders are looked for in ROOT/NAME and in ROOT, and must have the set's number of classes (and its `names`, if given), lest
-    another set goes by this one's name.
+    Class folders are looked for in ROOT/NAME and in ROOT, and must have the set's number of classes (and its `names`, if given),
+    lest another set goes by this one's name.
     """
     if root.name == folder and not (root / folder).is_dir():
         return root.parent, None
@@ -146,9 +145,8 @@ def _read(cfg: DataConfig, root: Path, title: str, layout: str, make: Callable[[
     try:
         return make(datasets)
     except ImportError as error:
-        raise UserError(
-            f"{title}: torchvision needs {error.name or error} to read this set: pip install {error.name or 'it'}."
-        ) from None
+        module = error.name or "it"
+        raise UserError(f"{title}: torchvision reads this set with {module}, which is missing: pip install {module}.") from None
     except Exception as error:
         how = "" if cfg.download or title == "ImageNet" else " data.download=true fetches it."
         cause = " ".join(str(error).split())

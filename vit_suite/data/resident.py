@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_suite.data.decode import DecodeError, Quarantine, convert_channels, image_size
+from vit_suite.data.decode import JPEG, DecodeError, Quarantine, convert_channels, image_size
 from vit_suite.data.source import ArraySource, FileSource, ImageSource, ResidentSource, Subset
 from vit_suite.errors import UserError
 
 GIB = 1024**3
 PROBES = 64
-# Pillow holds the GIL outside its inner loops, so threads slow small images down. Measured on 2 cores, JPEG: see THREADS_FROM_PIXELS
-THREADS_FROM_PIXELS = 128 * 128
+SMALL = 128 * 128  # pixels; see _threads
 
 
 def common_size(source: ImageSource) -> tuple[int, int] | None:
     """(H, W) of every image if that is known, or likely: headers of 64 files spread over the set agree. None otherwise.
 
-    Only headers of a sample are read, so that a set of a million photographs answers at once; `decode_all` finds the rare odd one.
+    Only headers of a sample are read, so that a set of a million photographs answers at once; `decode_all` finds the rare odd
+    one.
     """
     if source.image_size is not None:
         return source.image_size
@@ -72,7 +72,7 @@ def _refuse(wanted: bool | str, why: str) -> None:
 
 
 def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tensor, list[DecodeError]] | None:
-    """Images uint8 (M, C, H, W), their indices (M,) in the source, and the failures; None as soon as an image has another size."""
+    """Images uint8 (M, C, H, W), their indices (M,) in the source, the failures; None as soon as an image has another size."""
     if (whole := _array(source)) is not None:
         return whole, torch.arange(len(source)), []
     images = torch.empty((len(source), source.channels, *size), dtype=torch.uint8)
@@ -91,10 +91,11 @@ def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tens
         return True
 
     chunks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
-    if size[0] * size[1] < THREADS_FROM_PIXELS:
+    threads = _threads(source, size)
+    if threads == 1:
         agree = all(map(fill, chunks))
     else:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             agree = all(pool.map(fill, chunks))
     if not agree:
         return None
@@ -102,6 +103,16 @@ def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tens
         return images, torch.arange(len(source)), []
     good = torch.tensor([i for i in range(len(source)) if i not in bad], dtype=torch.int64)
     return images[good], good, [bad[i] for i in sorted(bad)]
+
+
+def _threads(source: ImageSource, size: tuple[int, int]) -> int:
+    """How many threads decode: JPEG decoding leaves Python, so threads add up; other small images stay under its lock.
+
+    Measured on 2 cores, 32 px through Pillow: two threads took twice as long as one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    large = size[0] * size[1] >= SMALL and not source.has_masks
+    return min(8, cores) if large or source.path(0).lower().endswith(JPEG) else 1
 
 
 def _array(source: ImageSource) -> Tensor | None:
@@ -118,8 +129,10 @@ def _array(source: ImageSource) -> Tensor | None:
 
 
 def to_device(source: ResidentSource, device: torch.device | str, reserve: float = 0.5) -> bool:
-    """Move the images of `source` to `device` in place; False, and nothing moves, when they need more than `reserve` of a GPU's free
-    memory (the rest is the model's)."""
+    """Move the images of `source` to `device` in place; whether they fit.
+
+    They fit a GPU when they need at most `reserve` of its free memory; the rest is the model's.
+    """
     device = torch.device(device)
     if source.images.device == device:
         return True

@@ -1,12 +1,11 @@
 """`shapes`: images generated offline, a textured object on a cluttered background, with the class label and the object's mask.
 
-The class is the outline alone. Texture, colours, scale, position, rotation and stretch of the object are drawn independently of it, as
-are the background's texture and its clutter (line segments and blobs), so that raw pixels and colour statistics say almost nothing
-about the class. The object covers 10 to 40% of the image, and its colours stand apart from the background's mean colour.
+The class is the outline alone. Texture, colours, scale, position, rotation and stretch of the object are drawn independently of
+it, as are the background's texture and its clutter (line segments and blobs), so that raw pixels and colour statistics say almost
+nothing about the class. The object covers 10 to 40% of the image, and its colours stand apart from the background's mean colour.
 
-Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the same pixels.
-Images are rendered one at a time, with few and small numpy calls: batched rendering measured no faster and would let an image depend
-on its neighbours. Axes: H height, W width; x grows to the right, y downwards, in pixels from the centre.
+Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the same
+pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the centre.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ def _triangle(x: ndarray, y: ndarray) -> ndarray:
 
 
 def _star(x: ndarray, y: ndarray) -> ndarray:
-    # Five tips at radius 1 and five notches at 0.42: the distance to the edge between a tip and a notch, folded into one half tip.
+    # Five tips at radius 1 and five notches at 0.42: the distance to the edge between a tip and a notch, folded into one half
+    # tip.
     angle = np.abs(np.mod(np.arctan2(x, -y) + np.pi / 5, 2 * np.pi / 5) - np.pi / 5)
     radius = np.hypot(x, y)
     notch_x, notch_y = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
@@ -108,7 +108,8 @@ EXTENT = _unit_extent()
 
 
 class ShapesSource(ImageSource):
-    """`length` generated images of (height, width); label = index modulo the number of classes, so every class is equally frequent.
+    """`length` generated images of (height, width); label = index modulo the number of classes, so every class is equally
+    frequent.
 
     UserError when a side is under 16 pixels. `channels` 1 gives luma, 3 RGB.
     """
@@ -163,7 +164,8 @@ class ShapesSource(ImageSource):
         name = CLASSES[index % len(CLASSES)]
         area, extent = EXTENT[name]
         height, width = self.image_size
-        # The largest object still fits into the image with its enclosing circle; the smallest keeps the range open for thin outlines.
+        # The largest object still fits into the image with its enclosing circle; the smallest keeps the range open for thin
+        # outlines.
         most = min(AREA[1], area / extent**2 * 0.25 * min(height, width) / max(height, width))
         share = min(AREA[0], 0.7 * most) + u[0] * (most - min(AREA[0], 0.7 * most))
         radius = math.sqrt(share * height * width / area)
@@ -206,7 +208,8 @@ def _blend(colours: ndarray, share: ndarray) -> ndarray:
 
 
 def _colours(u: list[float]) -> tuple[ndarray, ndarray]:
-    """Two background colours close to each other, and of four candidate pairs for the object the one farthest from them: (2, 3) each.
+    """Two background colours close to each other, and of four candidate pairs for the object the one farthest from them: (2, 3)
+    each.
 
     `u`: 30 uniform draws.
     """

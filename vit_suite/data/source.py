@@ -62,7 +62,8 @@ class ImageSource:
         try:
             return self.load(index)
         except DecodeError as error:
-            (self.quarantine or Quarantine()).report([error], self.title, len(self))
+            quarantine = self.quarantine if self.quarantine is not None else Quarantine()
+            quarantine.report([error], self.title, len(self))
             return None
 
     @property
@@ -70,7 +71,7 @@ class ImageSource:
         """Name and split, as messages show them."""
         return f"{self.name} {self.split}"
 
-    def subset(self, indices: Sequence[int] | Tensor) -> Subset:
+    def subset(self, indices: Sequence[int] | Tensor) -> ImageSource:
         """The images at `indices`, in that order."""
         return Subset(self, indices)
 
@@ -103,7 +104,7 @@ class Subset(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Image files. Paths are kept as one byte array: workers share its memory, where a list of a million strings would be copied."""
+    """Image files. Paths are one byte array, which workers share; of a list of a million strings each would grow a copy."""
 
     def __init__(
         self,
@@ -168,6 +169,13 @@ class ResidentSource(ImageSource):
 
     def mask(self, index: int) -> Tensor:
         return self.base.mask(index)
+
+    def subset(self, indices: Sequence[int] | Tensor) -> ResidentSource:
+        """The images at `indices`, copied into one tensor of their own on the same device."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        part = ResidentSource(Subset(self.base, indices), self.images[indices.to(self.images.device)])
+        part.quarantine = self.quarantine
+        return part
 
 
 def _writable(array: np.ndarray) -> np.ndarray:

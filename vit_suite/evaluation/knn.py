@@ -1,16 +1,16 @@
 """Weighted k-nearest-neighbour classification of frozen features.
 
-The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eval_knn.py computes it: a query's score for class c is the
-sum of exp(similarity / temperature) over those of its k nearest bank rows whose label is c. Deliberate deviations:
+The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eval_knn.py computes it: a query's score for class c
+is the sum of exp(similarity / temperature) over those of its k nearest bank rows whose label is c. Deliberate deviations:
 
 - the bank is searched in chunks too, not only the queries, so memory is bounded whatever the sizes;
 - votes are scattered by label instead of multiplied by a (k, classes) one-hot, so the number of classes is not a memory problem;
-- the vote runs in float64 after subtracting the largest similarity: the ranking is the same and a small temperature cannot overflow;
+- the vote runs in float64 after subtracting the largest similarity: the ranking is the same, a small temperature cannot overflow;
 - ties are resolved: between bank rows and between classes the lower index wins; a class without any vote is never a top-5 hit
   (the official sort leaves both to chance);
 - k larger than the bank is clamped, and reported as clamped; few queries, few classes and few bank rows all work.
 
-Axes: N bank rows, M queries, D feature width, C classes, K largest number of neighbours, Q and B rows of a query and of a bank chunk.
+Axes: N bank rows, M queries, D feature width, C classes, K largest number of neighbours, Q and B rows of a query and a bank chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional
 from vit_suite.errors import UserError
 
 DEFAULT_MEMORY = 256 * 2**20
-"""Bytes; larger chunks were not faster on a CPU (they leave its cache), smaller ones cost launches on a GPU."""
+"""Bytes of working memory."""
 
 _BYTES_PER_PAIR = 12
 """Of a (query, bank row) pair at the worst moment: similarity (4), running count (4) and masks (4) while ties are resolved."""
@@ -85,10 +85,10 @@ def knn_classify(
 ) -> KNNResult:
     """Classify `queries` (M, D) by a weighted vote of their nearest rows in `bank` (N, D), for every k of `ks` in one search.
 
-    Rows are L2-normalised here unless they already have unit length. Similarities are exact float32 cosines, whatever autocast or
-    TF32 setting is active. `bank_labels` (N,) and `query_labels` (M,) are integers 0..classes-1; `classes` is the largest label + 1
-    when not given. `memory` bounds the working memory in bytes, on top of inputs and results. `leave_one_out` is for queries that ARE
-    the bank, row for row: each then ignores itself. Work happens on `device`, the bank's own when not given.
+    Rows are L2-normalised here unless they already have unit length. Similarities are exact float32 cosines, whatever autocast
+    or TF32 setting is active. `bank_labels` (N,) and `query_labels` (M,) are integers 0..classes-1; `classes` is the largest
+    label + 1 when not given. `memory` bounds the working memory in bytes, on top of inputs and results. `leave_one_out` is for
+    queries that ARE the bank, row for row: each then ignores itself. Work happens on `device`, the bank's own when not given.
 
     Raises UserError for empty, mismatched or non-finite inputs, labels outside 0..classes-1 (-1 means unlabelled), k < 1,
     temperature <= 0, and a memory budget too small for a single query.
@@ -105,13 +105,12 @@ def knn_classify(
     result = KNNResult(len(queries), len(bank), classes, float(temperature), used)
     parts: list[dict] = []
     with torch.no_grad(), _exact_float32(device):
-        bank = _unit_rows(bank)
         for start in _steps(len(queries), rows, progress):
-            chunk = _unit_rows(queries[start:start + rows]).to(device)
+            chunk = _unit_rows(queries[start : start + rows].to(device))
             similarities, neighbours = _search(chunk, bank, largest, columns, start if leave_one_out else None)
-            truth = None if query_labels is None else query_labels[start:start + rows].to(device)
-            votes = bank_labels.to(neighbours.device if bank_labels.is_cuda else "cpu")[neighbours.to(bank_labels.device)].to(device)
-            part = _vote(similarities, votes.long(), used, temperature, classes, truth, return_scores)
+            truth = None if query_labels is None else query_labels[start : start + rows].to(device)
+            labels = bank_labels[neighbours.to(bank_labels.device)].to(device).long()  # (Q, K)
+            part = _vote(similarities, labels, used, temperature, classes, truth, return_scores)
             if return_neighbours:
                 part |= {"neighbours": neighbours.cpu(), "similarities": similarities.cpu()}
             parts.append(part)
@@ -120,14 +119,16 @@ def knn_classify(
 
 def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> tuple[int, int]:
     """(query rows, bank rows) of a chunk so that similarities, candidates and votes stay within `memory` bytes."""
-    # Candidates: two lists of k (value 4, index 8), concatenated (x2) and sorted (x2). Votes: scores and comparisons, 8 + 8 bytes.
+    # A query's candidates: two lists of k (value 4, index 8 bytes), joined, sorted, gathered. Its votes: scores, comparisons.
     row = 96 * k + 16 * classes
     least = row + _BYTES_PER_PAIR * min(bank, 256)
     if memory < least:
-        raise UserError(f"memory {memory} bytes is too small for one query of this search (k {k}, {classes} classes): "
-                        f"give at least {least}")
-    rows = min(queries, 1024, memory // least)
-    # A query chunk of 1024 keeps the matrix product efficient; the bank chunk takes what remains.
+        raise UserError(
+            f"memory {memory} bytes is too small for one query of this search (k {k}, {classes} classes): give at least {least}"
+        )
+    # Merging costs as much a bank chunk however short it is, so fewer queries are better than bank chunks of a few k. More than
+    # 1024 queries gain nothing in the matrix product.
+    rows = max(1, min(queries, 1024, memory // (row + _BYTES_PER_PAIR * min(bank, max(4096, 16 * k)))))
     return rows, min(bank, (memory - rows * row) // (rows * _BYTES_PER_PAIR))
 
 
@@ -139,7 +140,7 @@ def _search(queries: Tensor, bank: Tensor, k: int, columns: int, first: int | No
     best_values = queries.new_empty(len(queries), 0)
     best_indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(bank), columns):
-        chunk = bank[start:start + columns].to(queries.device)
+        chunk = _unit_rows(bank[start : start + columns].to(queries.device))
         similarities = queries @ chunk.T  # (Q, B)
         if first is not None:
             own = torch.arange(first, first + len(queries), device=queries.device) - start  # column of the query itself
@@ -163,7 +164,7 @@ def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         top, indices = top[:, :k], indices[:, :k]
         if cut.any():
             indices = indices.clone()
-            indices[cut] = _first_of_equals(values[cut], top[cut, k - 1:k], k)
+            indices[cut] = _first_of_equals(values[cut], top[cut, k - 1 : k], k)
     indices = indices.sort(dim=1).values
     top, order = values.gather(1, indices).sort(dim=1, descending=True, stable=True)
     return top, indices.gather(1, order)
@@ -178,8 +179,9 @@ def _first_of_equals(values: Tensor, threshold: Tensor, k: int) -> Tensor:
     return taken.nonzero()[:, 1].view(len(values), k)
 
 
-def _vote(similarities: Tensor, labels: Tensor, used: dict[int, int], temperature: float, classes: int,
-          truth: Tensor | None, return_scores: bool) -> dict:
+def _vote(
+    similarities: Tensor, labels: Tensor, used: dict[int, int], temperature: float, classes: int, truth: Tensor | None, return_scores: bool
+) -> dict:
     """Predictions, ranks of the truth and (raw) scores of one query chunk for every k; labels (Q, K) are the neighbours'."""
     exponent = similarities.double() / temperature
     offset = exponent[:, :1]  # the largest; subtracting it scales a row's scores by a constant
@@ -264,14 +266,15 @@ def _check_rows(bank: Tensor, queries: Tensor, temperature: float, leave_one_out
             raise UserError(f"the kNN {name} must be (rows, width), not {tuple(rows.shape)}")
         if len(rows) == 0:
             raise UserError(f"the kNN {name} has no rows")
-        broken = int((~rows.isfinite().all(1)).sum())
+        broken = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(65536))  # in parts: memory
         if broken:
             raise UserError(f"{broken} of {len(rows)} features of the kNN {name} are NaN or infinite: the weights have diverged")
     if bank.shape[1] != queries.shape[1]:
-        raise UserError(f"the kNN bank has features of width {bank.shape[1]}, the queries of {queries.shape[1]}: "
-                        "both must come from one backbone")
+        raise UserError(
+            f"the kNN bank has features of width {bank.shape[1]}, the queries of {queries.shape[1]}: both must come from one backbone"
+        )
     if leave_one_out and len(bank) != len(queries):
-        raise UserError(f"leave_one_out needs the bank itself as queries, not {len(queries)} queries beside {len(bank)} bank rows")
+        raise UserError(f"leave_one_out needs the bank itself as queries, not {len(queries)} queries for {len(bank)} bank rows")
     if leave_one_out and len(bank) < 2:
         raise UserError("leave_one_out needs a bank of at least 2 rows")
 
@@ -287,5 +290,5 @@ def _check_labels(bank_labels: Tensor, query_labels: Tensor | None, bank: int, q
         if unlabelled:
             raise UserError(f"{unlabelled} of {rows} images of the kNN {name} are unlabelled (-1): kNN needs a labelled set")
         if classes is not None and int(labels.max()) >= classes:
-            raise UserError(f"the kNN {name} has label {int(labels.max())}, but there are only {classes} classes (0..{classes - 1})")
+            raise UserError(f"the kNN {name} has label {int(labels.max())}, but labels go from 0 to {classes - 1}")
     return classes if classes is not None else max(int(labels.max()) for _, labels, _ in given) + 1

@@ -34,7 +34,8 @@ def dino_loss(student_logits: Tensor, teacher: Tensor, student_temperature: floa
         Scalar in nats. ln K is the loss of a uniform student.
     """
     log_student = torch.log_softmax(student_logits.float() / student_temperature, dim=-1)
-    pairs = torch.einsum("qbk,vbk->qvb", teacher.detach(), log_student).mean(-1)  # (Q, V)
+    with torch.autocast(student_logits.device.type, enabled=False):  # which would run the einsum in bf16, three digits
+        pairs = torch.einsum("qbk,vbk->qvb", teacher.detach(), log_student).mean(-1)  # (Q, V)
     same = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
     return -pairs.masked_fill(same, 0.0).sum() / (pairs.numel() - len(pairs))
 

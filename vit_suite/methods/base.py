@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vit_suite import distributed
 from vit_suite.config import OptimConfig, ViewsConfig
+from vit_suite.data.source import stable_seed
 from vit_suite.optim.groups import clip_each, parameter_groups
 from vit_suite.optim.schedules import cosine
 from vit_suite.views.multicrop import MultiCrop, view_generator
@@ -122,13 +123,15 @@ class Method(pl.LightningModule):
         return self.views(images, generator, rows=slice(start, start + len(images)), total=total)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        # Drop path draws from the global generator: keyed by the step, a resumed run repeats it and ranks differ in it.
+        torch.manual_seed(stable_seed("step", self.seed, self.current_epoch, batch_idx, distributed.rank()))
         images, labels, *_ = batch
         logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         values = self.losses(self.crops(images, batch_idx), labels, logged)
         # Reading a value makes a GPU wait, so there the check is made where values are read anyway.
         if (logged or self.device.type == "cpu") and not torch.isfinite(values["loss"]):
             raise RuntimeError(
-                f"the loss is {float(values['loss'])} at step {self.global_step}: lower optim.lr, or train with trainer.precision=fp32"
+                f"the loss is {values['loss'].item()} at step {self.global_step}: lower optim.lr, or train with trainer.precision=fp32"
             )
         self.log("train/loss", values["loss"].detach(), prog_bar=True, sync_dist=logged)
         for name, value in values.items():

@@ -110,10 +110,12 @@ class DINO(Method):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.global_step == 0:
-            assert_twins(self.teacher, self.student)
         for network in (self.student, self.teacher):
             network.backbone.set_fused_attention(self.device.type != "cpu")
+
+    def on_train_start(self) -> None:
+        if self.global_step == 0:  # a resumed run, whose step is restored by now, has a teacher that lags behind
+            assert_twins(self.teacher, self.student)
 
     def losses(self, crops: list[Tensor], labels: Tensor | None = None, logged: bool = False) -> dict[str, Tensor]:
         """DINO's loss over all crops, globals first; adds the batch to the centre's running sum."""

@@ -111,7 +111,7 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
         UserError: the name is no timm model, the model is no plain VisionTransformer with a CLS token, or the image size is not
             divisible by the patch.
     """
-    common = {"num_classes": 0, "global_pool": "token", "in_chans": cfg.channels, "drop_path_rate": cfg.drop_path}
+    common = {"num_classes": 0, "global_pool": "", "in_chans": cfg.channels, "drop_path_rate": cfg.drop_path}
     if cfg.image_size is not None:
         size = tuple(cfg.image_size)
         common["img_size"] = size if len(size) == 2 else size * 2

@@ -1,4 +1,7 @@
-"""The deterministic view that features are measured on: shorter side to 256/224 of the crop, centre crop, normalise (DINO eval_knn.py)."""
+"""The deterministic view that features are measured on: shorter side to 256/224 of the crop, centre crop, normalise.
+
+Source: DINO eval_knn.py (Resize(256), CenterCrop(224)), its proportion kept for other sizes.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vit_suite.views.multicrop import normalise_
-from vit_suite.views.resample import Size, as_pair
+from vit_suite.views.resample import Size, as_pair, resize
 
 MARGIN = 256 / 224
 """Shorter side after the resize over the side of the crop."""
@@ -25,12 +27,10 @@ def _centre(images: Tensor, size: tuple[int, int]) -> Tensor:
             resized = (down, max(across, int(down * width / height)))
         else:
             resized = (max(down, int(across * height / width)), across)
-        if images.dtype == torch.uint8 and images.device.type != "cpu":
-            images = images / 255  # only the CPU resizes 8 bits directly
-        images = functional.interpolate(images, size=resized, mode="bicubic", antialias=True, align_corners=False)
+        images = resize(images, resized)
         top, left = round((resized[0] - h) / 2), round((resized[1] - w) / 2)
         images = images[..., top : top + h, left : left + w]
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float().clamp(0, 1)
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float().clone()
 
 
 def eval_view(images: Tensor | Sequence[Tensor], size: Size, mean: Sequence[float], std: Sequence[float]) -> Tensor:

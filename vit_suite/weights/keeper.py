@@ -68,7 +68,7 @@ class Keeper(Checkpoint):
         """Write a checkpoint beside its final place and move it there in one step."""
         path = self.folder / "checkpoints" / f"{name}.ckpt"
         partial = path.with_suffix(".ckpt.partial")
-        trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(partial, weights_only=False)  # False: optimiser and loops too
         if trainer.is_global_zero:
             os.replace(partial, path)
         if name == "last":

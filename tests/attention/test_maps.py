@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vit_suite.attention.maps import attention_maps, cls_attention, mass_mask, max_map, mean_map, upsample
+from vit_suite.errors import UserError
+
+
+def test_cls_attention_takes_the_cls_row_behind_the_prefix():
+    attention = torch.arange(2 * 2 * 9 * 9, dtype=torch.float32).view(2, 2, 9, 9)
+    maps = cls_attention(attention, 3, (2, 3))
+    assert maps.shape == (2, 2, 2, 3)
+    assert maps[1, 0].flatten().equal(attention[1, 0, 0, 3:])
+
+
+def test_cls_attention_refuses_what_does_not_fit():
+    attention = torch.zeros(1, 2, 10, 10)
+    with pytest.raises(ValueError, match="4x3 grid"):
+        cls_attention(attention, 1, (4, 3))
+    with pytest.raises(ValueError, match="CLS token"):
+        cls_attention(attention, 0, (2, 5))
+
+
+def test_mass_mask_by_hand():
+    heat = torch.tensor([[0.1, 0.2], [0.3, 0.4]])  # ascending cumulative mass: 0.1 0.3 0.6 1.0
+    assert mass_mask(heat, 0.6).tolist() == [[False, False], [True, True]]
+    assert mass_mask(heat, 0.75).tolist() == [[False, True], [True, True]]
+    assert mass_mask(heat, 0.3).tolist() == [[False, False], [False, True]]
+    assert mass_mask(heat * 17, 0.6).equal(mass_mask(heat, 0.6))
+    assert mass_mask(heat, 1.0).all()
+    assert not mass_mask(torch.zeros(2, 2)).any()
+
+
+def test_mass_mask_is_the_smallest_set_that_holds_the_mass():
+    maps = torch.rand(3, 4, 7, 5, generator=torch.Generator().manual_seed(0)) ** 3
+    for threshold in (0.2, 0.6, 0.9):
+        mask = mass_mask(maps, threshold)
+        share = (maps * mask).sum((-2, -1)) / maps.sum((-2, -1))
+        least = torch.where(mask, maps, torch.inf).amin((-2, -1))
+        assert (share >= threshold - 1e-6).all()
+        assert (share - least / maps.sum((-2, -1)) < threshold).all()  # without its smallest patch it no longer does
+        assert (torch.where(mask, 0, maps).amax((-2, -1)) <= least).all()
+
+
+def test_equal_patches_are_taken_deterministically():
+    mask = mass_mask(torch.full((2, 4, 4), 0.25), 0.5)
+    assert mask[0].equal(mask[1])
+    assert mask[0].flatten().tolist() == [False] * 8 + [True] * 8 or int(mask[0].sum()) == 9  # 0.5 + rounding
+
+
+def test_mean_and_max_map():
+    maps = torch.tensor([[[[1.0, 3.0]], [[0.2, 0.2]]]])
+    assert torch.allclose(mean_map(maps), torch.tensor([[[0.6, 1.6]]]))
+    assert torch.allclose(max_map(maps), torch.tensor([[[0.5, 0.75]]]))
+
+
+def test_nearest_upsampling_repeats_patches_and_fits_any_size():
+    heat = torch.arange(6.0).view(2, 3)
+    assert upsample(heat, (4, 9)).equal(heat.repeat_interleave(2, 0).repeat_interleave(3, 1))
+    odd = upsample(heat, (5, 7))
+    assert odd.shape == (5, 7)
+    assert odd[:, 0].tolist() == [0, 0, 3, 3, 3] and odd[0].tolist() == [0, 0, 1, 1, 1, 2, 2]  # the middle row's centre is on the seam
+    assert upsample(heat, (1, 1)).tolist() == [[4]]  # smaller than the grid: the patch under the centre
+    mask = heat > 2
+    assert upsample(mask, (4, 6)).dtype == torch.bool
+
+
+def test_bilinear_upsampling():
+    heat = torch.arange(12.0).view(1, 2, 2, 3)
+    smooth = upsample(heat, (8, 12), "bilinear")
+    assert smooth.shape == (1, 2, 8, 12)
+    torch.testing.assert_close(smooth.mean((-2, -1)), heat.mean((-2, -1)))
+    assert smooth[0, 0, 0, 0] == 0 and smooth[0, 1, -1, -1] == 11
+    with pytest.raises(ValueError, match="bilinear"):
+        upsample(heat > 2, (8, 12), "bilinear")
+    with pytest.raises(ValueError, match="nearest or bilinear"):
+        upsample(heat, (8, 12), "cubic")
+
+
+class Tiny(torch.nn.Module):
+    patch_size, heads, prefix_tokens = 4, 2, 3
+
+    def last_attention(self, images):
+        assert not self.training and not torch.is_grad_enabled()
+        tokens = self.prefix_tokens + images[0, 0].numel() // 16
+        return torch.arange(float(tokens)).expand(len(images), self.heads, tokens, tokens)
+
+
+def test_attention_maps_of_a_backbone():
+    backbone = Tiny().train()
+    maps = attention_maps(backbone, torch.zeros(5, 3, 8, 12))
+    assert maps.shape == (5, 2, 2, 3) and maps[4, 1].flatten().tolist() == [3, 4, 5, 6, 7, 8]
+    assert backbone.training
+    backbone.prefix_tokens = 0
+    with pytest.raises(UserError, match="no CLS token"):
+        attention_maps(backbone, torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,191 @@
+"""Features of a whole image set: the CLS token after the final norm, L2-normalised, as DINO's eval_knn.py takes it.
+
+Axes: N images that decode, D feature width, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vit_suite.data.decode import DecodeError
+from vit_suite.errors import UserError
+from vit_suite.hardware import autocast, pick_precision
+from vit_suite.views.evaluate import eval_view
+
+
+class Features(NamedTuple):
+    """`features, labels = result[:2]`; all on the CPU, in the order of the source."""
+
+    features: Tensor
+    """float32 (N, D), rows of length 1."""
+    labels: Tensor
+    """int64 (N,), -1 for an image without a label."""
+    indices: Tensor
+    """int64 (N,): which image of the source each row is; shorter than the source when files did not decode."""
+    failures: list[DecodeError]
+    """The files that did not decode; also reported to the source's quarantine where it has one."""
+
+
+def extract_features(
+    backbone: nn.Module,
+    source: Any,
+    image_size: int | Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    workers: int | None = None,
+    progress: bool = False,
+) -> Features:
+    """CLS features of every image of `source` (an ImageSource) under the deterministic evaluation view.
+
+    The backbone runs in eval mode without gradients, and every module gets its own mode back afterwards. `device`: where the forward
+    pass runs; the backbone's own when not given. Images held in one tensor are sliced; others decode in `workers` threads (the cores,
+    at most 8, when not given) beside the forward pass, at most two batches ahead.
+
+    Files that do not decode are left out and returned in `failures`. UserError when the source is empty or nothing decodes, or when
+    the source's quarantine has more than its limit.
+    """
+    device = torch.device(device) if device is not None else next(backbone.parameters()).device
+    precision = pick_precision(precision, device)
+
+    def forward(images: Tensor) -> Tensor:
+        with autocast(precision, device):
+            features = backbone(images.to(device))
+        return functional.normalize(features.float(), dim=1)
+
+    with frozen(backbone):
+        return _collect(source, image_size, mean, std, forward, device, batch_size, workers, "features" if progress else None)
+
+
+def raw_pixel_features(
+    source: Any,
+    image_size: int | Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Features:
+    """The baseline that any training must beat: the normalised pixels of the evaluation view as (N, C * H * W), L2-normalised."""
+
+    def flatten(images: Tensor) -> Tensor:
+        return functional.normalize(images.float().flatten(1), dim=1)
+
+    desc = "raw pixels" if progress else None
+    return _collect(source, image_size, mean, std, flatten, torch.device("cpu"), batch_size, workers, desc)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every submodule gets its own mode back (a frozen part of a training model stays frozen)."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def prefetch(function: Callable[[Any], Any], items: Iterable[Any], ahead: int, workers: int | None = None) -> Iterator[Any]:
+    """`map(function, items)` in order, computed by threads, never more than `ahead` results beyond the one that is taken."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(workers or min(8, cores()), thread_name_prefix="decode") as pool:
+        pending: deque = deque()
+        try:
+            for item in iterator:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # the consumer stopped early, or an item failed: do not decode what nobody will take
+            for future in pending:
+                future.cancel()
+
+
+def cores() -> int:
+    """CPU cores this process may use (a SLURM or container limit counts, not the machine)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _collect(source, size, mean, std, embed, device, batch_size, workers, desc) -> Features:
+    """Run `embed` over every batch of evaluation views; drop and report what does not decode."""
+    if len(source) == 0:
+        raise UserError(f"{_title(source)} holds no images")
+    rows, indices, failures = [], [], []
+    bar = _bar(len(source), desc)
+    for found, images, failed in _batches(source, batch_size, workers):
+        failures += failed
+        if found:
+            images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+            rows.append(embed(eval_view(images, size, mean, std)).cpu())
+            indices += found
+        bar.update(len(found) + len(failed))
+    bar.close()
+    quarantine = getattr(source, "quarantine", None)
+    if failures and quarantine is not None:
+        quarantine.report(failures, _title(source), len(source))
+    if not rows:
+        raise UserError(f"none of the {len(source)} images of {_title(source)} decodes; the first: {failures[0]}")
+    index = torch.tensor(indices, dtype=torch.int64)
+    labels = torch.full_like(index, -1) if source.labels is None else source.labels.cpu()[index].long()
+    return Features(torch.cat(rows), labels, index, failures)
+
+
+def _batches(source, batch_size: int, workers: int | None) -> Iterator[tuple[list[int], Any, list[DecodeError]]]:
+    """(indices, images, failures) in order; images are a uint8 (B, C, H, W) tensor or a list of (C, H_i, W_i)."""
+    held = getattr(source, "images", None)
+    if isinstance(held, Tensor):
+        for start in range(0, len(source), batch_size):
+            images = held[start : start + batch_size]
+            yield list(range(start, start + len(images))), images, []
+        return
+
+    def load(index: int) -> tuple[int, Tensor | DecodeError]:
+        try:
+            return index, source.load(index)
+        except DecodeError as error:
+            return index, error
+
+    found, images, failed = [], [], []
+    for index, image in prefetch(load, range(len(source)), ahead=2 * batch_size, workers=workers):
+        if isinstance(image, DecodeError):
+            failed.append(image)
+        else:
+            found.append(index)
+            images.append(image)
+        if len(found) + len(failed) == batch_size:
+            yield found, _stacked(images), failed
+            found, images, failed = [], [], []
+    if found or failed:
+        yield found, _stacked(images), failed
+
+
+def _stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor when the sizes agree: the view of a batch costs far less than that of its images one by one."""
+    return torch.stack(images) if images and len({image.shape for image in images}) == 1 else images
+
+
+def _title(source) -> str:
+    return getattr(source, "title", None) or getattr(source, "name", None) or type(source).__name__
+
+
+def _bar(total: int, desc: str | None):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=desc, unit="image", leave=False, disable=desc is None)
