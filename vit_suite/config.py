@@ -207,6 +207,8 @@ class TrainerConfig:
     """Passes over the training images; schedules span them."""
     max_steps: Annotated[int, Range(least=-1)] = -1
     """Stop after this many optimiser steps and let the schedules span them; -1 = max_epochs decides."""
+    max_minutes: Positive | None = None
+    """Stop after this many minutes of training, wherever the schedules stand."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     devices: Count | Literal["auto"] = "auto"
@@ -324,6 +326,8 @@ class KNNConfig:
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the forward pass; auto = bf16 where the hardware multiplies it natively. Similarities are fp32."""
+    baselines: bool = False
+    """Also score the same backbone untrained, and raw pixels: what the number is read beside."""
     output: str | None = None
     """File the scores are appended to; results.json in the run directory when the checkpoint is one, else in this folder."""
 

@@ -10,7 +10,7 @@ from vit_suite.data.resident import decode_all
 from vit_suite.data.shapes import CLASSES, ShapesSource
 from vit_suite.errors import UserError
 
-FINGERPRINT = [85.43, 119.18, 158.63]
+FINGERPRINT = [81.49, 120.83, 158.0]
 
 
 def test_an_image_depends_on_seed_split_and_index_alone():
@@ -32,7 +32,7 @@ def test_classes_are_balanced_and_masks_salient():
     source = ShapesSource("train", 1000, (32, 32))
     assert torch.bincount(source.labels).tolist() == [100] * 10 and len(source.classes) == 10
     area = torch.stack([source.mask(i) for i in range(1000)]).double().mean((1, 2))
-    assert area.min() > 0.09 and area.max() < 0.41
+    assert area.min() > 0.09 and area.max() < 0.33
     by_class = area.view(100, 10).mean(0)
     assert by_class.min() > 0.16 and by_class.max() < 0.30  # no class is told by its size
 
@@ -56,9 +56,9 @@ def test_colours_say_nothing_about_the_class():
     distances = torch.cdist(means[2000:], means[:2000])
     hits = (source.labels[:2000][distances.argmin(1)] == source.labels[2000:]).double().mean()
     assert hits < 0.14  # chance is 0.1, standard error 0.01
-    flat = images.flatten(1).double() / 255
-    hits = (source.labels[:2000][torch.cdist(flat[2000:], flat[:2000]).argmin(1)] == source.labels[2000:]).double().mean()
-    assert hits < 0.2  # raw pixels are weak
+    flat = torch.nn.functional.normalize(images.flatten(1).float() - 128)
+    hits = (source.labels[:2000][(flat[2000:] @ flat[:2000].T).argmax(1)] == source.labels[2000:]).double().mean()
+    assert hits < 0.3  # raw pixels are weak: 0.27 with 3,000 in the bank
 
 
 def test_masks_tell_the_class():
@@ -101,6 +101,16 @@ def test_published_statistics_hold():
     assert torch.allclose(
         images.double().flatten(2).transpose(0, 1).flatten(1).std(1) / 255, torch.tensor(std).double(), atol=0.02
     )
+
+
+def test_no_permission_is_a_user_error(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UserError, match="no permission to read"):
+        open_train(DataConfig(name="folder", root=str(tmp_path)))
 
 
 def test_statistics_of_channels():

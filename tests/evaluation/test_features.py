@@ -57,7 +57,7 @@ def expected(net, pictures):
         return nn.functional.normalize(net(eval_view(pictures, 8, MEAN, STD)), dim=1)
 
 
-@pytest.mark.parametrize("options", [{}, {"resident": True}, {"ragged": True}, {"count": 1}])
+@pytest.mark.parametrize("options", [{}, {"count": 75}, {"resident": True}, {"ragged": True}, {"count": 1}])
 def test_features_equal_the_model_on_the_evaluation_view(options):
     source, net = Source(**options), Net().train()
     net.norm.eval()

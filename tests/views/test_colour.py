@@ -83,7 +83,7 @@ def test_solarise_is_exact():
 SIGMAS = torch.tensor([0.1, 0.3, 0.5, 0.8, 1.0, 1.3, 1.5, 1.7, 2.0])
 
 
-@pytest.mark.parametrize("side", [16, 32, 80])  # products up to 64, shifted sums above
+@pytest.mark.parametrize("side", [16, 32, 96])  # products up to 88, shifted sums above
 def test_blur_is_pillows(side):
     """White noise, the worst image. Pillow rounds to 8 bits after each of its six passes: measured 2.97 / 255 apart at most."""
     pixels = torch.randint(0, 256, (len(SIGMAS), 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -101,7 +101,7 @@ def test_blur_kernel_has_the_gaussians_variance():
 
 
 def test_blur_of_non_square_views_and_by_both_ways():
-    x = torch.rand(3, 3, 70, 90, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(3, 3, 90, 110, generator=torch.Generator().manual_seed(0))
     sigma, apply = torch.tensor([0.4, 1.1, 2.0]), torch.tensor([True, False, True])
     shifted = colour.blur_(x.clone(), sigma, apply)
     products = colour._blur_by_matrix(x, colour.box_taps(sigma))

@@ -90,6 +90,7 @@ def test_probabilities_factors_and_orders():
         share_is(flags[:, 1], probabilities[1])
         share_is(flags[:, 2:], probabilities[2])
     uniform_within(drawn.sigma, 0.1, 2.0)
+    uniform_within(drawn.sigma[:, 2:][drawn.blur[:, 2:]], 0.1, 2.0)  # and not the draw that decides whether to blur
     for operation, strength in enumerate(cfg.jitter_strength):
         middle = 0 if operation == 3 else 1
         uniform_within(drawn.factors[..., operation], middle - strength, middle + strength)
@@ -228,8 +229,9 @@ def test_one_image_in_a_worker_equals_a_batch_of_one():
 
 @pytest.mark.parametrize(("key", "value"), [
     ("global_scale", [0.0, 1.0]), ("global_scale", [0.5, 0.4]), ("local_scale", [0.1, 1.5]), ("local_scale", [0.1]),
-    ("ratio", [0.0, 1.0]), ("ratio", [1.5, 1.0]), ("flip", 1.5), ("jitter", -0.1), ("grey", 2.0), ("blur", [1.0, 0.1]), ("blur", [1.0, 0.1, 1.1]),
-    ("solarise", [0.2]), ("blur_sigma", [0.0, 2.0]), ("blur_sigma", [2.0, 1.0]), ("jitter_strength", [0.4, 0.4, 0.2]),
+    ("ratio", [0.0, 1.0]), ("ratio", [1.5, 1.0]), ("flip", 1.5), ("jitter", -0.1), ("grey", 2.0), ("blur", [1.0, 0.1]),
+    ("blur", [1.0, 0.1, 1.1]), ("solarise", [0.2]), ("blur_sigma", [0.0, 2.0]), ("blur_sigma", [2.0, 1.0]),
+    ("jitter_strength", [0.4, 0.4, 0.2]),
     ("jitter_strength", [0.4, 0.4, 0.2, 0.6]), ("jitter_strength", [-0.4, 0.4, 0.2, 0.1]), ("local_crops", -1),
     ("global_size", 0), ("local_size", 0), ("flip", float("nan")), ("global_scale", [float("nan"), 1.0]),
 ])
@@ -264,3 +266,14 @@ def test_real_images_keep_their_mean():
     views = MultiCrop(PLAIN, [0.0] * 3, [1.0] * 3)(images, view_generator(0, 0, 0))
     level = torch.stack([image.float().mean() / 255 for image in images]).mean()
     assert abs(views[0].mean() - level) < 0.05 and views[0].std() > 0.1
+
+
+def test_the_path_of_a_gpu_never_asks_the_device_for_a_value():
+    """Tensors on PyTorch's meta device have shapes but no values, and take the GPU's path: any read back to the host raises."""
+    crop = MultiCrop(SMALL, MEAN, STD)
+    batch = crop(noise(6).to("meta"), view_generator(0, 0, 0))
+    shapes = [(32, 32), (200, 150), (150, 200)]
+    ragged = crop([noise(1, height=height, width=width)[0].to("meta") for height, width in shapes], view_generator(0, 0, 0))
+    for views, count in ((batch, 6), (ragged, 3)):
+        assert [tuple(view.shape) for view in views] == [(count, 3, 32, 32)] * 2 + [(count, 3, 16, 16)] * 4
+        assert all(view.device.type == "meta" for view in views)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +76,8 @@ class _Job:
     """uint8 (C, H, W), as decoded."""
     view: Tensor
     """uint8 (C, gh * patch, gw * patch), what the backbone sees before normalisation."""
+    shrunk: bool
+    """Whether the token limit made the view smaller."""
 
 
 @dataclass
@@ -127,44 +129,28 @@ def export_attention(
     (unless `overwrite`: files are replaced, others stay), an unknown format, or a backbone without CLS token; later only when not one
     image decodes.
     """
-    for kind, words, known in (("format", formats, FORMATS), ("heads", [heads], HEADS), ("upsampling", [upsample], UPSAMPLING)):
-        for word in words:
-            if word not in known:
-                raise unknown_name(kind, word, known)
-    _check(backbone, formats, threshold, resize, max_tokens, batch_size)
-    output = Path(output)
-    names = list_images(Path(images), output)
-    _check_output(output, overwrite)
+    drawing = _Drawing(Path(output), tuple(dict.fromkeys(formats)), threshold, heads, upsample)
+    _check(backbone, drawing, resize, max_tokens, batch_size)
+    names = list_images(Path(images), drawing.output)
+    _check_output(drawing.output, overwrite)
     device = torch.device(device) if device is not None else _device_of(backbone)
-    drawing = _Drawing(output, tuple(dict.fromkeys(formats)), threshold, heads, upsample)
-    summary = ExportSummary(output)
     threads = min(8, workers or cores())
-    started = time.monotonic()
-
-    def load(item: tuple[str, str]) -> _Job | DecodeError:
-        try:
-            picture = decode(item[1], len(mean))
-        except DecodeError as error:
-            return error
-        size = view_size(picture.shape[1:], backbone.patch_size, resize, max_tokens)
-        return _Job(*item, picture, _resized(picture, size))
-
+    load = _loader(backbone.patch_size, len(mean), resize, max_tokens)
+    summary, started = ExportSummary(drawing.output), time.monotonic()
     with _bar(len(names), progress) as bar, _Writer(threads, bar) as writer:
         jobs = _decoded(prefetch(load, names.items(), ahead=min(batch_size, 2 * threads), workers=threads), summary, bar)
         for batch in _batches(jobs, backbone, batch_size):
-            attention = _forward(backbone, batch, mean, std, device, pick_precision(precision, device))
+            attention = _forward(backbone, batch, mean, std, device, precision)
             for job, own in zip(batch, attention, strict=True):
-                grid = own.shape[-2:]
-                summary.coarse += grid[0] * grid[1] < 16
-                summary.shrunk += grid[0] * grid[1] < _patches(job.picture.shape[1:], backbone.patch_size, resize)
+                summary.images += 1
+                summary.coarse += own[0].numel() < 16
+                summary.shrunk += job.shrunk
                 writer.submit(draw, drawing, job.name, job.path, job.picture, own)
-            summary.images += len(batch)
     if not summary.images:
         raise UserError(f"none of the {len(names)} images under '{images}' decodes; the first: {summary.failures[0]}")
     summary.files = writer.written
-    _list_failures(summary, len(names))
     summary.seconds = time.monotonic() - started
-    return summary
+    return _list_failures(summary, len(names))
 
 
 def list_images(images: Path, output: Path) -> dict[str, str]:
@@ -258,7 +244,13 @@ def _maps(drawing: _Drawing, attention: Tensor, size: Sequence[int]) -> Iterator
         yield label, heat.numpy(), mask.numpy()
 
 
-def _check(backbone, formats, threshold, resize, max_tokens, batch_size) -> None:
+def _check(backbone: Any, drawing: _Drawing, resize: int | None, max_tokens: int, batch_size: int) -> None:
+    formats, threshold = drawing.formats, drawing.threshold
+    chosen = (("format", formats, FORMATS), ("heads", [drawing.heads], HEADS), ("upsampling", [drawing.mode], UPSAMPLING))
+    for kind, words, known in chosen:
+        for word in words:
+            if word not in known:
+                raise unknown_name(kind, word, known)
     if not formats:
         raise UserError(f"no format to write; known: {', '.join(FORMATS)}")
     maps.require_cls(backbone)
@@ -283,10 +275,19 @@ def _device_of(backbone: Any) -> torch.device:
     return first.device if first is not None else torch.device("cpu")
 
 
-def _patches(size: Sequence[int], patch: int, resize: int | None) -> int:
-    """Patches of an image without a token limit."""
-    height, width = view_size(size, patch, resize, 2**62)
-    return (height // patch) * (width // patch)
+def _loader(patch: int, channels: int, resize: int | None, max_tokens: int) -> Callable[[tuple[str, str]], _Job | DecodeError]:
+    """What the decoding threads run: (output name, path) -> a job, or the reason why there is none."""
+
+    def load(item: tuple[str, str]) -> _Job | DecodeError:
+        try:
+            picture = decode(item[1], channels)
+        except DecodeError as error:
+            return error
+        size = view_size(picture.shape[1:], patch, resize, max_tokens)
+        shrunk = size != view_size(picture.shape[1:], patch, resize, 2**62)
+        return _Job(*item, picture, _resized(picture, size), shrunk)
+
+    return load
 
 
 def _resized(picture: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -336,14 +337,15 @@ def _batches(jobs: Iterator[_Job], backbone: Any, batch_size: int) -> Iterator[l
 def _forward(backbone, batch: list[_Job], mean, std, device: torch.device, precision) -> Tensor:
     """CLS attention (B, h, gh, gw) float32 on the CPU."""
     views = torch.stack([job.view for job in batch]).to(device).float().div_(255)
-    with autocast(precision, device):
+    with autocast(pick_precision(precision, device), device):
         return maps.attention_maps(backbone, normalise_(views, mean, std)).cpu()
 
 
-def _list_failures(summary: ExportSummary, total: int) -> None:
+def _list_failures(summary: ExportSummary, total: int) -> ExportSummary:
     if summary.failures:
         summary.quarantine = summary.output / "quarantine.txt"
         Quarantine(summary.quarantine, limit=1.0).report(summary.failures, "the images folder", total)
+    return summary
 
 
 class _Writer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from vit_suite.commands import rundir
+from vit_suite.commands.logs import speak
 from vit_suite.config import PretrainConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.module import ImageDataModule
@@ -34,8 +35,16 @@ METHODS: dict[str, type[Method]] = {"dino": DINO}
 
 
 def run(cfg: PretrainConfig) -> None:
-    """Train, or resume, the run of `cfg`."""
+    """Train, or resume, the run of `cfg`, and say what to do next."""
     speak()
+    if train(cfg):
+        root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
+        log.info("next: vit-suite knn --checkpoint %s --data.name %s%s --baselines", cfg.run.output, cfg.data.name, root)
+        log.info("      vit-suite attention --checkpoint %s --images IMAGES --output %s/attention", cfg.run.output, cfg.run.output)
+
+
+def train(cfg: PretrainConfig) -> bool:
+    """Train, or resume; whether this process is the one that writes the results (rank 0)."""
     folder = Path(cfg.run.output)
     main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
     checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
@@ -66,16 +75,7 @@ def run(cfg: PretrainConfig) -> None:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
         summarise(cfg, folder, trainer, method, score, data, time.perf_counter() - started)
-
-
-def speak() -> None:
-    """Show this package's messages, and of Lightning's the warnings only."""
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of a torch name
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # images are in memory, or data.workers said so
+    return trainer.is_global_zero
 
 
 def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:
@@ -112,6 +112,7 @@ def build_trainer(cfg: PretrainConfig, folder: Path, score: OnlineKNN | None, pr
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_epochs=options.max_epochs,
         max_steps=options.max_steps,
+        max_time=None if options.max_minutes is None else timedelta(minutes=options.max_minutes),
         accumulate_grad_batches=options.accumulate,
         log_every_n_steps=options.log_every,
         enable_progress_bar=options.progress,
@@ -143,7 +144,7 @@ def build_loggers(cfg: PretrainConfig, folder: Path) -> list[Logger]:
 def summarise(
     cfg: PretrainConfig, folder: Path, trainer: pl.Trainer, method: Method, score: OnlineKNN | None, data: ImageDataModule, seconds: float
 ) -> None:
-    """Append the run to results.json and say what to do next."""
+    """Append the run to results.json."""
     images = trainer.global_step * cfg.data.batch_size
     metrics: dict[str, object] = {"steps": trainer.global_step, "epochs": trainer.current_epoch, "images": images, "seconds": round(seconds, 1)}
     if score and score.history:
@@ -157,6 +158,3 @@ def summarise(
     append_result(folder / "results.json", "pretrain", metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
     last = f", kNN {score.history[-1][1]:.2f}%" if score and score.history else ""
     log.info("done: %d steps, %d images in %.0f s%s; %s", trainer.global_step, images, seconds, last, folder)
-    root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
-    log.info("next: vit-suite knn --checkpoint %s --data.name %s%s", folder, cfg.data.name, root)
-    log.info("      vit-suite attention --checkpoint %s --images IMAGES --output %s", folder, folder / "attention")

@@ -8,8 +8,8 @@ Axes: C channels, H height, W width. What a file may be, and what becomes of it:
 - 16-bit grey: divided by 257. Floating point: 0..1 is stretched to 0..255; other values are refused, since a guess per file would
   give neighbouring files different scales.
 - EXIF orientation is applied.
-- N channels (not 1 or 3), and every .npy or .npz file: read as it is; N must match (else `UserError`: the option is wrong, not the
-  file). An array is (H, W), (H, W, N) or (N, H, W); TIFF has up to 4 bands, or N grey pages; more bands need `tifffile`.
+- N channels (not 1 or 3), and every .npy or .npz file: read as it is; N must match (else `UserError`: the option is wrong, not
+  the file). An array is (H, W), (H, W, N) or (N, H, W); TIFF has up to 4 bands, or N grey pages; more bands need `tifffile`.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ class Quarantine:
     def report(self, failures: list[DecodeError], what: str, total: int) -> None:
         """Record `failures` of the set `what` of `total` images. UserError when the set now has more than its share of them.
 
-        Samples of a set report under its name: the largest total counts, or a sample would be charged with all of the set's failures.
+        Samples of a set report under its name: the largest total counts, lest a sample be charged with all of the set's failures.
+        Each rank counts what it has met itself.
         """
         total = self.totals[what] = max(total, self.totals.get(what, 0))
         found = self.failures.setdefault(what, {})

@@ -59,7 +59,7 @@ class FileLoader(EpochLoader):
         transform: Callable[[list[Tensor], Batch], Any] | None = None,
     ) -> None:
         super().__init__(plan)
-        self.source, self.quarantine = source, quarantine or source.quarantine or Quarantine()
+        self.source, self.quarantine = source, _quarantine(quarantine, source)
         self._batches = _Feed(plan)
         self._loader = DataLoader(
             _Decoder(source, replace=True, transform=transform),
@@ -70,10 +70,29 @@ class FileLoader(EpochLoader):
             pin_memory=pin_memory,
         )
 
+    @property
+    def _iterator(self) -> Any:
+        """torch's iterator, under the name by which Lightning finds it to stop the workers when training ends or breaks off."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._loader._iterator = value
+
     def _produce(self, epoch: int, start: int) -> Iterator[tuple[Images, Tensor, Tensor]]:
         self._batches.epoch, self._batches.start = epoch, start
-        for result in self._loader:
-            yield _checked(result, self.source, self.quarantine)
+        try:
+            for result in self._loader:
+                yield _checked(result, self.source, self.quarantine)
+        except UserError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop the workers; iterating again starts new ones."""
+        if self._loader.num_workers and self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+        self._loader._iterator = None
 
 
 class EvaluationLoader:
@@ -92,7 +111,7 @@ class EvaluationLoader:
         world: int = 1,
     ) -> None:
         self.source, self.batch_size = source, batch_size
-        self.quarantine = quarantine or source.quarantine or Quarantine()
+        self.quarantine = _quarantine(quarantine, source)
         self.indices = torch.arange(rank, len(source), world)
         self._loader = None
         if not isinstance(source, ResidentSource):
@@ -181,6 +200,10 @@ class _Decoder:
                 index = stable_seed("replacement", place, attempt) % len(self.source)
         last = f"{failures[-1].path} ({failures[-1].reason})"
         raise UserError(f"{ATTEMPTS} images of {self.source.title} in a row do not decode; the last is {last}.")
+
+
+def _quarantine(given: Quarantine | None, source: ImageSource) -> Quarantine:
+    return given or source.quarantine or Quarantine()
 
 
 def _as_it_is(result: Any) -> Any:

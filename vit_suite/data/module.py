@@ -70,6 +70,10 @@ class ImageDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the training set and check that the batch fits it; the scored set is opened when it is first asked for."""
         if stage in (None, "fit"):
+            if self._train is None:
+                source = open_train(self.cfg, self.seed)
+                EpochPlan(len(source), self.cfg.batch_size)  # said before the set is decoded
+                self._train = self._hold(source)
             self.plan()
 
     def train_dataloader(self) -> ResidentLoader | FileLoader:

@@ -2,7 +2,7 @@
 
 The class is the outline alone. Texture, colours, scale, position, rotation and stretch of the object are drawn independently of
 it, as are the background's texture and its clutter (line segments and blobs), so that raw pixels and colour statistics say almost
-nothing about the class. The object covers 10 to 40% of the image, and its colours stand apart from the background's mean colour.
+nothing about the class. The object covers 10 to 30% of the image, and its colours stand apart from the background's mean colour.
 
 Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the same
 pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the centre.
@@ -23,8 +23,8 @@ from vit_suite.data.source import ImageSource, stable_seed
 from vit_suite.errors import UserError
 
 SMALLEST = 16  # pixels: below that outlines blur into each other
-AREA = (0.12, 0.36)  # of the image, before stretching and cropping
-ROTATION = 0.7  # radians, both ways
+AREA = (0.11, 0.30)  # of the image, before stretching and cropping
+ROTATION = 1.2  # radians, both ways
 TEXTURES = 6
 CLUTTER = 10  # line segments and blobs, in turn
 DRAWS = 44

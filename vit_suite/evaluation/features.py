@@ -21,6 +21,9 @@ from vit_suite.errors import UserError
 from vit_suite.hardware import autocast, pick_precision
 from vit_suite.views.evaluate import eval_view
 
+BLOCK = 16
+"""Images that a decoding thread takes at a time."""
+
 
 class Features(NamedTuple):
     """`features, labels = result[:2]`; all on the CPU, in the order of the source."""
@@ -156,24 +159,31 @@ def _batches(source, batch_size: int, workers: int | None) -> Iterator[tuple[lis
             yield list(range(start, start + len(images))), images, []
         return
 
-    def load(index: int) -> tuple[int, Tensor | DecodeError]:
-        try:
-            return index, source.load(index)
-        except DecodeError as error:
-            return index, error
+    def load(block: range) -> list[tuple[int, Tensor | DecodeError]]:
+        return [(index, _loaded(source, index)) for index in block]
 
+    # Blocks, because handing over a small image costs as much as decoding it.
+    blocks = [range(start, min(start + BLOCK, len(source))) for start in range(0, len(source), BLOCK)]
     found, images, failed = [], [], []
-    for index, image in prefetch(load, range(len(source)), ahead=2 * batch_size, workers=workers):
-        if isinstance(image, DecodeError):
-            failed.append(image)
-        else:
-            found.append(index)
-            images.append(image)
-        if len(found) + len(failed) == batch_size:
-            yield found, _stacked(images), failed
-            found, images, failed = [], [], []
+    for block in prefetch(load, blocks, ahead=-(-2 * batch_size // BLOCK), workers=workers):
+        for index, image in block:
+            if isinstance(image, DecodeError):
+                failed.append(image)
+            else:
+                found.append(index)
+                images.append(image)
+            if len(found) + len(failed) == batch_size:
+                yield found, _stacked(images), failed
+                found, images, failed = [], [], []
     if found or failed:
         yield found, _stacked(images), failed
+
+
+def _loaded(source, index: int) -> Tensor | DecodeError:
+    try:
+        return source.load(index)
+    except DecodeError as error:
+        return error
 
 
 def _stacked(images: list[Tensor]) -> Tensor | list[Tensor]:

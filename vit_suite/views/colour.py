@@ -7,9 +7,9 @@ All operations work in place on x (N, C, H, W), contiguous fp32.
 Which samples an operation touches is known on the host, where the parameters are drawn, so rows are gathered by index lists
 built there: a GPU never has to tell the host how many samples were chosen.
 
-Channels: brightness, contrast, blur and solarisation work on any number (contrast pulls towards the mean grey for RGB, towards the
-mean of all channels otherwise). Saturation, hue and greyscale are defined for RGB only and leave other images as they are, as
-torchvision does for one channel.
+Channels: brightness, contrast, blur and solarisation work on any number (contrast pulls towards the mean grey for RGB, towards
+the mean of all channels otherwise). Saturation, hue and greyscale are defined for RGB only and leave other images as they are,
+as torchvision does for one channel.
 
 Axes: N samples, C channels, P pixels of a plane.
 """
@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vit_suite.views.resample import send
+from vit_suite.views.resample import full_precision, send
 
 LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in grey (torchvision; ITU-R BT.601)."""
 CPU_CHUNK = 1 << 18
 """Elements worked on at a time on a CPU (1 MiB): the dozens of passes over a chunk stay in cache, and calls do not outweigh them.
 Jitter of 2 x 32 + 8 x 16, microseconds an image at 2^15 .. 2^19: 128, 89, 76, 80, 87."""
-BLUR_TAPS_SIDE = 64
-"""Side up to which a CPU blurs by products. Microseconds a view, products / sums of 4 shifted copies a side, one core with AVX-512:
-64 px 58 / 96, 96 px 139 / 124, 224 px 1,370 / 408."""
+BLUR_TAPS_SIDE = 88
+"""Side up to which a CPU blurs by products. Microseconds a view, products / sums of shifted copies, one core with AVX-512:
+32 px 15 / 133, 64 px 75 / 160, 80 px 132 / 181, 96 px 233 / 204, 224 px 2,654 / 890."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Columns of the jitter factors, and the numbers in its orders."""
 
@@ -176,7 +176,7 @@ def _taps_to_matrix(radius: int, size: int, device: torch.device) -> Tensor:
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """Radius (fractional, pixels) of the box that, run three times, is Pillow's a Gaussian of sigma (BoxBlur.c; Gwosdek et al. 2011)."""
+    """Radius (fractional, pixels) of the box whose three runs are Pillow's Gaussian of sigma (BoxBlur.c; Gwosdek et al. 2011)."""
     variance = sigma.double().square() / 3
     whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()
     return whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
@@ -193,7 +193,7 @@ def blur_(x: Tensor, sigma: Tensor, apply: Tensor) -> Tensor:
     """Gaussian blur of the samples in `apply` (N,) bool; sigma (N,) in pixels, above 0; both on the CPU.
 
     As Pillow's GaussianBlur, which DINO's release calls: three box blurs, each repeating the edge pixel off the edge. They keep
-    the Gaussian's variance even below half a pixel, where a sampled Gaussian hardly blurs (sigma 0.3, white noise: 33 / 255 apart).
+    the Gaussian's variance even below half a pixel, where a sampled Gaussian hardly blurs (33 / 255 apart at sigma 0.3).
     Small views, and all on a GPU, by two batched products with (S, S) matrices; views above BLUR_TAPS_SIDE on a CPU sample by
     sample as a sum of shifted copies.
     """
@@ -223,7 +223,7 @@ def _box_cubed(taps: Tensor, size: int) -> Tensor:
 def _blur_by_matrix(x: Tensor, taps: Tensor) -> Tensor:
     """Blurred x (n, C, H, W), box taps (n, reach + 1)."""
     count, channels, height, width = x.shape
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         across = _box_cubed(taps, width)
         down = across if height == width else _box_cubed(taps, height)
         middle = torch.bmm(x.reshape(count, channels * height, width), across.transpose(1, 2))

@@ -7,8 +7,8 @@ outside). As in Pillow the horizontal pass comes first and its result is clamped
 moves pixels beside hard edges by up to 10 / 255.
 
 Deviation: Pillow rounds to 8 bits after each pass, here values stay float; the tests hold the two within 2 / 255.
-Products run in fp32, autocast off: bf16 has 8 bits of mantissa and would cost more than that tolerance. Pillow 13 runs the vertical
-pass first where that is cheaper (height shrinks, width grows); here, as in torchvision and older Pillow, the horizontal one is.
+Products run in fp32, autocast off: bf16 has 8 bits of mantissa and would cost more than that tolerance. Pillow 13 runs the
+vertical pass first for some shapes (seen where the height shrinks and the width grows); here, as in torchvision, it comes second.
 
 Axes: B images, V boxes an image, C channels, H x W pixels of the image, h x w of the output.
 """
@@ -16,6 +16,7 @@ Axes: B images, V boxes an image, C channels, H x W pixels of the image, h x w o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -155,10 +156,10 @@ def _buckets(images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size:
 
 
 SPARSE_AREA = 48 * 48
-"""Pixels of an image above which a CPU resizes image by image. Microseconds an image for 2 global and 8 local crops, dense products
-beside sparse image by image, one core with AVX-512 of a busy machine: 32 px (to 32 and 16) 180 / 520, 64 px 890 / 645, 96 px
-2,240 / 900, 128 px 4,420 / 1,340, 500x375 (to 224 and 96) 43,100 / 6,190. Dense work grows with the image's area times the output's
-side, and almost all of its weights are zeros."""
+"""Pixels of an image above which a CPU resizes image by image. Microseconds an image for 2 global and 8 local crops, dense
+products beside sparse image by image, one core with AVX-512 of a busy machine: 32 px (to 32 and 16) 134 / 334, 48 px (to 48 and
+24) 327 / 364, 64 px 479 / 417, 96 px 1,120 / 566, 500x375 (to 224 and 96) 43,100 / 6,190. Dense work grows with the image's area
+times the output's side, and almost all of its weights are zeros."""
 
 
 def _sparse_is_faster(images: Tensor | Sequence[Tensor], boxes: Tensor) -> bool:
@@ -176,8 +177,8 @@ def crop_resize_views(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Te
     images: uint8, or float in 0..1, (B, C, H, W); or a list of such (C, H_i, W_i).
     boxes: (B, V, 4) of top, left, height, width in pixels, inside the image; whole (int) or fractional (float).
     flip: (B, V) bool or None. Boxes and flips may be on the CPU while the images are on a GPU; they are sent without a wait.
-    method: `dense` products (on a list: padded groups), or `single` images through `interpolate` (CPU, whole boxes only); auto takes
-    the faster as measured: see SPARSE_AREA.
+    method: `dense` products (on a list: padded groups), or `single` images through `interpolate` (CPU, whole boxes only); auto
+    takes the faster as measured: see SPARSE_AREA.
     """
     pair = as_pair(size)
     if method == "single" or (method == "auto" and _sparse_is_faster(images, boxes)):
@@ -189,7 +190,7 @@ def crop_resize_views(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Te
     device = images[0].device
     boxes = send(boxes, device)
     flip = None if flip is None else send(flip, device)
-    with torch.autocast(device.type, enabled=False):
+    with full_precision(device):
         return (_dense if isinstance(images, Tensor) else _buckets)(images, boxes, flip, pair, kernel)
 
 
@@ -197,6 +198,11 @@ def crop_resize(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Tensor |
                 method: Method = "auto") -> Tensor:
     """One crop an image: boxes (B, 4), flip (B,) or None -> (B, C, h, w); the rest as in `crop_resize_views`."""
     return crop_resize_views(images, boxes.unsqueeze(1), None if flip is None else flip.unsqueeze(1), size, kernel, method)[0]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off, on devices that have it."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
