@@ -282,7 +282,7 @@ def test_monitor_keeps_quiet_while_learning():
 @pytest.mark.parametrize(
     ("views", "words"),
     [
-        (ViewsConfig(global_size=18, local_size=8), "image size 18x18 is not divisible by the patch size 4"),
+        (ViewsConfig(global_size=18, local_size=8), "views.global_size 18x18 is not divisible by the patch size 4"),
         (ViewsConfig(global_size=16, local_size=2), "views.local_size 2x2 is smaller than a patch of 4 pixels"),
         (ViewsConfig(global_size=16, local_size=10), "views.local_size 10x10 is not divisible by the patch size 4"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vit_suite.attention.export import export_attention
+from vit_suite.attention.export import ExportSummary, export_attention
 from vit_suite.commands.logs import speak
 from vit_suite.config import AttentionConfig
 from vit_suite.hardware import pick_device
@@ -32,4 +32,17 @@ def run(cfg: AttentionConfig) -> None:
         overwrite=cfg.overwrite,
         progress=True,
     )
-    print(summary)
+    print(sentence(summary))
+
+
+def sentence(summary: ExportSummary) -> str:
+    """What was written, and what was left out."""
+    files = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.files.items()))
+    lines = [f"{summary.images} images ({summary.images_per_second:.1f} a second): {files} in {summary.output}"]
+    if summary.failures:
+        lines.append(f"{len(summary.failures)} files do not decode; they are listed in {summary.quarantine}")
+    if summary.shrunk:
+        lines.append(f"{summary.shrunk} images were shrunk for the backbone; a larger --max_tokens shows more detail")
+    if summary.coarse:
+        lines.append(f"{summary.coarse} images gave fewer than 16 patches; a larger --resize shows more detail")
+    return "\n".join(lines)

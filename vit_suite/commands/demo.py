@@ -35,7 +35,7 @@ from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 log = logging.getLogger("vit_suite")
 
-IMAGE, PATCH = 48, 6
+IMAGE, PATCH = 48, 8
 THRESHOLD = 0.6
 SHOWN = 16
 

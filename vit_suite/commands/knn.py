@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from vit_suite.commands.logs import speak
-from vit_suite.config import KNNConfig
+from vit_suite.config import DataConfig, KNNConfig
 from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features, extract_features, raw_pixel_features
 from vit_suite.evaluation.knn import KNNResult, knn_classify
 from vit_suite.hardware import pick_device, pick_precision
 from vit_suite.models.backbone import check_image_size
-from vit_suite.reports.results import append_result, table
+from vit_suite.reports.results import append_result, read_results, table
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 
@@ -25,8 +26,9 @@ def run(cfg: KNNConfig) -> None:
     loaded = load_backbone(cfg.checkpoint)
     size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
     check_image_size(size, loaded.backbone.patch_size, "image_size")
-    # The global batch belongs to training; here one image is enough to fill it.
-    data = ImageDataModule(replace(cfg.data, channels=loaded.backbone.cfg.channels, batch_size=1), seed=cfg.seed)
+    path = results_path(cfg)
+    read_results(path)  # says now whether it can be appended to
+    data = open_data(cfg, loaded)
     scorer = Scorer(data, cfg.k, cfg.temperature, size, cfg.batch_size, pick_device(cfg.accelerator), cfg.precision)
     results = {"checkpoint": scorer.backbone(loaded)}
     if cfg.baselines:
@@ -34,12 +36,33 @@ def run(cfg: KNNConfig) -> None:
         results["raw pixels"] = scorer.pixels()
     print(f"{data.name}: top-1 % of {len(data.test_source)} images, bank of {len(data.train_source)}, temperature {cfg.temperature}")
     print(accuracy_table(results))
-    folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
-    path = Path(cfg.output) if cfg.output else folder / "results.json"
     metrics = {name: accuracies(result) for name, result in results.items()}
-    protocol = scorer.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(cfg.data)}
+    protocol = scorer.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
     append_result(path, "knn", metrics, protocol, loaded.sha256)
     print(f"appended to {path}")
+
+
+def results_path(cfg: KNNConfig) -> Path:
+    """The file the scores are appended to."""
+    folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
+    return Path(cfg.output) if cfg.output else folder / "results.json"
+
+
+def open_data(cfg: KNNConfig, loaded: LoadedBackbone) -> ImageDataModule:
+    """The images of `cfg.data` with the channels that the backbone takes; UserError when they cannot be scored."""
+    channels = loaded.backbone.cfg.channels
+    if cfg.data.channels not in (channels, DataConfig.channels):
+        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}.")
+    options = replace(cfg.data, channels=channels, batch_size=1)  # the global batch belongs to training; here one image fills it
+    if channels not in (1, 3):  # no data set has published statistics for these
+        options = replace(options, mean=options.mean or loaded.mean, std=options.std or loaded.std)
+    data = ImageDataModule(options, seed=cfg.seed)
+    if data.scored_on_itself:
+        raise UserError(
+            f"{data.name} would be scored on the images that vote, split '{data.test_source.split}': each would find itself. "
+            "Choose another split with data.train_split or data.test_split, or sort a folder into ROOT/train and ROOT/test."
+        )
+    return data
 
 
 class Scorer:

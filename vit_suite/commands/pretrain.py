@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -14,7 +13,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from vit_suite.commands import rundir
-from vit_suite.commands.logs import speak
+from vit_suite.commands.logs import main_process, speak
 from vit_suite.config import PretrainConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.module import ImageDataModule
@@ -25,7 +24,6 @@ from vit_suite.methods.base import Method
 from vit_suite.methods.dino import DINO
 from vit_suite.reports.metrics import MetricsLogger
 from vit_suite.reports.results import append_result
-from vit_suite.views.multicrop import pick_backend
 from vit_suite.weights.checkpoint import weights_sha256
 from vit_suite.weights.keeper import Keeper
 
@@ -46,8 +44,11 @@ def run(cfg: PretrainConfig) -> None:
 def train(cfg: PretrainConfig) -> bool:
     """Train, or resume; whether this process is the one that writes the results (rank 0)."""
     folder = Path(cfg.run.output)
-    main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
+    main = main_process()
     checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
+    steps_before = rundir.steps_done(checkpoint) if checkpoint else 0
+    if cfg.trainer.max_steps == 0:
+        raise UserError("trainer.max_steps is 0; expected at least 1, or -1 to let trainer.max_epochs decide.")
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     pl.seed_everything(cfg.run.seed, workers=True, verbose=False)
@@ -62,18 +63,22 @@ def train(cfg: PretrainConfig) -> bool:
     method = build_method(cfg, data)
     data.setup("fit")
     score = build_score(cfg, data, precision)
-    trainer = build_trainer(cfg, folder, score, precision, data.name)
+    trainer = build_trainer(cfg, folder, score, precision, data.name, steps_before)
     data.trainer = trainer
     data.plan()  # says now whether the global batch splits over the ranks
     if main:
         rundir.create(cfg)
+        data.quarantine.list_again()
     if checkpoint:
-        log.info("resuming %s", checkpoint)
+        log.info("resuming %s, %d steps done", checkpoint, steps_before)
     started = time.perf_counter()
     trainer.fit(method, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if trainer.is_global_zero:
+    if checkpoint and trainer.global_step == steps_before:
+        log.info("%s is complete: %d steps, nothing left to train.", folder, steps_before)
+        log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
+    elif trainer.is_global_zero:
         summarise(cfg, folder, trainer, method, score, data, time.perf_counter() - started)
     return trainer.is_global_zero
 
@@ -95,12 +100,21 @@ def build_score(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> O
     if data.train_source.labels is None:
         log.info("%s has no labels: no kNN during training; the best checkpoint is the last", data.name)
         return None
+    try:
+        itself = data.scored_on_itself
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}, or train without scores: --evaluate.every_epochs 0.") from error
+    if itself:
+        log.info("%s has no split of its own to score: no kNN during training; the best checkpoint is the last", data.name)
+        return None
     size = [cfg.views.global_size, cfg.views.global_size]
     return OnlineKNN(cfg.evaluate, data, size, precision)
 
 
-def build_trainer(cfg: PretrainConfig, folder: Path, score: OnlineKNN | None, precision: str, data_name: str) -> pl.Trainer:
-    """The Lightning trainer of a run that writes into `folder`."""
+def build_trainer(
+    cfg: PretrainConfig, folder: Path, score: OnlineKNN | None, precision: str, data_name: str, steps_done: int = 0
+) -> pl.Trainer:
+    """The Lightning trainer of a run that writes into `folder`, where `steps_done` steps have been done before."""
     options = cfg.trainer
     callbacks: list[pl.Callback] = [Keeper(folder, cfg.checkpoint, method=cfg.method.name, data=data_name, seed=cfg.run.seed)]
     if score:
@@ -119,20 +133,26 @@ def build_trainer(cfg: PretrainConfig, folder: Path, score: OnlineKNN | None, pr
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module slices the global batch itself
         num_sanity_val_steps=0,
-        logger=build_loggers(cfg, folder),
+        logger=build_loggers(cfg, folder, steps_done),
         callbacks=callbacks,
         default_root_dir=folder,
     )
 
 
-def build_loggers(cfg: PretrainConfig, folder: Path) -> list[Logger]:
+def build_loggers(cfg: PretrainConfig, folder: Path, steps_done: int) -> list[Logger]:
     """metrics.csv, and W&B when asked for."""
-    loggers: list[Logger] = [MetricsLogger(folder)]
+    loggers: list[Logger] = [MetricsLogger(folder, steps_done)]
     if cfg.logger.wandb:
         try:
-            import wandb  # noqa: F401
+            import wandb
         except ImportError as error:
             raise UserError("logger.wandb needs the wandb package: pip install 'vit-suite[wandb]'.") from error
+        if not cfg.logger.wandb_offline and main_process():
+            try:
+                wandb.login()
+            except wandb.errors.UsageError as error:
+                hint = "run `wandb login` first, or keep the log on disk with --logger.wandb_offline"
+                raise UserError(f"logger.wandb: no account on this machine; {hint}.") from error
         from pytorch_lightning.loggers import WandbLogger
 
         loggers.append(

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError
 from vit_suite.files import write_atomically
@@ -16,6 +18,8 @@ FIXED = ("method", "backbone", "views", "optim", "data", "run.seed")
 """What a resumed run may not change: the rest of its training would be another run's."""
 FREE = ("data.root", "data.workers", "data.resident", "data.memory_gb", "data.max_corrupt", "data.download", "views.backend")
 """Except these, which change where things are and how fast they come, not what they are."""
+LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log")
+"""What a start that failed may have put there."""
 
 
 def check(cfg: PretrainConfig) -> Path | None:
@@ -25,15 +29,19 @@ def check(cfg: PretrainConfig) -> Path | None:
         UserError: the directory is something else's, or its run was started with other settings.
     """
     folder = Path(cfg.run.output)
-    if not folder.exists() or cfg.run.overwrite:
-        if cfg.run.overwrite and folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-            raise UserError(f"run.overwrite: '{folder}' is no run directory (no {CONFIG}); it will not be deleted.")
+    if not folder.exists():
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise UserError(f"run.output '{folder}' cannot be made: '{above}' is a file.")
         return None
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
     if not (folder / CONFIG).is_file():
-        if any(folder.iterdir()):
-            raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG}); name another.")
+        if any(path.name not in LEFT_BEHIND for path in folder.iterdir()):
+            consequence = "it will not be deleted" if cfg.run.overwrite else "name another"
+            raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG}); {consequence}.")
+        return None
+    if cfg.run.overwrite:
         return None
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
@@ -49,6 +57,19 @@ def check(cfg: PretrainConfig) -> Path | None:
             "Repeat its settings to resume, name another run.output, or give --run.overwrite to start anew."
         )
     return last
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Optimiser steps behind a checkpoint. UserError when it cannot be read."""
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception as error:  # torch raises many types for the ways a file can be broken
+        others = [path.name for path in sorted(checkpoint.parent.glob("*.ckpt")) if path != checkpoint]
+        instead = f"put another in its place ({', '.join(others)}), or " if others else ""
+        raise UserError(
+            f"cannot resume: '{checkpoint}' is damaged or no checkpoint ({type(error).__name__}); "
+            f"{instead}give --run.overwrite to start anew."
+        ) from error
 
 
 def create(cfg: PretrainConfig) -> Path:

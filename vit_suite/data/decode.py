@@ -227,6 +227,11 @@ class Quarantine:
                 f"{self.limit:.1%}). First: {path} ({reason}).{listed}"
             )
 
+    def list_again(self) -> None:
+        """Write what has been reported to `file` once more, where it was removed since (a run directory that starts anew)."""
+        for found in self.failures.values():
+            self._append([DecodeError(path, reason) for path, reason in found.items()])
+
     def _append(self, failures: list[DecodeError]) -> None:
         if self.file is None:
             return

@@ -139,6 +139,11 @@ class ImageDataModule(pl.LightningDataModule):
         """The set's name as it stands beside scores."""
         return self.train_source.name
 
+    @property
+    def scored_on_itself(self) -> bool:
+        """Whether the scored split is the one that is trained on: kNN would find each image itself in the bank."""
+        return self.test_source.split == self.train_source.split
+
     def bank(self, size: int | None = None, seed: int | None = None) -> ImageSource:
         """`size` training images (None or 0: all), class by class, un-augmented: what kNN votes with."""
         return self._sample(self.train_source, size, seed)

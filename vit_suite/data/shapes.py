@@ -1,8 +1,9 @@
 """`shapes`: images generated offline, a textured object on a cluttered background, with the class label and the object's mask.
 
-The class is the outline alone. Texture, colours, scale, position, rotation and stretch of the object are drawn independently of
-it, as are the background's texture and its clutter (line segments and blobs), so that raw pixels and colour statistics say almost
-nothing about the class. The object covers 10 to 30% of the image, and its colours stand apart from the background's mean colour.
+The class is the object's outline and the weave of its texture (pattern and fineness). Colours, scale, position, rotation, stretch and
+phase are drawn independently of it, as are the background's texture, from the same patterns, and its clutter (line segments and
+blobs), so that raw pixels and colour statistics say little about the class. The object covers 10 to 30% of the image, and its colours
+stand apart from the background's mean colour.
 
 Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the same
 pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the centre.
@@ -149,7 +150,7 @@ class ShapesSource(ImageSource):
         back, front = _colours(u[13:43])
         canvas = _blend(back, _texture(x, y, u[5:9], random))
         self._clutter(canvas, random, unit)
-        canvas += coverage * (_blend(front, _texture(x, y, u[9:13], random)) - canvas)
+        canvas += coverage * (_blend(front, _texture(x, y, _weave(index, u[9:13]), random)) - canvas)
         canvas += random.standard_normal(self.image_size, dtype=np.float32) * (0.01 + 0.04 * u[43])
         np.minimum(np.maximum(canvas, 0, out=canvas), 1, out=canvas)
         canvas *= 255
@@ -208,15 +209,24 @@ def _blend(colours: ndarray, share: ndarray) -> ndarray:
 
 
 def _colours(u: list[float]) -> tuple[ndarray, ndarray]:
-    """Two background colours close to each other, and of four candidate pairs for the object the one farthest from them: (2, 3)
+    """Two pale background colours close to each other, and of four candidate pairs for the object the one farthest from them: (2, 3)
     each.
 
-    `u`: 30 uniform draws.
+    Backgrounds are nearly grey, because a vivid one tells an image from all others better than its object does, and self-supervised
+    features would be about it. `u`: 30 uniform draws.
     """
-    back = [[0.1 + 0.8 * u[c] + sign * 0.3 * (u[3 + c] - 0.5) for c in range(3)] for sign in (1, -1)]
+    grey = 0.25 + 0.5 * u[0]
+    back = [[grey + 0.15 * (u[c] - 0.5) * (c > 0) + sign * 0.25 * (u[3] - 0.5) for c in range(3)] for sign in (1, -1)]
     pairs = [(u[6 + 6 * k : 9 + 6 * k], [0.5 * (u[6 + 6 * k + c] + u[9 + 6 * k + c]) for c in range(3)]) for k in range(4)]
-    front = max(pairs, key=lambda pair: sum((0.5 * (a + b) - 0.1 - 0.8 * c) ** 2 for a, b, c in zip(*pair, u[:3], strict=True)))
+    front = max(pairs, key=lambda pair: sum((0.5 * (a + b) - grey) ** 2 for a, b in zip(*pair, strict=True)))
     return np.array(back, dtype=np.float32), np.array(front, dtype=np.float32)
+
+
+def _weave(index: int, u: list[float]) -> list[float]:
+    """The class's own pattern and fineness, angle and phase as drawn: five patterns, each coarse or fine (the gradient: or plain)."""
+    fine, pattern = divmod(index % len(CLASSES), 5)
+    kind = 5 if fine and pattern == 4 else pattern
+    return [(kind + 0.5) / TEXTURES, u[1], 0.25 * u[2] + 0.75 * fine, u[3]]
 
 
 def _texture(x: ndarray, y: ndarray, u: list[float], random: np.random.Generator) -> ndarray:

@@ -40,7 +40,7 @@ class OnlineKNN(pl.Callback):
             return
         score = self.score(module)
         self.history.append((done, score))
-        module.log("knn/top1", score, prog_bar=True, rank_zero_only=False)
+        module.log("knn/top1", score, prog_bar=True, sync_dist=True)
 
     def score(self, module: pl.LightningModule) -> float:
         """Top-1 in percent of the module's evaluation backbone."""

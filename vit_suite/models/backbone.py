@@ -104,6 +104,11 @@ def _overrides(cfg: BackboneConfig) -> dict:
     return {key: value for key, value in given.items() if value is not None}
 
 
+def known_patch_size(cfg: BackboneConfig) -> int | None:
+    """Side of a patch in pixels before the network is built, as far as options and name tell."""
+    return cfg.patch_size or (16 if cfg.name == EXPLICIT else _patch_of(cfg.name))
+
+
 def build_vit(cfg: BackboneConfig) -> VisionTransformer:
     """The timm network of `cfg`, without a classifier.
 

@@ -1,4 +1,7 @@
-"""metrics.csv in the run directory, continued by a resumed run (Lightning's CSVLogger starts a new file)."""
+"""metrics.csv in the run directory, continued by a resumed run (Lightning's CSVLogger starts a new file).
+
+Rows that were logged after the checkpoint a run resumes from are dropped, since the resumed run logs those steps again.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,47 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
+from vit_suite.files import write_atomically
+
 
 class _Continued(ExperimentWriter):
-    def __init__(self, log_dir: str):
+    def __init__(self, log_dir: str, steps_done: int):
         super().__init__(log_dir)
         path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < steps_done]
+        if not kept:
+            path.unlink()
+            return
+        self.metrics_keys = list(kept[0])
+        if len(kept) < len(rows):
+            write_atomically(path, lambda temporary: self._write(temporary, kept))
+
+    def _write(self, path: Path, rows: list[dict[str, str]]) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
 
     def _check_log_dir_exists(self) -> None:
         """The file of the interrupted run stays."""
 
 
 class MetricsLogger(CSVLogger):
-    """Writes `FOLDER/metrics.csv`, one row a logged step."""
+    """Writes `FOLDER/metrics.csv`, one row a logged step; keeps what a run that resumes after `steps_done` steps had logged."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, steps_done: int = 0):
         super().__init__(save_dir=str(folder), name="", version="")
+        self.steps_done = steps_done
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
-            self._experiment = _Continued(self.log_dir)
+            self._experiment = _Continued(self.log_dir, self.steps_done)
         return self._experiment
 
     def log_hyperparams(self, params: Any = None) -> None:

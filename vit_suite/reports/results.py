@@ -17,10 +17,12 @@ from vit_suite.files import write_atomically
 def read_results(path: str | Path) -> list[dict]:
     """The entries of a results.json; empty when there is no file."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder; name a results file with --output.")
     if not path.exists():
         return []
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is no results file ({error}); move it away or name another with --output.") from error
     if not isinstance(entries, list):

@@ -246,8 +246,8 @@ def pick_backend(cfg: ViewsConfig, device_type: str, ragged: bool) -> Literal["d
 
     | views | PIL | batched | image by image |
     |---|---|---|---|
-    | 32 px in memory, 2 x 32 + 8 x 16 | 229 | 4,135 (18.0x) | 238 (1.0x) |
-    | 500x375 photographs, 2 x 224 + 8 x 96 | 46.8 | 133 (2.8x) | 96 (2.1x) |
+    | 32 px in memory, 2 x 32 + 8 x 16 | 246 | 3,657 (14.9x; 18.0x in another run) | 225 (0.9x) |
+    | 500x375 photographs, 2 x 224 + 8 x 96 | 48.4 | 131 (2.7x) | 103 (2.1x) |
 
     Small images must go in batches. Photographs cost about the same either way on a CPU, so the decoding workers, which run on
     every core beside the training process, make their views. A GPU makes its own (there not measured): by these figures 16 worker

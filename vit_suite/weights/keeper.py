@@ -29,7 +29,7 @@ class Keeper(Checkpoint):
         self.folder, self.cfg, self.monitor, self.meta = Path(folder), cfg, monitor, meta
         self.best: float | None = None
         self.saved_at = time.monotonic()
-        self.saved_step = -1
+        self.saved_step = self.seen_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -37,8 +37,12 @@ class Keeper(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.saved_at, self.saved_step, self.seen_step = time.monotonic(), -1, trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        stepped = trainer.global_step != self.saved_step
+        # Never between the micro-batches of a step: a checkpoint does not hold the gradients summed so far.
+        stepped, self.seen_step = trainer.global_step != self.seen_step, trainer.global_step
         due = bool(self.cfg.every_steps) and trainer.global_step % self.cfg.every_steps == 0
         if self.cfg.every_minutes:
             elapsed = time.monotonic() - self.saved_at >= 60 * self.cfg.every_minutes
