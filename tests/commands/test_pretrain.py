@@ -48,9 +48,9 @@ def test_metrics(tiny_run):
         assert len(values) == 8 and all(map(math.isfinite, values)), name
     for row in steps:
         assert float(row["train/kl"]) == pytest.approx(float(row["train/loss"]) - float(row["train/teacher_entropy"]), abs=1e-5)
-    # lr: 5e-3 for 256 images, 16 in the batch; a warm-up of 4 steps from 0, then a cosine to 1e-6
+    # lr: 5e-3 for 256 images, 16 in the batch; a warm-up over 4 steps, 0 and the peak included, then a cosine to 1e-6
     peak = 5e-3 * 16 / 256
-    expected = [peak * step / 4 for step in range(4)] + [1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * s / 4)) / 2 for s in range(4)]
+    expected = [peak * step / 3 for step in range(4)] + [1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * s / 4)) / 2 for s in range(4)]
     assert column(tiny_run, "train/lr") == pytest.approx(expected, rel=1e-5)
     decay = [0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     assert column(tiny_run, "train/weight_decay") == pytest.approx(decay, rel=1e-5)

@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from vit_suite.config import ViewsConfig
+from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
-from vit_suite.views.multicrop import MultiCrop, MultiCropImage, draw, pick_backend, validate_views, view_generator
+from vit_suite.views.multicrop import MultiCrop, MultiCropInWorkers, draw, pick_backend, validate_views, view_generator
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 SMALL = ViewsConfig(global_size=32, local_size=16, local_crops=4)
@@ -217,14 +218,16 @@ def test_no_local_crops():
     assert len(MultiCrop(dataclasses.replace(SMALL, local_crops=0), MEAN, STD)(noise(2), view_generator(0, 0, 0))) == 2
 
 
-def test_one_image_in_a_worker_equals_a_batch_of_one():
-    image = noise(1)[0]
-    worker = pickle.loads(pickle.dumps(MultiCropImage(SMALL, MEAN, STD, seed=5)))
-    once, again = worker(image, 3, 11), worker(image, 3, 11)
-    batch = MultiCrop(SMALL, MEAN, STD)(image[None], view_generator(5, 3, 11))
-    for one, two, three in zip(once, again, batch, strict=True):
-        assert one.shape == three.shape[1:] and torch.equal(one, two) and torch.equal(one, three[0])
-    assert not torch.equal(once[0], worker(image, 3, 12)[0]) and not torch.equal(once[0], worker(image, 4, 11)[0])
+def test_workers_make_the_views_of_the_device():
+    images = noise(8)
+    worker = pickle.loads(pickle.dumps(MultiCropInWorkers(SMALL, MEAN, STD, seed=5, total=8)))
+    whole = MultiCrop(SMALL, MEAN, STD)(images, view_generator(5, 3, 11))
+    for rows in (slice(0, 4), slice(4, 8)):
+        made = worker(list(images[rows]), Batch(3, 11, 0, rows, torch.arange(8)[rows]))
+        for one, other in zip(made, whole, strict=True):
+            torch.testing.assert_close(one, other[rows], atol=2 / 255 / min(STD), rtol=0)
+    other_step = worker(list(images), Batch(3, 12, 0, slice(0, 8), torch.arange(8)))
+    assert not torch.allclose(other_step[0], whole[0], atol=0.1)
 
 
 @pytest.mark.parametrize(("key", "value"), [

@@ -24,6 +24,7 @@ from vit_suite.methods.base import Method
 from vit_suite.methods.dino import DINO
 from vit_suite.reports.metrics import MetricsLogger
 from vit_suite.reports.results import append_result
+from vit_suite.views.multicrop import MultiCropInWorkers, pick_backend
 from vit_suite.weights.checkpoint import weights_sha256
 from vit_suite.weights.keeper import Keeper
 
@@ -66,6 +67,8 @@ def train(cfg: PretrainConfig) -> bool:
     trainer = build_trainer(cfg, folder, score, precision, data.name, steps_before)
     data.trainer = trainer
     data.plan()  # says now whether the global batch splits over the ranks
+    if not data.resident and pick_backend(cfg.views, device.type, ragged=True) == "workers":
+        data.transform = MultiCropInWorkers(cfg.views, data.mean, data.std, cfg.run.seed, cfg.data.batch_size)
     if main:
         rundir.create(cfg)
         data.quarantine.list_again()

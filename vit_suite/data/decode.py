@@ -229,7 +229,7 @@ class Quarantine:
 
     def list_again(self) -> None:
         """Write what has been reported to `file` once more, where it was removed since (a run directory that starts anew)."""
-        for found in self.failures.values():
+        for found in filter(None, self.failures.values()):
             self._append([DecodeError(path, reason) for path, reason in found.items()])
 
     def _append(self, failures: list[DecodeError]) -> None:

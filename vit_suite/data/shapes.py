@@ -1,9 +1,8 @@
 """`shapes`: images generated offline, a textured object on a cluttered background, with the class label and the object's mask.
 
-The class is the object's outline and the weave of its texture (pattern and fineness). Colours, scale, position, rotation, stretch and
-phase are drawn independently of it, as are the background's texture, from the same patterns, and its clutter (line segments and
-blobs), so that raw pixels and colour statistics say little about the class. The object covers 10 to 30% of the image, and its colours
-stand apart from the background's mean colour.
+The class sets the object's outline and the weave of its texture (pattern and fineness). Colours, scale, position, rotation, stretch
+and phase are drawn independently of it, as are the background (pale; smooth noise, a gradient or plain) and its clutter (line segments
+and blobs), so that colours say nothing about the class. The object covers 10 to 30% of the image.
 
 Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the same
 pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the centre.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from colorsys import hsv_to_rgb
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ AREA = (0.11, 0.30)  # of the image, before stretching and cropping
 ROTATION = 1.2  # radians, both ways
 TEXTURES = 6
 CLUTTER = 10  # line segments and blobs, in turn
-DRAWS = 44
+DRAWS = 22
 
 
 def _circle(x: ndarray, y: ndarray) -> ndarray:
@@ -147,11 +147,11 @@ class ShapesSource(ImageSource):
         coverage = self._coverage(u, index)
         unit = float(min(self.image_size))
         x, y = self._x / unit, self._y / unit
-        back, front = _colours(u[13:43])
-        canvas = _blend(back, _texture(x, y, u[5:9], random))
+        back, front = _colours(u[13:])
+        canvas = _blend(back, _texture(x, y, [0.5 + 0.5 * u[5], *u[6:9]], random))
         self._clutter(canvas, random, unit)
         canvas += coverage * (_blend(front, _texture(x, y, _weave(index, u[9:13]), random)) - canvas)
-        canvas += random.standard_normal(self.image_size, dtype=np.float32) * (0.01 + 0.04 * u[43])
+        canvas += random.standard_normal(self.image_size, dtype=np.float32) * (0.01 + 0.04 * u[21])
         np.minimum(np.maximum(canvas, 0, out=canvas), 1, out=canvas)
         canvas *= 255
         canvas += 0.5
@@ -209,16 +209,14 @@ def _blend(colours: ndarray, share: ndarray) -> ndarray:
 
 
 def _colours(u: list[float]) -> tuple[ndarray, ndarray]:
-    """Two pale background colours close to each other, and of four candidate pairs for the object the one farthest from them: (2, 3)
-    each.
+    """Two pale background colours close to each other, and a dark and a light one of one hue for the object: (2, 3) each.
 
     Backgrounds are nearly grey, because a vivid one tells an image from all others better than its object does, and self-supervised
-    features would be about it. `u`: 30 uniform draws.
+    features would be about it. `u`: uniform draws.
     """
     grey = 0.25 + 0.5 * u[0]
     back = [[grey + 0.15 * (u[c] - 0.5) * (c > 0) + sign * 0.25 * (u[3] - 0.5) for c in range(3)] for sign in (1, -1)]
-    pairs = [(u[6 + 6 * k : 9 + 6 * k], [0.5 * (u[6 + 6 * k + c] + u[9 + 6 * k + c]) for c in range(3)]) for k in range(4)]
-    front = max(pairs, key=lambda pair: sum((0.5 * (a + b) - grey) ** 2 for a, b in zip(*pair, strict=True)))
+    front = [hsv_to_rgb(u[4], 0.6 + 0.4 * u[5], value) for value in (0.25 + 0.3 * u[6], 0.75 + 0.25 * u[7])]
     return np.array(back, dtype=np.float32), np.array(front, dtype=np.float32)
 
 

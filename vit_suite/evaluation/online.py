@@ -35,7 +35,7 @@ class OnlineKNN(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         done = trainer.current_epoch + 1
-        last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
         if done % self.cfg.every_epochs and not last:
             return
         score = self.score(module)

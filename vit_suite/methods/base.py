@@ -88,7 +88,9 @@ class Method(pl.LightningModule):
         """Optimiser steps in an epoch."""
         return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
+        # Not on_fit_start: asking for the number of steps there sets up the loader before a resumed run's position is restored,
+        # and an epoch that was under way would start over with its first images.
         self.max_steps = int(self.trainer.estimated_stepping_batches)
         if self.global_batch is None:
             local = getattr(self.trainer.train_dataloader, "batch_size", None) or 256

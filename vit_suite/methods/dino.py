@@ -116,6 +116,7 @@ class DINO(Method):
             network.backbone.set_fused_attention(self.device.type != "cpu")
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         if self.global_step == 0:  # a resumed run, whose step is restored by now, has a teacher that lags behind
             assert_twins(self.teacher, self.student)
 

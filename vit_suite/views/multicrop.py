@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vit_suite.config import ViewsConfig
+from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
 from vit_suite.views import colour
 from vit_suite.views.resample import crop_resize_views, send
@@ -185,19 +186,20 @@ def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
     return x.mul_(gain).add_(shift)
 
 
-class MultiCropImage:
-    """The views of ONE image, for decoding workers: picklable, deterministic in (seed, epoch, index)."""
+class MultiCropInWorkers:
+    """The views of a micro-batch, made in the decoding worker that read it: a picklable `transform` of the file loader.
 
-    def __init__(self, cfg: ViewsConfig, mean: Sequence[float], std: Sequence[float], seed: int) -> None:
+    Draws as on the device, from (seed, epoch, step) for the global batch of `total` images, so both backends make the same views.
+    """
+
+    def __init__(self, cfg: ViewsConfig, mean: Sequence[float], std: Sequence[float], seed: int, total: int) -> None:
         self.views = MultiCrop(cfg, mean, std)
-        self.seed = seed
+        self.seed, self.total = seed, total
 
-    def __call__(self, image: Tensor, epoch: int, index: int) -> list[Tensor]:
-        """[global1, global2, local1 .. localL], each (C, S, S) fp32.
-
-        image: uint8 (C, H, W). index: the image's place in the epoch, or any number that is its own within the epoch.
-        """
-        return [view[0] for view in self.views(image[None], view_generator(self.seed, epoch, index))]
+    def __call__(self, images: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        """[global1, global2, local1 .. localL], each (B, C, S, S) fp32, of a list of uint8 (C, H_i, W_i)."""
+        generator = view_generator(self.seed, batch.epoch, batch.step)
+        return self.views(images, generator, rows=batch.rows, total=self.total)
 
 
 def _share(cfg: ViewsConfig, key: str, least: float, most: float, length: int | None) -> None:
@@ -244,13 +246,13 @@ def pick_backend(cfg: ViewsConfig, device_type: str, ragged: bool) -> Literal["d
 
     scripts/bench_views.py, one core with AVX-512 of a busy machine, images/s (in brackets beside DINO's PIL code):
 
-    | views | PIL | batched | image by image |
+    | views | PIL | batched | batches of one |
     |---|---|---|---|
     | 32 px in memory, 2 x 32 + 8 x 16 | 246 | 3,657 (14.9x; 18.0x in another run) | 225 (0.9x) |
     | 500x375 photographs, 2 x 224 + 8 x 96 | 48.4 | 131 (2.7x) | 103 (2.1x) |
 
-    Small images must go in batches. Photographs cost about the same either way on a CPU, so the decoding workers, which run on
-    every core beside the training process, make their views. A GPU makes its own (there not measured): by these figures 16 worker
+    Either way a whole micro-batch is made at once. Photographs cost a CPU the same in both places, so the decoding workers, which run
+    on every core beside the training process, make their views. A GPU makes its own (there not measured): by these figures 16 worker
     cores give 1,500 images/s, before decoding.
     """
     if cfg.backend != "auto":

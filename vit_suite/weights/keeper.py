@@ -41,14 +41,22 @@ class Keeper(Checkpoint):
         self.saved_at, self.saved_step, self.seen_step = time.monotonic(), -1, trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        # Never between the micro-batches of a step: a checkpoint does not hold the gradients summed so far.
         stepped, self.seen_step = trainer.global_step != self.seen_step, trainer.global_step
+        if not stepped:  # between the micro-batches of a step, whose gradients no checkpoint holds: neither save nor stop here
+            trainer.should_stop = False
+            return
+        if trainer.is_last_batch:  # saved after the epoch's score instead: a resumed run does not go back for that
+            return
+        # When training stops in mid-epoch this is the last moment at which Lightning still knows that it is one.
+        if self._due(trainer) or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self.save(trainer, "last")
+
+    def _due(self, trainer: pl.Trainer) -> bool:
         due = bool(self.cfg.every_steps) and trainer.global_step % self.cfg.every_steps == 0
         if self.cfg.every_minutes:
             elapsed = time.monotonic() - self.saved_at >= 60 * self.cfg.every_minutes
             due |= trainer.strategy.broadcast(elapsed)  # clocks of ranks differ, and saving is collective
-        if due and stepped:
-            self.save(trainer, "last")
+        return due
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         done = trainer.current_epoch + 1
@@ -57,9 +65,11 @@ class Keeper(Checkpoint):
         if score is not None and (self.best is None or float(score) > self.best):
             self.best = float(score)
             self.save(trainer, "best")
+        if not trainer.is_last_batch:
+            return
         if self.cfg.keep_every_epochs and done % self.cfg.keep_every_epochs == 0:
             self.save(trainer, f"epoch_{done:04d}")
-        if done % self.cfg.every_epochs == 0 or done == trainer.max_epochs:
+        if self._due(trainer) or done % self.cfg.every_epochs == 0 or done == trainer.max_epochs or trainer.should_stop:
             self.save(trainer, "last")
             self.export(trainer, module)
 

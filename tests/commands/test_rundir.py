@@ -1,0 +1,284 @@
+"""Starting the same command again: resume, refuse, overwrite; and what is left of a run that was killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.commands.conftest import column, results, rows, sha256, words
+from vit_suite.evaluation.online import OnlineKNN
+from vit_suite.weights.keeper import Keeper
+
+THREE = {"trainer__max_epochs": 3}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, saves: int) -> None:
+    """Break off training with an error when last.ckpt, written `saves` times, is due again."""
+    save, seen = Keeper.save, []
+
+    def counting(self, trainer, name):
+        if seen.count("last") == saves and name == "last":
+            monkeypatch.setattr(Keeper, "save", save)
+            raise Stop
+        save(self, trainer, name)
+        seen.append(name)
+
+    monkeypatch.setattr(Keeper, "save", counting)
+
+
+def assert_same_as_straight(folder, straight) -> None:
+    """Weights to the bit, and metrics as if nothing had happened."""
+    assert sha256(folder) == sha256(straight)
+    assert [(row["step"], row["knn/top1"]) for row in rows(folder)] == [(row["step"], row["knn/top1"]) for row in rows(straight)]
+    for name in ("train/loss", "train/lr", "train/center_norm"):
+        assert column(folder, name) == column(straight, name)
+    assert results(folder)[-1]["metrics"]["knn_top1_by_epoch"] == results(straight)[0]["metrics"]["knn_top1_by_epoch"]
+
+
+# Resume -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saves", [2, 4, 7])
+def test_resume_after_any_step_ends_with_the_same_weights(pretrain, straight_run, monkeypatch, tmp_path, saves):
+    """With a checkpoint every step: within the first epoch, at its end, within a later one."""
+    stop_after(monkeypatch, saves)
+    assert pretrain(checkpoint__every_steps=1, **THREE).status == 1
+    assert len(column(tmp_path / "run", "train/loss")) < 12
+    said = pretrain(checkpoint__every_steps=1, **THREE)
+    assert said.status == 0 and f"resuming {tmp_path}/run/checkpoints/last.ckpt" in said.log
+    assert_same_as_straight(tmp_path / "run", straight_run)
+
+
+def test_resume_drops_the_rows_that_it_logs_again(pretrain, straight_run, monkeypatch, tmp_path):
+    """Checkpoints at the ends of epochs only, and a crash two steps later."""
+    losses, seen = Keeper.on_train_batch_end, []
+
+    def crash(self, trainer, *rest):
+        losses(self, trainer, *rest)
+        seen.append(trainer.global_step)
+        if len(seen) == 7:
+            raise Stop
+
+    monkeypatch.setattr(Keeper, "on_train_batch_end", crash)
+    assert pretrain(**THREE).status == 1
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 3, 4, 5]
+    assert pretrain(**THREE).status == 0
+    assert_same_as_straight(tmp_path / "run", straight_run)
+
+
+def test_a_crash_while_scoring_loses_nothing(pretrain, straight_run, monkeypatch, tmp_path):
+    """The checkpoint after an epoch's last step is written when its score is there, so a resumed run still scores it."""
+    score, calls = OnlineKNN.score, []
+
+    def crash(self, module):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stop
+        return score(self, module)
+
+    monkeypatch.setattr(OnlineKNN, "score", crash)
+    assert pretrain(checkpoint__every_steps=1, **THREE).status == 1
+    assert pretrain(checkpoint__every_steps=1, **THREE).status == 0
+    assert_same_as_straight(tmp_path / "run", straight_run)
+
+
+def test_resume_after_the_time_limit(pretrain, straight_run, tmp_path):
+    """In the middle of an epoch, which the resumed run goes on with."""
+    limit = {"trainer__max_minutes": 1e-5}
+    assert pretrain(**limit, **THREE).status == 0
+    metrics = results(tmp_path / "run")[0]["metrics"]
+    assert metrics["steps"] == 1 and metrics["knn_top1"] > 0
+    said = pretrain(**limit, **THREE)
+    assert said.status == 0 and "is complete: 1 steps, nothing left to train" in said.log and "max_minutes" in said.log
+    assert pretrain(**THREE).status == 0
+    assert sha256(tmp_path / "run") == sha256(straight_run)
+
+
+def test_the_time_limit_waits_for_the_step_under_way(pretrain, tmp_path):
+    options = {"trainer__accumulate": 4, "trainer__max_epochs": 3, "evaluate__every_epochs": 0}
+    assert pretrain(tmp_path / "straight", **options).status == 0
+    assert pretrain(trainer__max_minutes=1e-5, **options).status == 0
+    assert results(tmp_path / "run")[0]["metrics"]["steps"] == 1
+    assert pretrain(**options).status == 0
+    assert sha256(tmp_path / "run") == sha256(tmp_path / "straight")
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(pretrain, tmp_path):
+    assert pretrain(trainer__max_epochs=1).status == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    said = pretrain(trainer__max_epochs=1)
+    assert said.status == 0
+    assert f"{tmp_path}/run is complete: 4 steps, nothing left to train" in said.log and "trainer.max_epochs" in said.log
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_more_epochs_go_on_from_the_end(pretrain, tmp_path):
+    assert pretrain(trainer__max_epochs=1).status == 0
+    assert pretrain(trainer__max_epochs=2).status == 0
+    assert [entry["metrics"]["steps"] for entry in results(tmp_path / "run")] == [4, 8]
+    assert len(column(tmp_path / "run", "train/loss")) == 8
+
+
+def test_two_processes_of_the_same_seed_agree(tiny_run, pretrain, tmp_path):
+    assert pretrain().status == 0
+    assert sha256(tmp_path / "run") == sha256(tiny_run)
+    assert pretrain(tmp_path / "other", run__seed=1).status == 0
+    assert sha256(tmp_path / "other") != sha256(tiny_run)
+
+
+# Refused ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(pretrain, tmp_path):
+    assert pretrain(trainer__max_epochs=1, evaluate__every_epochs=0).status == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("optim__lr", 0.5, "optim.lr 0.005, not 0.5"),
+        ("method__out_dim", 128, "method.out_dim 64, not 128"),
+        ("data__length", 32, "data.length 64, not 32"),
+        ("views__local_crops", 3, "views.local_crops 2, not 3"),
+        ("run__seed", 7, "run.seed 0, not 7"),
+    ],
+)
+def test_other_settings_are_refused_by_name(pretrain, finished, option, value, message):
+    said = pretrain(trainer__max_epochs=1, evaluate__every_epochs=0, **{option: value})
+    assert said.status == 2 and said.err.count("\n") == 1
+    assert f"'{finished}' holds a run with {message}. " in said.err and "--run.overwrite" in said.err
+
+
+def test_overwrite_starts_anew(pretrain, finished):
+    (finished / "note.txt").write_text("of the old run")
+    assert pretrain(trainer__max_epochs=1, evaluate__every_epochs=0, optim__lr=0.5, run__overwrite=True).status == 0
+    assert len(results(finished)) == 1 and not (finished / "note.txt").exists()
+    assert len(column(finished, "train/loss")) == 4 and column(finished, "train/lr")[-1] == pytest.approx(0.5 * 16 / 256)
+
+
+def test_a_wrong_option_does_not_cost_the_old_run(pretrain, finished):
+    before = sha256(finished)
+    said = pretrain(run__overwrite=True, data__batch_size=1000)
+    assert said.status == 2 and sha256(finished) == before and (finished / "checkpoints" / "last.ckpt").exists()
+
+
+def damage(kind, path):
+    content = path.read_bytes()
+    if kind == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    else:
+        torch.save({"weights": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "foreign"])
+def test_a_damaged_checkpoint_is_no_silent_restart(pretrain, finished, kind):
+    last = finished / "checkpoints" / "last.ckpt"
+    (finished / "checkpoints" / "epoch_0001.ckpt").write_bytes(last.read_bytes())
+    damage(kind, last)
+    before, metrics = last.read_bytes(), (finished / "metrics.csv").read_bytes()
+    said = pretrain(trainer__max_epochs=2, evaluate__every_epochs=0)
+    assert said.status == 2 and said.err.count("\n") == 1
+    assert f"cannot resume: '{last}' is damaged or no checkpoint" in said.err
+    assert "epoch_0001.ckpt" in said.err and "--run.overwrite" in said.err
+    assert last.read_bytes() == before and (finished / "metrics.csv").read_bytes() == metrics
+    # What the message advises works.
+    (finished / "checkpoints" / "epoch_0001.ckpt").replace(last)
+    assert pretrain(trainer__max_epochs=2, evaluate__every_epochs=0).status == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_that_is_no_run_is_never_touched(pretrain, tmp_path, overwrite):
+    precious = tmp_path / "run" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    said = pretrain(run__overwrite=overwrite)
+    assert said.status == 2 and f"'{tmp_path}/run' is not empty and no run directory" in said.err and said.err.count("\n") == 1
+    assert precious.read_text() == "years of work" and list((tmp_path / "run").iterdir()) == [precious]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way(pretrain, tmp_path, overwrite):
+    (tmp_path / "run").write_text("a file")
+    said = pretrain(run__overwrite=overwrite)
+    assert said.status == 2 and f"run.output '{tmp_path}/run' is a file; expected a directory" in said.err
+    said = pretrain(tmp_path / "run" / "deeper" / "still", run__overwrite=overwrite)
+    assert said.status == 2 and f"'{tmp_path}/run' is a file" in said.err
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_an_empty_directory_and_one_that_a_failed_start_left(pretrain, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "vit-suite-error.log").write_text("of yesterday")
+    assert pretrain(trainer__max_steps=1, evaluate__every_epochs=0).status == 0
+    assert (tmp_path / "run" / "vit-suite-error.log").read_text() == "of yesterday"
+
+
+# Killed -----------------------------------------------------------------------------------------------------------------------------
+
+
+LONG = {"trainer__max_epochs": 40, "checkpoint__every_steps": 1, "evaluate__every_epochs": 5}
+
+
+def start(folder, **options):
+    command = [sys.executable, "-m", "vit_suite", "pretrain", *words(run__output=folder, **options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def wait_for_checkpoint(child, folder) -> None:
+    end = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert child.poll() is None and time.monotonic() < end, child.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_kill_and_resume(pretrain, tmp_path):
+    """SIGKILL of a real process at a random moment, then the same command."""
+    assert pretrain(tmp_path / "straight", **LONG).status == 0
+    child = start(tmp_path / "run", **LONG)
+    wait_for_checkpoint(child, tmp_path / "run")
+    pause = random.uniform(0, 1.5)
+    time.sleep(pause)
+    child.kill()
+    child.communicate()
+    print(f"killed {pause:.3f} s after the first checkpoint, {len(column(tmp_path / 'run', 'train/loss'))} steps logged")
+    assert child.returncode == -signal.SIGKILL
+    torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    said = pretrain(**LONG)
+    assert said.status == 0 and "resuming" in said.log
+    assert sha256(tmp_path / "run") == sha256(tmp_path / "straight")
+    # Only the step that was under way may be missing from the log.
+    ours, theirs = column(tmp_path / "run", "train/loss"), column(tmp_path / "straight", "train/loss")
+    assert len(theirs) - 1 <= len(ours) <= len(theirs) and set(ours) <= set(theirs)
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_ctrl_c(pretrain, tmp_path):
+    child = start(tmp_path / "run", **LONG | {"trainer__max_epochs": 2000})
+    wait_for_checkpoint(child, tmp_path / "run")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and err.endswith("vit-suite: interrupted\n") and "Traceback" not in err
+    done = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert done >= 1
+    said = pretrain(**LONG | {"trainer__max_epochs": done // 4 + 1})
+    assert said.status == 0 and f"last.ckpt, {done} steps done" in said.log
