@@ -234,7 +234,7 @@ def test_an_empty_directory_and_one_that_a_failed_start_left(pretrain, tmp_path)
 # Killed -----------------------------------------------------------------------------------------------------------------------------
 
 
-LONG = {"trainer__max_epochs": 40, "checkpoint__every_steps": 1, "evaluate__every_epochs": 5}
+LONG = {"trainer__max_epochs": 15, "checkpoint__every_steps": 1, "evaluate__every_epochs": 5}
 
 
 def start(folder, **options):
@@ -255,7 +255,7 @@ def test_kill_and_resume(pretrain, tmp_path):
     assert pretrain(tmp_path / "straight", **LONG).status == 0
     child = start(tmp_path / "run", **LONG)
     wait_for_checkpoint(child, tmp_path / "run")
-    pause = random.uniform(0, 1.5)
+    pause = random.uniform(0, 0.8)
     time.sleep(pause)
     child.kill()
     child.communicate()

@@ -10,7 +10,7 @@ from vit_suite.data.resident import decode_all
 from vit_suite.data.shapes import CLASSES, ShapesSource
 from vit_suite.errors import UserError
 
-FINGERPRINT = [81.49, 120.83, 158.0]
+FINGERPRINT = [72.47, 80.69, 94.09]
 
 
 def test_an_image_depends_on_seed_split_and_index_alone():
@@ -58,7 +58,7 @@ def test_colours_say_nothing_about_the_class():
     assert hits < 0.14  # chance is 0.1, standard error 0.01
     flat = torch.nn.functional.normalize(images.flatten(1).float() - 128)
     hits = (source.labels[:2000][(flat[2000:] @ flat[:2000].T).argmax(1)] == source.labels[2000:]).double().mean()
-    assert hits < 0.3  # raw pixels are weak: 0.27 with 3,000 in the bank
+    assert hits < 0.4  # raw pixels see outlines that happen to lie alike: 0.34 with 2,000 in the bank
 
 
 def test_masks_tell_the_class():
@@ -128,3 +128,14 @@ def test_statistics_of_channels():
         with pytest.raises(UserError, match=words):
             statistics(DataConfig(name="cifar10", **more))
     assert len(CLASSES) == 10
+
+
+def test_the_weave_belongs_to_the_class():
+    """Objects of a striped class have more contrast than those of the plain one, whatever their colours."""
+    source = ShapesSource("train", 1000, (64, 64))
+
+    def contrast(name: str) -> torch.Tensor:
+        images = range(CLASSES.index(name), 1000, len(CLASSES))
+        return torch.stack([source.load(i).double().mean(0)[source.mask(i)].std() for i in images]).median()
+
+    assert contrast("bar") > 2 * contrast("triangle")

@@ -59,7 +59,9 @@ def test_attention_is_what_the_block_used():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224.dino"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224.dino"]
+)
 def test_timm_models_match_timm_at_their_native_size(name):
     import timm
 

@@ -53,7 +53,8 @@ def test_dino_release_files(backbone, tmp_path, wrap):
     """A .pth as DINO publishes it: bare, or a training checkpoint with `teacher` and prefixes; the head is left out."""
     state = dict(backbone.vit.state_dict())
     if wrap == "teacher":
-        state = {"student": {}, "teacher": {f"backbone.{name}": value for name, value in state.items()} | {"head.mlp.0.weight": torch.zeros(1)}}
+        teacher = {f"backbone.{name}": value for name, value in state.items()}
+        state = {"student": {}, "teacher": teacher | {"head.mlp.0.weight": torch.zeros(1)}}
     elif wrap == "module.":
         state = {"teacher": {f"module.backbone.{name}": value for name, value in state.items()}}
     torch.save(state, tmp_path / "dino.pth")

@@ -99,7 +99,8 @@ def show_masks(loaded: LoadedBackbone, source: ImageSource, seed: int, folder: P
     box = best_center_box(truth[:half])
     scores = {"trained": mask_scores(loaded, source, truth, half), "untrained": mask_scores(loaded.untrained(seed), source, truth, half)}
     baselines = baseline_scores(truth[half:], box)
-    print(table(["mask Jaccard %", "best head", "fixed head", "mean map"], [[name, *(v for _, v in s.items())] for name, s in scores.items()]))
+    rows = [[name, *(value for _, value in score.items())] for name, score in scores.items()]
+    print(table(["mask Jaccard %", "best head", "fixed head", "mean map"], rows))
     print("  without a model: " + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in baselines.items()) + "\n")
     metrics = {name: dict(s.items()) | {"head": s.head, "heads": list(s.heads)} for name, s in scores.items()} | baselines
     protocol = {

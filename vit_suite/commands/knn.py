@@ -57,6 +57,8 @@ def open_data(cfg: KNNConfig, loaded: LoadedBackbone) -> ImageDataModule:
     if channels not in (1, 3):  # no data set has published statistics for these
         options = replace(options, mean=options.mean or loaded.mean, std=options.std or loaded.std)
     data = ImageDataModule(options, seed=cfg.seed)
+    if data.train_source.labels is None:
+        raise UserError(f"{data.name} has no labels, and kNN needs some: score on class folders or another labelled data set.")
     if data.scored_on_itself:
         raise UserError(
             f"{data.name} would be scored on the images that vote, split '{data.test_source.split}': each would find itself. "

@@ -20,3 +20,5 @@ def speak() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of a torch name
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # images are in memory, or data.workers said so
+    # The time limit of an interrupted run need not be that of the run that goes on.
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*\['Timer'\]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -122,8 +122,9 @@ def build_trainer(
     callbacks: list[pl.Callback] = [Keeper(folder, cfg.checkpoint, method=cfg.method.name, data=data_name, seed=cfg.run.seed)]
     if score:
         callbacks.append(score)
+    cuda = pick_device(options.accelerator).type == "cuda"
     return pl.Trainer(
-        accelerator="gpu" if pick_device(options.accelerator).type == "cuda" else "cpu",
+        accelerator="gpu" if cuda else "cpu",
         devices=options.devices if options.devices != "auto" or torch.cuda.is_available() else 1,
         num_nodes=options.nodes,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
@@ -134,6 +135,7 @@ def build_trainer(
         log_every_n_steps=options.log_every,
         enable_progress_bar=options.progress,
         enable_model_summary=False,
+        sync_batchnorm=cuda,  # torch has it for GPUs alone
         use_distributed_sampler=False,  # the data module slices the global batch itself
         num_sanity_val_steps=0,
         logger=build_loggers(cfg, folder, steps_done),
@@ -168,16 +170,17 @@ def summarise(
     cfg: PretrainConfig, folder: Path, trainer: pl.Trainer, method: Method, score: OnlineKNN | None, data: ImageDataModule, seconds: float
 ) -> None:
     """Append the run to results.json."""
-    images = trainer.global_step * cfg.data.batch_size
-    metrics: dict[str, object] = {"steps": trainer.global_step, "epochs": trainer.current_epoch, "images": images, "seconds": round(seconds, 1)}
+    steps, images = trainer.global_step, trainer.global_step * cfg.data.batch_size
+    metrics: dict[str, object] = {"steps": steps, "epochs": trainer.current_epoch, "images": images, "seconds": round(seconds, 1)}
     if score and score.history:
         metrics["knn_top1"] = score.history[-1][1]
         metrics["knn_top1_by_epoch"] = score.history
     protocol = {
         "method": cfg.method.name,
         "data": data.name,
-        "knn": {"k": cfg.evaluate.k, "temperature": cfg.evaluate.temperature, "bank": cfg.evaluate.bank_size, "test": cfg.evaluate.test_size},
+        "knn": asdict(cfg.evaluate),
+        "config": "config.yaml",
     }
     append_result(folder / "results.json", "pretrain", metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
     last = f", kNN {score.history[-1][1]:.2f}%" if score and score.history else ""
-    log.info("done: %d steps, %d images in %.0f s%s; %s", trainer.global_step, images, seconds, last, folder)
+    log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, folder)

@@ -1,8 +1,9 @@
 """`shapes`: images generated offline, a textured object on a cluttered background, with the class label and the object's mask.
 
-The class sets the object's outline and the weave of its texture (pattern and fineness). Colours, scale, position, rotation, stretch
-and phase are drawn independently of it, as are the background (pale; smooth noise, a gradient or plain) and its clutter (line segments
-and blobs), so that colours say nothing about the class. The object covers 10 to 30% of the image.
+The class sets the object's outline, the weave of its texture (pattern and fineness), and about where its hue lies (two classes share
+a hue, neighbouring hues overlap). Brightness, saturation, scale, position, rotation, stretch and phase are drawn independently of it,
+as are the background's colours and texture, from the same patterns, and its clutter (line segments and blobs): the background says
+nothing about the class. The object covers 10 to 30% of the image.
 
 Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the same
 pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the centre.
@@ -27,6 +28,8 @@ SMALLEST = 16  # pixels: below that outlines blur into each other
 AREA = (0.11, 0.30)  # of the image, before stretching and cropping
 ROTATION = 1.2  # radians, both ways
 TEXTURES = 6
+HUES = 5
+HUE_SPREAD = 0.3  # turns; neighbouring hues, 0.2 apart, overlap
 CLUTTER = 10  # line segments and blobs, in turn
 DRAWS = 22
 
@@ -147,8 +150,8 @@ class ShapesSource(ImageSource):
         coverage = self._coverage(u, index)
         unit = float(min(self.image_size))
         x, y = self._x / unit, self._y / unit
-        back, front = _colours(u[13:])
-        canvas = _blend(back, _texture(x, y, [0.5 + 0.5 * u[5], *u[6:9]], random))
+        back, front = _colours(index, u[13:])
+        canvas = _blend(back, _texture(x, y, u[5:9], random))
         self._clutter(canvas, random, unit)
         canvas += coverage * (_blend(front, _texture(x, y, _weave(index, u[9:13]), random)) - canvas)
         canvas += random.standard_normal(self.image_size, dtype=np.float32) * (0.01 + 0.04 * u[21])
@@ -208,15 +211,15 @@ def _blend(colours: ndarray, share: ndarray) -> ndarray:
     return colours[0, :, None, None] + share * (colours[1] - colours[0])[:, None, None]  # (3, H, W)
 
 
-def _colours(u: list[float]) -> tuple[ndarray, ndarray]:
-    """Two pale background colours close to each other, and a dark and a light one of one hue for the object: (2, 3) each.
+def _colours(index: int, u: list[float]) -> tuple[ndarray, ndarray]:
+    """Two neighbouring background colours of any hue, and a dark and a light one of the class's hue for the object: (2, 3) each.
 
-    Backgrounds are nearly grey, because a vivid one tells an image from all others better than its object does, and self-supervised
-    features would be about it. `u`: uniform draws.
+    `u`: uniform draws.
     """
-    grey = 0.25 + 0.5 * u[0]
-    back = [[grey + 0.15 * (u[c] - 0.5) * (c > 0) + sign * 0.25 * (u[3] - 0.5) for c in range(3)] for sign in (1, -1)]
-    front = [hsv_to_rgb(u[4], 0.6 + 0.4 * u[5], value) for value in (0.25 + 0.3 * u[6], 0.75 + 0.25 * u[7])]
+    value, contrast = 0.3 + 0.6 * u[2], 0.12 * u[3]
+    back = [hsv_to_rgb((u[0] + turn) % 1, 0.9 * u[1], value + sign * contrast) for turn, sign in ((0.04, 1), (-0.04, -1))]
+    hue = (index % len(CLASSES) // 2 / HUES + HUE_SPREAD * (u[4] - 0.5)) % 1
+    front = [hsv_to_rgb(hue, 0.6 + 0.4 * u[5], light) for light in (0.25 + 0.3 * u[6], 0.75 + 0.25 * u[7])]
     return np.array(back, dtype=np.float32), np.array(front, dtype=np.float32)
 
 

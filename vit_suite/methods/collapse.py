@@ -32,7 +32,7 @@ class CollapseMonitor:
         if self.peaked >= self.patience and "peaked" not in self.said:
             self.said.add("peaked")
             return (
-                f"the teacher's entropy has stayed below {0.01 * self.uniform:.3f} for {self.patience} logged steps: every image goes to one "
-                "prototype. Raise method.teacher_temperature, lower method.center_momentum, or lower optim.lr."
+                f"the teacher's entropy has stayed below {0.01 * self.uniform:.3f} for {self.patience} logged steps: every image goes to "
+                "one prototype. Raise method.teacher_temperature, lower method.center_momentum, or lower optim.lr."
             )
         return None

@@ -21,12 +21,13 @@ def read_results(path: str | Path) -> list[dict]:
         raise UserError(f"'{path}' is a folder; name a results file with --output.")
     if not path.exists():
         return []
+    remedy = "move it away or name another with --output"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is no results file ({error}); move it away or name another with --output.") from error
+        raise UserError(f"'{path}' is no results file ({error}); {remedy}.") from error
     if not isinstance(entries, list):
-        raise UserError(f"'{path}' is no results file: expected a list of entries.")
+        raise UserError(f"'{path}' is no results file: expected a list of entries; {remedy}.")
     return entries
 
 
@@ -49,8 +50,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned text columns: the first to the left, the others to the right; floats with two digits."""
     cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    ]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,95 @@
+"""`vit-suite attention` on a folder as people have them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands.conftest import picture
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Grey, alpha, wide, one broken, unicode names, folders in folders, a file that is no image."""
+    root = tmp_path / "images"
+    (root / "deep" / "er still").mkdir(parents=True)
+    picture(0, 64, 48).save(root / "plain.jpg")
+    picture(1, 40, 40).convert("L").save(root / "grey.png")
+    picture(2, 50, 33).convert("RGBA").save(root / "alpha.png")
+    picture(3, 30, 200).save(root / "deep" / "wide.webp")
+    picture(4, 45, 45).save(root / "deep" / "er still" / "猫 ähnlich.png")
+    whole = (root / "plain.jpg").read_bytes()
+    (root / "broken.jpg").write_bytes(whole[:300])
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+SIZES = {"plain": (64, 48), "grey": (40, 40), "alpha": (50, 33), "deep/wide": (30, 200), "deep/er still/猫 ähnlich": (45, 45)}
+LABELS = ["head0", "head1", "head2", "mean"]
+
+
+def test_odd_images(vit_suite, tiny_run, odd, tmp_path):
+    words = ["--images", odd, "--output", tmp_path / "maps", "--formats", "png", "overlay", "mask", "npz"]
+    said = vit_suite("attention", "--checkpoint", tiny_run, *words)
+    assert said.status == 0
+    expected = {f"{name}_{label}_{kind}.png" for name in SIZES for label in LABELS for kind in ("heat", "overlay", "mask")}
+    expected |= {f"{name}_attention.npz" for name in SIZES} | {"quarantine.txt"}
+    found = {str(path.relative_to(tmp_path / "maps")) for path in (tmp_path / "maps").rglob("*") if path.is_file()}
+    assert found == expected
+    for name, (height, width) in SIZES.items():
+        with Image.open(tmp_path / "maps" / f"{name}_head1_overlay.png") as image:
+            assert (image.height, image.width) == (height, width)
+        numbers = np.load(tmp_path / "maps" / f"{name}_attention.npz")
+        grid = tuple(numbers["grid"])
+        assert grid == tuple(int(side / 8 + 0.5) for side in (height, width)) and numbers["attention"].shape == (3, *grid)
+        assert np.all(numbers["attention"] >= 0) and np.all(numbers["attention"].sum((1, 2)) < 1)  # the rest is on the CLS token
+        np.testing.assert_allclose(numbers["mean"], numbers["attention"].mean(0), atol=1e-6)
+    (line,) = (tmp_path / "maps" / "quarantine.txt").read_text().splitlines()
+    assert line.startswith(f"{odd}/broken.jpg\t")
+
+
+def test_what_is_said(vit_suite, tiny_run, odd, tmp_path):
+    said = vit_suite("attention", "--checkpoint", tiny_run, "--images", odd, "--output", tmp_path / "maps", "--max_tokens", 20)
+    first, *others = said.out.splitlines()
+    assert first.startswith("5 images (") and f"20 mask, 20 overlay in {tmp_path}/maps" in first
+    assert f"1 files do not decode; they are listed in {tmp_path}/maps/quarantine.txt" in others
+    assert any("were shrunk" in line and "--max_tokens" in line for line in others)
+
+
+def test_masks_hold_the_top_mass(vit_suite, tiny_run, odd, tmp_path):
+    words = ["--formats", "mask", "npz", "--heads", "mean", "--threshold", 0.4]
+    assert vit_suite("attention", "--checkpoint", tiny_run, "--images", odd / "grey.png", "--output", tmp_path / "maps", *words).status == 0
+    mean = np.load(tmp_path / "maps" / "grey_attention.npz")["mean"]
+    with Image.open(tmp_path / "maps" / "grey_mean_mask.png") as image:
+        mask = np.asarray(image.convert("L"))[4::8, 4::8] > 127  # the middle of each of 5 x 5 patches
+    share = mean[mask].sum() / mean.sum()
+    least = mean[mask].min()
+    assert 0.4 - least / mean.sum() <= share <= 0.4 + 1e-5 or 0.4 <= share <= 0.4 + least / mean.sum() + 1e-5
+    assert least >= mean[~mask].max()
+
+
+def refused(said, *parts):
+    assert said.status == 2 and said.out == "" and said.err.count("\n") == 1
+    for part in parts:
+        assert part in said.err
+
+
+def test_images_that_are_none_and_output_that_is_taken(vit_suite, tiny_run, odd, tmp_path):
+    def attention(images, output=tmp_path / "maps", *words):
+        return vit_suite("attention", "--checkpoint", tiny_run, "--images", images, "--output", output, *words)
+
+    (tmp_path / "words").mkdir()
+    refused(attention(tmp_path / "words"), f"no images under '{tmp_path}/words'", "nothing (it is empty)")
+    (tmp_path / "words" / "a.txt").write_text("x")
+    refused(attention(tmp_path / "words"), f"no images under '{tmp_path}/words'", "1 file (a.txt)")
+    refused(attention(tmp_path / "none"), f"images '{tmp_path}/none' does not exist")
+    refused(attention(odd, tmp_path / "words"), f"output '{tmp_path}/words' is not empty", "--overwrite")
+    assert [path.name for path in (tmp_path / "words").iterdir()] == ["a.txt"]
+    refused(attention(odd, tmp_path / "words" / "a.txt"), "is a file")
+    refused(attention(odd, odd), "is the images folder itself")
+    refused(attention(odd, tmp_path / "maps", "--formats", "pngg"), "got 'pngg'. Did you mean 'png'?")
+    refused(attention(odd, tmp_path / "maps", "--threshold", 0), "threshold is 0")
+    assert not (tmp_path / "maps").exists()
+    assert attention(odd, tmp_path / "words", "--overwrite").status == 0
+    assert (tmp_path / "words" / "a.txt").exists()

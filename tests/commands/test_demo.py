@@ -1,0 +1,57 @@
+"""`vit-suite demo`, small: everything once, and every number it prints on disk."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands.conftest import results
+from vit_suite.weights.checkpoint import load_backbone
+
+
+@pytest.mark.slow
+def test_demo(vit_suite, tmp_path):
+    words = ["--images", 256, "--test_images", 64, "--epochs", 1, "--progress", "false", "--output", tmp_path / "demo"]
+    said = vit_suite("demo", *words)
+    assert said.status == 0, said.err
+    pretrain, knn, masks = results(tmp_path / "demo")
+    assert [entry["task"] for entry in (pretrain, knn, masks)] == ["pretrain", "knn", "masks"]
+    assert pretrain["metrics"]["steps"] == 2
+    digest = load_backbone(tmp_path / "demo").sha256
+    assert all(entry["sha256"] == digest and entry["protocol"] and entry["command"] for entry in (pretrain, knn, masks))
+
+    rows = {line.rsplit(maxsplit=4)[0]: line.split()[-4:] for line in said.out.splitlines() if re.match("(trained|untrained|raw)", line)}
+    printed = [line.split() for line in said.out.splitlines()]
+    for name in ("trained", "untrained", "raw pixels"):
+        scores = [knn["metrics"][name][f"k{k}"]["top1"] for k in (10, 20, 100, 200)]
+        assert all(0 < score < 100 for score in scores)
+        assert [*name.split(), *(f"{score:.2f}" for score in scores)] in printed, rows
+    for name in ("trained", "untrained"):
+        metrics = masks["metrics"][name]
+        values = [value for key, value in metrics.items() if key not in ("head", "heads")]
+        assert all(0 < value < 100 for value in values) and metrics["head"] in range(3) and len(metrics["heads"]) == 3
+        assert [name, *(f"{value:.2f}" for value in values)] in printed
+    baselines = [key for key in masks["metrics"] if key not in ("trained", "untrained")]
+    assert baselines and all(f"{key.replace('_', ' ')} {masks['metrics'][key]:.2f}" in said.out for key in baselines)
+
+    pictures = sorted((tmp_path / "demo" / "images").glob("*.png"))
+    assert len(pictures) == 16
+    for picture in pictures:
+        for kind in ("overlay", "mask"):
+            with Image.open(tmp_path / "demo" / "attention" / f"{picture.stem}_mean_{kind}.png") as image:
+                assert image.size == (48, 48) and np.asarray(image).std() > 0
+
+    for command in ("vit-suite pretrain --config configs/dino/", f"vit-suite attention --checkpoint {tmp_path}/demo"):
+        assert command in said.out
+    again = vit_suite("demo", *words)
+    assert again.status == 0 and "is complete: 2 steps" in again.log
+    assert [entry["task"] for entry in results(tmp_path / "demo")] == ["pretrain", "knn", "masks", "knn", "masks"]
+
+
+def test_output_that_is_not_a_run(vit_suite, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    said = vit_suite("demo", "--images", 256, "--output", tmp_path)
+    assert said.status == 2 and "is not empty and no run directory" in said.err and said.err.count("\n") == 1

@@ -1,0 +1,212 @@
+"""`vit-suite knn`: the table, results.json, every kind of checkpoint, and what cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.commands.conftest import results
+from vit_suite.data.shapes import ShapesSource
+from vit_suite.weights.checkpoint import load_backbone
+
+SHAPES = ["--data.name", "shapes", "--data.image_size", 32, "--data.length", 64, "--data.test_length", 40, "--precision", "fp32"]
+
+
+@pytest.fixture
+def knn(vit_suite, tiny_run, tmp_path):
+    """Scores the tiny run on `shapes`, into scores.json; the words win over those."""
+
+    def call(*words, checkpoint=tiny_run, data=SHAPES):
+        return vit_suite("knn", "--checkpoint", checkpoint, "--output", tmp_path / "scores.json", *data, *words)
+
+    return call
+
+
+def test_table_and_entry(knn, tiny_run, tmp_path):
+    said = knn("--k", 10, 20, 64)
+    assert said.status == 0 and said.err.count("error") == 0
+    (entry,) = results(tmp_path / "scores.json")
+    scores = entry["metrics"]["checkpoint"]
+    title, header, _, row, last = said.out.splitlines()
+    assert title == "shapes: top-1 % of 40 images, bank of 64, temperature 0.07"
+    assert header.split() == ["kNN", "top-1", "%", "k=10", "k=20", "k=64"]
+    assert row.split() == ["checkpoint", *(f"{scores[k]['top1']:.2f}" for k in ("k10", "k20", "k64"))]
+    assert last == f"appended to {tmp_path}/scores.json"
+    protocol = entry["protocol"]
+    assert entry["task"] == "knn" and entry["sha256"] == load_backbone(tiny_run).sha256
+    assert (protocol["data"], protocol["temperature"], protocol["k"], protocol["precision"]) == ("shapes", 0.07, [10, 20, 64], "fp32")
+    assert protocol["bank"] == {"split": "train", "images": 64} and protocol["test"] == {"split": "test", "images": 40}
+    assert protocol["trained_on"]["method"] == "dino" and protocol["data_options"]["image_size"] == 32
+
+
+def test_numbers_are_those_of_a_vote_by_hand(knn, tiny_run, tmp_path):
+    """Brute force over the same images: top-k of the cosine, exp(similarity / 0.07), the class with the largest sum."""
+    assert knn("--k", 7, 20).status == 0
+    loaded = load_backbone(tiny_run)
+    features, labels = [], []
+    for split, length in (("train", 64), ("test", 40)):
+        source = ShapesSource(split, length, (32, 32), 3, 0)
+        pixels = torch.stack([source.load(i) for i in range(length)]).float() / 255
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (loaded.mean, loaded.std))
+        with torch.no_grad():
+            features.append(torch.nn.functional.normalize(loaded.backbone((pixels - mean) / std), dim=1))
+        labels.append(torch.tensor([source.label(i) for i in range(length)]))
+    similarity = features[1] @ features[0].T
+    for k in (7, 20):
+        values, places = similarity.topk(k, dim=1)
+        votes = torch.zeros(40, 10).scatter_add_(1, labels[0][places], (values / 0.07).exp())
+        top1 = 100 * (votes.argmax(1) == labels[1]).double().mean().item()
+        scores = results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"][f"k{k}"]
+        # One image may sit on the fence between two ways to round.
+        assert scores["top1"] == pytest.approx(top1, abs=2.6) and scores["top5"] >= scores["top1"]
+
+
+def test_k_beyond_the_bank_is_clamped_and_said(knn, tmp_path):
+    said = knn("--k", 10, 64, 100, 200)
+    assert said.status == 0 and "k=100 (bank has 64)" in said.out and "k=200 (bank has 64)" in said.out and "k=10 (" not in said.out
+    scores = results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]
+    assert scores["k100"] == scores["k64"] | {"used_k": 64} and "used_k" not in scores["k10"]
+
+
+def test_every_kind_of_file_gives_the_same_numbers(knn, tiny_run, tmp_path):
+    torch.save(load_backbone(tiny_run).backbone.vit.state_dict(), tmp_path / "bare.pth")
+    kinds = [tiny_run, tiny_run / "checkpoints" / "last.ckpt", tiny_run / "backbone.safetensors"]
+    for checkpoint in kinds:
+        assert knn("--k", 5, 20, checkpoint=checkpoint).status == 0
+    entries = results(tmp_path / "scores.json")
+    assert len(entries) == 3
+    assert len({entry["sha256"] for entry in entries}) == 1
+    assert entries[0]["metrics"] == entries[1]["metrics"] == entries[2]["metrics"]
+
+
+def test_a_bare_pth_gives_the_same_weights(vit_suite, pretrain, tmp_path):
+    """Dimensions are read off the shapes; heads of 64 dimensions, as in every release."""
+    assert pretrain(backbone__dim=64, backbone__heads=1, trainer__max_steps=2, evaluate__every_epochs=0).status == 0
+    loaded = load_backbone(tmp_path / "run")
+    torch.save({"teacher": {f"module.backbone.{k}": v for k, v in loaded.backbone.vit.state_dict().items()}}, tmp_path / "dino.pth")
+    options = [*SHAPES, "--k", 20, "--output", tmp_path / "scores.json"]
+    for checkpoint in (tmp_path / "run", tmp_path / "dino.pth"):
+        assert vit_suite("knn", "--checkpoint", checkpoint, *options).status == 0
+    first, second = results(tmp_path / "scores.json")
+    assert first["sha256"] == second["sha256"] == loaded.sha256
+
+
+def test_baselines(knn, tiny_run, tmp_path):
+    said = knn("--baselines", "--k", 20)
+    assert [line.split()[0] for line in said.out.splitlines()[3:6]] == ["checkpoint", "untrained", "raw"]
+    metrics = results(tmp_path / "scores.json")[0]["metrics"]
+    assert metrics.keys() == {"checkpoint", "untrained", "raw pixels"}
+    assert all(0 <= scores["k20"]["top1"] <= scores["k20"]["top5"] <= 100 for scores in metrics.values())
+
+
+def test_entries_are_appended_to_those_of_the_run(vit_suite, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = results(run)
+    for k in (5, 20):
+        assert vit_suite("knn", "--checkpoint", run, *SHAPES, "--k", k).status == 0
+    entries = results(run)
+    assert entries[:-2] == before and [entry["protocol"]["k"] for entry in entries[-2:]] == [[5], [20]]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "\x00\x01", '"text"'])
+def test_a_results_file_that_is_none_is_kept_and_said_before_scoring(knn, tmp_path, content):
+    (tmp_path / "scores.json").write_text(content)
+    said = knn()
+    assert said.status == 2 and said.out == "" and said.err.count("\n") == 1
+    assert f"'{tmp_path}/scores.json' is no results file" in said.err and "--output" in said.err
+    assert (tmp_path / "scores.json").read_text() == content
+
+
+def test_folder_of_photographs(knn, photographs, tmp_path):
+    said = knn("--k", 5, "--baselines", data=["--data.name", "folder", "--data.root", photographs])
+    assert said.status == 0 and "animals: top-1 % of 12 images, bank of 24" in said.out
+    assert results(tmp_path / "scores.json")[0]["metrics"]["raw pixels"]["k5"]["top1"] == 100  # dark against bright
+
+
+def test_grey_backbone_reads_colour_files_as_grey(vit_suite, pretrain, photographs, tmp_path):
+    assert pretrain(data__channels=1, trainer__max_steps=1, evaluate__every_epochs=0).status == 0
+    options = ["--data.name", "folder", "--data.root", photographs, "--k", 5, "--output", tmp_path / "scores.json"]
+    assert vit_suite("knn", "--checkpoint", tmp_path / "run", *options).status == 0
+    assert results(tmp_path / "scores.json")[0]["protocol"]["data_options"]["channels"] == 1
+
+
+def test_other_image_size(knn, tmp_path):
+    assert knn("--image_size", 48, "--k", 20).status == 0
+    assert "256/224 of [48, 48]" in results(tmp_path / "scores.json")[0]["protocol"]["view"]
+
+
+# What cannot be scored ----------------------------------------------------------------------------------------------------------------
+
+
+def refused(said, *parts):
+    assert said.status == 2 and said.out == "" and said.err.count("\n") == 1 and said.err.startswith("vit-suite: error: ")
+    for part in parts:
+        assert part in said.err
+
+
+def test_wrong_sizes_and_numbers(knn):
+    refused(knn("--image_size", 30), "image_size 30x30 is not divisible by the patch size 8", "24 and 32")
+    refused(knn("--image_size", 4), "image_size 4x4 is smaller than a patch of 8 pixels")
+    refused(knn("--k", 0), "--k: expected list of int (at least 1), got '0'")
+    refused(knn("--temperature", 0), "--temperature: expected float (above 0), got '0'")
+
+
+def test_unlabelled_data(knn, photographs):
+    data = ["--data.name", "flat", "--data.root", photographs / "train"]
+    refused(knn(data=data), "train", "no labels", "kNN")
+
+
+def test_a_set_that_would_be_scored_on_itself(knn, photographs):
+    data = ["--data.name", "folder", "--data.root", photographs / "train"]
+    refused(knn(data=data), "train would be scored on the images that vote", "split 'all'", "data.test_split")
+    refused(knn("--data.test_split", "train"), "scored on the images that vote, split 'train'")
+
+
+def test_channels_that_the_backbone_does_not_take(knn, tiny_run):
+    refused(knn("--data.channels", 1), f"data.channels is 1, but the backbone of '{tiny_run}' takes 3")
+
+
+def test_output_that_is_a_folder(knn, tmp_path):
+    (tmp_path / "folder").mkdir()
+    refused(knn("--output", tmp_path / "folder"), f"'{tmp_path}/folder' is a folder")
+
+
+@pytest.mark.parametrize("command", ["knn", "attention"])
+def test_checkpoints_that_are_none(vit_suite, tiny_run, photographs, tmp_path, command):
+    """Truncated, something else, another architecture: the same sentence from both commands."""
+    rest = SHAPES if command == "knn" else ["--images", photographs, "--output", tmp_path / "maps"]
+
+    def load(path):
+        return vit_suite(command, "--checkpoint", path, *rest)
+
+    whole = (tiny_run / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    refused(load(tmp_path / "cut.ckpt"), f"'{tmp_path}/cut.ckpt' is truncated, or no checkpoint")
+    whole = (tiny_run / "backbone.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-50])
+    refused(load(tmp_path / "cut.safetensors"), f"'{tmp_path}/cut.safetensors' is truncated or no safetensors file")
+    (tmp_path / "text.pth").write_text("hello")
+    refused(load(tmp_path / "text.pth"), f"'{tmp_path}/text.pth' is truncated, or no checkpoint")
+    torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "mlp.pth")
+    refused(load(tmp_path / "mlp.pth"), "holds no ViT", "1 tensors, but no 'cls_token'")
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    refused(load(tmp_path / "weights.bin"), "is not one of .ckpt, .safetensors, .pth")
+    refused(load(tmp_path / "none.ckpt"), f"'{tmp_path}/none.ckpt' does not exist")
+    content = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["backbone"]["depth"] = 3
+    del content["state_dict"]["teacher.backbone.vit.norm.bias"]
+    torch.save(content, tmp_path / "other.ckpt")
+    refused(load(tmp_path / "other.ckpt"), "does not fit the architecture", "depth 3", "13 missing, first 'blocks.2.norm1.weight'")
+    content["hyper_parameters"]["backbone"] |= {"depth": 2, "dim": 48}
+    torch.save(content, tmp_path / "wide.ckpt")
+    refused(load(tmp_path / "wide.ckpt"), "1 missing, first 'norm.bias'", "of another shape, first 'cls_token' ((1, 1, 24) in the file, (1, 1, 48) here)")
+    assert not (tmp_path / "maps").exists()
+
+
+def test_backbone_json_is_for_people_and_not_needed(vit_suite, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "backbone.json").write_text(json.dumps({"nonsense": 1}))
+    assert load_backbone(run).sha256 == load_backbone(tiny_run).sha256
