@@ -1,6 +1,7 @@
 """The command line: which commands there are, their help, and what a failure prints.
 
-Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130 interrupted.
+Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130 interrupted;
+143 terminated (SIGTERM) while training.
 `vit-suite --help` answers as fast as Python starts, so everything is imported inside the functions; the code of a command, and
 with it torch, only once its options have proved right.
 """
@@ -77,6 +78,8 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C with sys.exit(1)
             return _complain("interrupted", 130)
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's answer to SIGTERM, which would exit with 0
+            return _complain("terminated before the end", 143)
         raise
     except Exception as error:
         log = _write_log(argv, config)

@@ -176,6 +176,9 @@ class DINOConfig:
     """Momentum of the running centre of the teacher's output."""
     momentum_teacher: Share = 0.996
     """EMA momentum of the teacher at the start; a cosine takes it to 1."""
+    koleo_weight: NotNegative = 0.0
+    """Weight of DINOv2's KoLeo term on the student's CLS tokens of the global crops (DINOv2: 0.1); 0 is DINO. Neighbours are sought
+    within a rank's micro-batch, as there."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vit_suite import cli
@@ -38,10 +39,19 @@ TINY = {
     "trainer.progress": False,
     "trainer.accelerator": "cpu",
     "trainer.precision": "fp32",
+    "trainer.threads": 1,
     "evaluate.bank_size": 0,
     "evaluate.test_size": 0,
 }
-"""Four optimiser steps an epoch, two epochs."""
+"""Four optimiser steps an epoch, two epochs; one thread, because sums over several round in another order."""
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Other tests get their threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def words(**options) -> list[str]:

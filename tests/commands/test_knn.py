@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +134,26 @@ def test_grey_backbone_reads_colour_files_as_grey(vit_suite, pretrain, photograp
     assert results(tmp_path / "scores.json")[0]["protocol"]["data_options"]["channels"] == 1
 
 
+def test_five_channels_are_normalised_as_the_checkpoint_says(vit_suite, pretrain, tmp_path):
+    """No data set has published statistics for five; the run was told some, and its checkpoint keeps them."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, level in (("low", 20), ("high", 200)):
+            folder = tmp_path / "bands" / split / label
+            folder.mkdir(parents=True)
+            for index in range(8):
+                np.save(folder / f"{index}.npy", random.integers(level, level + 40, (32, 32, 5), dtype=np.uint8))
+    files = {"data__name": "folder", "data__root": tmp_path / "bands", "data__channels": 5, "data__batch_size": 8}
+    none = dict.fromkeys(("data__image_size", "data__length", "data__test_length"))
+    statistics = {"data__mean": 0.5, "data__std": 0.25, "views__grey": 0, "views__jitter": 0}
+    assert pretrain(**files, **none, **statistics, trainer__max_epochs=1).status == 0
+    options = ["--data.name", "folder", "--data.root", tmp_path / "bands", "--k", 3, "--baselines", "--output", tmp_path / "scores.json"]
+    said = vit_suite("knn", "--checkpoint", tmp_path / "run", *options)
+    assert said.status == 0, said.err
+    assert results(tmp_path / "scores.json")[0]["metrics"]["raw pixels"]["k3"]["top1"] == 100
+    assert results(tmp_path / "scores.json")[0]["protocol"]["data_options"]["mean"] == [0.5] * 5
+
+
 def test_other_image_size(knn, tmp_path):
     assert knn("--image_size", 48, "--k", 20).status == 0
     assert "256/224 of [48, 48]" in results(tmp_path / "scores.json")[0]["protocol"]["view"]
@@ -202,7 +223,8 @@ def test_checkpoints_that_are_none(vit_suite, tiny_run, photographs, tmp_path, c
     refused(load(tmp_path / "other.ckpt"), "does not fit the architecture", "depth 3", "13 missing, first 'blocks.2.norm1.weight'")
     content["hyper_parameters"]["backbone"] |= {"depth": 2, "dim": 48}
     torch.save(content, tmp_path / "wide.ckpt")
-    refused(load(tmp_path / "wide.ckpt"), "1 missing, first 'norm.bias'", "of another shape, first 'cls_token' ((1, 1, 24) in the file, (1, 1, 48) here)")
+    shapes = "((1, 1, 24) in the file, (1, 1, 48) here)"
+    refused(load(tmp_path / "wide.ckpt"), "1 missing, first 'norm.bias'", f"of another shape, first 'cls_token' {shapes}")
     assert not (tmp_path / "maps").exists()
 
 

@@ -272,12 +272,15 @@ def test_kill_and_resume(pretrain, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c(pretrain, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated before the end")]
+)
+def test_ctrl_c_and_kill(pretrain, tmp_path, number, status, word):
     child = start(tmp_path / "run", **LONG | {"trainer__max_epochs": 2000})
     wait_for_checkpoint(child, tmp_path / "run")
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and err.endswith("vit-suite: interrupted\n") and "Traceback" not in err
+    assert child.returncode == status and err.endswith(f"vit-suite: {word}\n") and "Traceback" not in err
     done = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert done >= 1
     said = pretrain(**LONG | {"trainer__max_epochs": done // 4 + 1})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, ViewsConfig
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
+from vit_suite.losses.koleo import koleo_loss
 from vit_suite.methods.base import Method, as_config
 from vit_suite.methods.collapse import CollapseMonitor
 from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size
@@ -55,10 +56,13 @@ class Network(nn.Module):
         tokens = torch.cat([self.backbone(torch.cat(group)) for group in by_size])
         return tokens.unflatten(0, (len(crops), -1))
 
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        """Logits of V crops -> (V, B, K); the head runs once over all of them."""
-        features = self.features(crops)
+    def logits(self, features: Tensor) -> Tensor:
+        """(V, B, D) -> (V, B, K); the head runs once over all crops."""
         return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """Logits of V crops -> (V, B, K)."""
+        return self.logits(self.features(crops))
 
 
 class DINO(Method):
@@ -130,14 +134,18 @@ class DINO(Method):
         )
         with torch.no_grad():
             features = self.teacher.features(crops[:GLOBAL_CROPS])
-            teacher_logits = self.teacher.head(features.flatten(0, 1)).float()  # (2B, K)
-            target = teacher_probabilities(teacher_logits, self.center, temperature).unflatten(0, features.shape[:2])
-            self.center_sum += teacher_logits.sum(0)
-            self.center_count += len(teacher_logits)
-        loss = dino_loss(self.student(crops), target, self.method.student_temperature)
-        values = {"loss": loss}
+            teacher_logits = self.teacher.logits(features).float()  # (2, B, K)
+            target = teacher_probabilities(teacher_logits, self.center, temperature)
+            self.center_sum += teacher_logits.sum((0, 1))
+            self.center_count += teacher_logits.shape[:2].numel()
+        tokens = self.student.features(crops)  # (V, B, D)
+        distillation = dino_loss(self.student.logits(tokens), target, self.method.student_temperature)
+        values = {"loss": distillation}
+        if self.method.koleo_weight:
+            koleo = sum(koleo_loss(view) for view in tokens[:GLOBAL_CROPS]) / GLOBAL_CROPS
+            values = {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
         if logged:
-            values |= self.diagnostics(loss.detach(), target, features)
+            values |= self.diagnostics(distillation.detach(), target, features)
         return values
 
     @torch.no_grad()
