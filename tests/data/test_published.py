@@ -9,30 +9,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import datasets
 
-from vit_suite.config import DataConfig
 from vit_suite.data.published import CIFAR10_CLASSES
 from vit_suite.data.registry import open_split, open_test, open_train
 from vit_suite.errors import UserError
 
-
-def picture(path, colour=(10, 20, 30), size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-def config(name, root, **more):
-    return DataConfig(name=name, root=str(root), **more)
-
-
-def fails(cfg, *words, split="train"):
-    with pytest.raises(UserError) as caught:
-        open_split(cfg, split)
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
-    assert "\n" not in str(caught.value)
+from .make import config, fails, picture
 
 
 def without_checksums(monkeypatch, cls):
