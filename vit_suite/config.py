@@ -314,7 +314,7 @@ class KNNConfig:
     """Weighted kNN of a backbone's CLS token: the training split votes on the test split."""
 
     checkpoint: str
-    """Run directory, .ckpt, .safetensors, .pth of the DINO or DINOv2 release, or timm:NAME."""
+    """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
     data: DataConfig = field(default_factory=DataConfig)
     k: list[Count] = field(default_factory=lambda: [10, 20, 100, 200])
     """Neighbours; one score each."""
@@ -341,7 +341,7 @@ class AttentionConfig:
     """Where the CLS token looks in each image of a folder: the last block's attention as heat maps, overlays and masks."""
 
     checkpoint: str
-    """Run directory, .ckpt, .safetensors, .pth of the DINO or DINOv2 release, or timm:NAME."""
+    """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
     images: str
     """Folder of images (searched through), or one image."""
     output: str = "attention"

@@ -73,7 +73,6 @@ def test_k_beyond_the_bank_is_clamped_and_said(knn, tmp_path):
 
 
 def test_every_kind_of_file_gives_the_same_numbers(knn, tiny_run, tmp_path):
-    torch.save(load_backbone(tiny_run).backbone.vit.state_dict(), tmp_path / "bare.pth")
     kinds = [tiny_run, tiny_run / "checkpoints" / "last.ckpt", tiny_run / "backbone.safetensors"]
     for checkpoint in kinds:
         assert knn("--k", 5, 20, checkpoint=checkpoint).status == 0

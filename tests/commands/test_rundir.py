@@ -212,6 +212,9 @@ def test_a_directory_that_is_no_run_is_never_touched(pretrain, tmp_path, overwri
     said = pretrain(run__overwrite=overwrite)
     assert said.status == 2 and f"'{tmp_path}/run' is not empty and no run directory" in said.err and said.err.count("\n") == 1
     assert precious.read_text() == "years of work" and list((tmp_path / "run").iterdir()) == [precious]
+    (tmp_path / "run" / "config.yaml").write_text("port: 8080\n")  # a common name
+    said = pretrain(run__overwrite=overwrite)
+    assert said.status == 2 and "no run directory" in said.err and precious.exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -108,6 +108,9 @@ def test_list_folder_and_bad_lists(tmp_path):
     (tmp_path / "train.txt").write_text("x.png\tb\nx.png\tc\n")
     (tmp_path / "val.txt").write_text("x.png\tc\n")
     assert open_test(config("list", tmp_path)).labels.tolist() == [1]  # classes of train
+    (tmp_path / "test.txt").write_text("x.png\ta\nx.png\tc\n")  # a would move b and c up by one
+    fails(config("list", tmp_path), "1 classes that train.txt lacks: a", split="test")
+    (tmp_path / "test.txt").unlink()
     (tmp_path / "bad.txt").write_text("nope/1.png\nnope/2.png\n")
     fails(config("list", tmp_path / "bad.txt"), "none of the first 2 paths", "nope/1.png", str(tmp_path))
     (tmp_path / "void.txt").write_text("# nothing\n")

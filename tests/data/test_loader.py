@@ -10,7 +10,7 @@ from PIL import Image
 
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import Quarantine
-from vit_suite.data.loader import EvaluationLoader, FileLoader, ResidentLoader, auto_workers
+from vit_suite.data.loader import EvaluationLoader, FileLoader, ResidentLoader, _Decoder, auto_workers
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import EpochPlan, epoch_order
 from vit_suite.data.resident import make_resident
@@ -142,6 +142,18 @@ def test_ragged_images_come_as_a_list(tmp_path):
     assert make_resident(source, "auto", 1.0, Quarantine()) is None
     with pytest.raises(UserError, match="data.resident is true, but set train holds images of different sizes"):
         make_resident(source, True, 1.0, Quarantine())
+
+
+def test_a_worker_sends_images_of_many_sizes_as_one_tensor(tmp_path):
+    """Each tensor on its way holds a file open: with 1,024 allowed, a batch of 512 single images never arrived."""
+    source = make_files(tmp_path / "x", sizes=((8, 6), (5, 9)))
+    plan = EpochPlan(23, 23)
+    sent = _Decoder(source, replace=True).__getitems__(next(plan.batches(0)))
+    assert sum(isinstance(part, torch.Tensor) for part in (*sent[0], *sent[1:])) == 3  # pixels, labels, indices
+    loader = FileLoader(source, plan, workers=1)
+    ((images, _, indices),) = list(loader)
+    loader.close()
+    assert len(images) == 23 and all(torch.equal(image, source.load(int(i))) for image, i in zip(images, indices, strict=True))
 
 
 def test_one_odd_size_beyond_the_probes_keeps_the_set_in_files(tmp_path):
@@ -277,6 +289,19 @@ def test_module_from_python(tmp_path):
     assert torch.bincount(data.bank(6).labels).tolist() == [3, 3]
     assert sum(ids(data.test_dataloader()), []) == list(range(10))
     assert data.to("cpu")
+
+
+def test_images_without_a_label_train_but_neither_vote_nor_are_scored(tmp_path):
+    make_files(tmp_path, 6)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    for split in ("train", "test"):
+        lines = [f"{name}\t{'ab'[i % 2]}" if i < 4 else name for i, name in enumerate(names)]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    data = ImageDataModule(DataConfig(name="list", root=str(tmp_path), batch_size=2))
+    assert len(data.train_source) == 6 and len(data.test_source) == 6
+    for part in (data.bank(), data.test(0), data.bank(5)):
+        assert part.labels.tolist() == [0, 1, 0, 1] and len(part) == 4
+    assert len(data.bank(2)) == 2
 
 
 def test_module_errors(tmp_path):

@@ -97,6 +97,8 @@ def test_one_and_five_channels():
         ({"patch_size": 16, "image_size": [40, 40]}, ["40x40", "16", "32 and 48"]),
         ({"patch_size": 16, "image_size": [8, 8]}, ["smaller than a patch"]),
         ({"dim": 100, "heads": 3}, ["100", "3"]),
+        ({"name": "vit_tiny_patch16_224", "heads": 5}, ["vit_tiny_patch16_224", "cannot be built"]),
+        ({"name": "deit_tiny_distilled_patch16_224"}, ["distill"]),
     ],
 )
 def test_bad_backbones_say_what_is_wrong(options, words):

@@ -89,7 +89,7 @@ def code(path, backbone):
 
     class Evil:
         def __reduce__(self):
-            return os.system, ("touch /tmp/should-not-exist-vit-suite",)
+            return os.system, (f"touch '{path}.ran'",)
 
     torch.save({"state_dict": Evil()}, path)
 
@@ -106,6 +106,7 @@ def code(path, backbone):
         ("g.pth", lambda path, _: torch.save(torch.zeros(3), path), ["Tensor", "not weights"]),
         ("h.pth", lambda path, _: torch.save({"conv1.weight": torch.zeros(3)}, path), ["holds no ViT", "cls_token"]),
         ("i.onnx", write_bytes(b"1"), [".ckpt", ".safetensors"]),
+        ("j.pth", lambda path, _: torch.save(Backbone(BackboneConfig(dim=48, depth=1)).vit.state_dict(), path), ["heads", "48"]),
     ],
 )
 def test_bad_files_get_one_clear_message(backbone, tmp_path, name, write, words):
@@ -116,6 +117,7 @@ def test_bad_files_get_one_clear_message(backbone, tmp_path, name, write, words)
     assert str(path) in str(error.value)
     for word in words:
         assert word in str(error.value)
+    assert list(tmp_path.iterdir()) == [path]  # no code from the file ran
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from vit_suite.commands.logs import speak
 from vit_suite.config import DataConfig, KNNConfig
 from vit_suite.data.module import ImageDataModule
+from vit_suite.data.resident import GIB
 from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features, extract_features, raw_pixel_features
 from vit_suite.evaluation.knn import KNNResult, knn_classify
@@ -18,6 +20,8 @@ from vit_suite.hardware import pick_device, pick_precision
 from vit_suite.models.backbone import check_image_size
 from vit_suite.reports.results import append_result, read_results, table
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
+
+log = logging.getLogger("vit_suite")
 
 
 def run(cfg: KNNConfig) -> None:
@@ -33,8 +37,12 @@ def run(cfg: KNNConfig) -> None:
     results = {"checkpoint": scorer.backbone(loaded)}
     if cfg.baselines:
         results["untrained"] = scorer.backbone(loaded.untrained(cfg.seed))
-        results["raw pixels"] = scorer.pixels()
-    print(f"{data.name}: top-1 % of {len(data.test_source)} images, bank of {len(data.train_source)}, temperature {cfg.temperature}")
+        need = 4 * data.cfg.channels * size[0] * size[1] * (len(scorer.bank) + len(scorer.test)) / GIB
+        if need <= cfg.data.memory_gb:
+            results["raw pixels"] = scorer.pixels()
+        else:
+            log.info("raw pixels are left out: they take %.1f GiB, and data.memory_gb is %g", need, cfg.data.memory_gb)
+    print(f"{data.name}: top-1 % of {len(scorer.test)} images, bank of {len(scorer.bank)}, temperature {cfg.temperature}")
     print(accuracy_table(results))
     metrics = {name: accuracies(result) for name, result in results.items()}
     protocol = scorer.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
@@ -81,7 +89,7 @@ class Scorer:
         precision: str,
         progress: bool = True,
     ):
-        self.bank, self.test = data.train_source, data.test_source
+        self.bank, self.test = data.bank(), data.test()
         self.ks, self.temperature, self.image_size = list(ks), temperature, list(image_size)
         self.options = {"batch_size": batch_size, "device": device, "precision": pick_precision(precision, device), "progress": progress}
         self.mean, self.std = data.mean, data.std

@@ -8,8 +8,13 @@ import warnings
 
 
 def main_process() -> bool:
-    """Whether this process speaks and writes for all; known from what launchers set, before a process group is up."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
+    """Whether this process speaks and writes for all; known from what launchers set, before a process group is up.
+
+    torchrun says RANK. Otherwise every number must be 0: in a shell on a SLURM node SLURM_PROCID is 0 for all processes that Lightning
+    starts from it, which LOCAL_RANK tells apart.
+    """
+    names = ["RANK"] if "RANK" in os.environ else ["SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"]
+    return all(int(os.environ.get(name, "0")) == 0 for name in names)
 
 
 def speak() -> None:

@@ -11,7 +11,7 @@ import torch
 from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError
 from vit_suite.files import write_atomically
-from vit_suite.parsing import dump_config, load_config
+from vit_suite.parsing import dump_config, load_config, read_yaml
 
 CONFIG = "config.yaml"
 FIXED = ("method", "backbone", "views", "optim", "data", "run.seed")
@@ -36,10 +36,11 @@ def check(cfg: PretrainConfig) -> Path | None:
         return None
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
-    if not (folder / CONFIG).is_file():
-        if any(path.name not in LEFT_BEHIND for path in folder.iterdir()):
+    if not _is_run(folder):
+        # Another process may be writing the config file at this moment, or have been killed while it did.
+        if any(path.name not in LEFT_BEHIND and not path.name.startswith(f".{CONFIG}.") for path in folder.iterdir()):
             consequence = "it will not be deleted" if cfg.run.overwrite else "name another"
-            raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG}); {consequence}.")
+            raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG} of a run); {consequence}.")
         return None
     if cfg.run.overwrite:
         return None
@@ -59,6 +60,14 @@ def check(cfg: PretrainConfig) -> Path | None:
     return last
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether the folder holds the config of a run, and not any config.yaml: what is in it may be deleted."""
+    try:
+        return "run.output" in read_yaml(folder / CONFIG)
+    except UserError:
+        return False
+
+
 def steps_done(checkpoint: Path) -> int:
     """Optimiser steps behind a checkpoint. UserError when it cannot be read."""
     try:
@@ -75,9 +84,10 @@ def steps_done(checkpoint: Path) -> int:
 def create(cfg: PretrainConfig) -> Path:
     """Make the directory (emptied with run.overwrite) and save the resolved config in it."""
     folder = Path(cfg.run.output)
-    if cfg.run.overwrite and folder.exists():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if cfg.run.overwrite:
+        for path in folder.iterdir():  # one by one: the folder itself may be a link to a larger disk
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_atomically(folder / CONFIG, lambda path: path.write_text(dump_config(cfg)))
     return folder
 

@@ -186,7 +186,10 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
     if not known:
         return FileSource(file.stem, chosen, base, paths, cfg.channels)
     if root.is_dir() and chosen != "train" and "train" in lists:
-        known |= {word for word in _read_list(lists["train"])[1] if word is not None}
+        trained = {word for word in _read_list(lists["train"])[1] if word is not None}
+        if trained and known - trained:  # they would shift the numbers of the others
+            raise UserError(f"'{file}' has {len(known - trained)} classes that train.txt lacks: {', '.join(sorted(known - trained)[:5])}.")
+        known |= trained
     classes = sorted(known, key=lambda word: (0, int(word), word) if re.fullmatch(r"\d+", word) else (1, 0, word))
     number = {word: i for i, word in enumerate(classes)}
     return FileSource(

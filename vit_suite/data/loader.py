@@ -10,9 +10,10 @@ process.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -214,9 +215,24 @@ def _labels(source: ImageSource) -> Tensor:
     return source.labels if source.labels is not None else torch.full((len(source),), -1, dtype=torch.int64)
 
 
-def _stack(images: list[Tensor]) -> Images:
-    """One tensor when all sizes agree (pages shared with the main process once, not per image), else the list."""
-    return torch.stack(images) if images and all(image.shape == images[0].shape for image in images) else images
+class _Packed(NamedTuple):
+    """Images of different sizes in one tensor. A worker's tensors hold a file open each, and a process often has no more than 1,024."""
+
+    pixels: Tensor
+    shapes: list[torch.Size]
+
+    def unpack(self) -> list[Tensor]:
+        parts = self.pixels.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(*shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def _stack(images: list[Tensor]) -> Tensor | list[Tensor] | _Packed:
+    """One tensor (pages shared with the main process once, not per image), packed when the sizes differ."""
+    if not images:
+        return images
+    if all(image.shape == images[0].shape for image in images):
+        return torch.stack(images)
+    return _Packed(torch.cat([image.flatten() for image in images]), [image.shape for image in images])
 
 
 def _checked(result: tuple, source: ImageSource, quarantine: Quarantine) -> tuple[Images, Tensor, Tensor]:
@@ -225,4 +241,4 @@ def _checked(result: tuple, source: ImageSource, quarantine: Quarantine) -> tupl
         quarantine.report(list(failures), source.title, len(source))
     if error is not None:
         raise error
-    return images, labels, indices
+    return images.unpack() if isinstance(images, _Packed) else images, labels, indices

@@ -145,14 +145,16 @@ class ImageDataModule(pl.LightningDataModule):
         return self.test_source.split == self.train_source.split
 
     def bank(self, size: int | None = None, seed: int | None = None) -> ImageSource:
-        """`size` training images (None or 0: all), class by class, un-augmented: what kNN votes with."""
+        """`size` training images that have a label (None or 0: all), class by class, un-augmented: what kNN votes with."""
         return self._sample(self.train_source, size, seed)
 
     def test(self, size: int | None = None, seed: int | None = None) -> ImageSource:
-        """`size` scored images (None or 0: all), class by class."""
+        """`size` scored images that have a label (None or 0: all), class by class."""
         return self._sample(self.test_source, size, seed)
 
     def _sample(self, source: ImageSource, size: int | None, seed: int | None) -> ImageSource:
+        if source.labels is not None and bool((source.labels < 0).any()):  # as in STL-10's train+unlabeled
+            source = source.subset((source.labels >= 0).nonzero().squeeze(1))
         if not size or size >= len(source):
             return source
         return source.subset(stratified(source.labels, len(source), size, self.seed if seed is None else seed))

@@ -48,6 +48,6 @@ class OnlineKNN(pl.Callback):
         backbone = module.evaluation_backbone()
         bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, **options)
         test = extract_features(backbone, self.test, self.image_size, module.mean, module.std, **options)
-        result = knn_classify(*bank[:2], *test[:2], ks=[self.cfg.k], temperature=self.cfg.temperature)
+        result = knn_classify(*bank[:2], *test[:2], ks=[self.cfg.k], temperature=self.cfg.temperature, device=module.device)
         return result.top1[self.cfg.k]
 

@@ -108,6 +108,8 @@ class Method(pl.LightningModule):
             self.max_steps,
             math.ceil(self.max_steps / self.steps_per_epoch),
         )
+        if self.optim.warmup_epochs * self.steps_per_epoch > self.max_steps:
+            log.warning("optim.warmup_epochs %g is longer than the run: its learning rate is never reached", self.optim.warmup_epochs)
 
     def crops(self, images: Tensor | list[Tensor], batch_idx: int) -> list[Tensor]:
         """Views of a batch: a list of (B, C, S, S) tensors. Ready-made views (a list of 4-D tensors) pass through.
@@ -135,10 +137,10 @@ class Method(pl.LightningModule):
             raise RuntimeError(
                 f"the loss is {values['loss'].item()} at step {self.global_step}: lower optim.lr, or train with trainer.precision=fp32"
             )
-        self.log("train/loss", values["loss"].detach(), prog_bar=True, sync_dist=logged)
         for name, value in values.items():
-            if name != "loss":
-                self.log(f"train/{name}", value.detach(), sync_dist=True)
+            # Not by sync_dist: Lightning wants it alike at every step, and makes all ranks wait for each value.
+            value = distributed.mean_over_ranks(value.detach()) if logged else value.detach()
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return values["loss"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -157,7 +157,7 @@ class DINO(Method):
             "teacher_entropy": entropy,
             "kl": loss - entropy,  # cross-entropy = entropy + KL, averaged over the same images
             "center_norm": self.center.norm(),
-            "prototypes_used": target.argmax(-1).unique().numel() / torch.tensor(float(self.method.out_dim)),
+            "prototypes_used": target.new_tensor(target.argmax(-1).unique().numel() / self.method.out_dim),
             "feature_std": unit.flatten(0, 1).std(0).mean() * features.shape[-1] ** 0.5,
         }
         sentence = self.monitor.update(float(loss), float(entropy))

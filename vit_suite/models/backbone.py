@@ -139,6 +139,8 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
         vit = timm.create_model(cfg.name, pretrained=cfg.pretrained, dynamic_img_size=True, **common, **_overrides(cfg))
     except TypeError as error:  # timm families other than VisionTransformer do not take these arguments
         raise UserError(f"backbone '{cfg.name}' is not of timm's VisionTransformer family ({error}).") from error
+    except AssertionError as error:  # timm's own checks: a width that the heads do not divide, a distilled model
+        raise UserError(f"backbone '{cfg.name}' cannot be built like this ({error}).") from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"backbone '{cfg.name}' is a {type(vit).__name__}, not a timm VisionTransformer.")
     if vit.cls_token is None:

@@ -215,13 +215,15 @@ def _from_plain_state(state: Mapping, source: str) -> LoadedBackbone:
         raise UserError(f"checkpoint '{source}' holds no ViT: {len(tensors)} tensors, but no '{absent[0]}'.")
     patch = tensors["patch_embed.proj.weight"]
     dim, channels, side = patch.shape[0], patch.shape[1], patch.shape[-1]
+    if dim % 64:
+        raise UserError(f"checkpoint '{source}' does not say how many heads it has, and its width {dim} is no multiple of a release's 64.")
     grid = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
     cfg = BackboneConfig(
         name="vit",
         patch_size=side,
         dim=dim,
         depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-        heads=max(1, dim // 64),
+        heads=dim // 64,
         mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
         image_size=[grid * side, grid * side],
         channels=channels,
