@@ -11,7 +11,7 @@ if [ -z "$python" ]; then
 fi
 [ -n "$python" ] || { echo "vit-suite needs Python 3.11 or newer; set PYTHON to one." >&2; exit 1; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
-# Installing again is skipped while neither the wanted extra nor pyproject.toml nor the interpreter changed.
+# Installing again is skipped until pyproject.toml changes or another extra is wanted.
 stamp=".venv/.installed${1:+-$1}"
 if ! [ "$stamp" -nt pyproject.toml ]; then
   echo "Installing vit-suite and what it needs into .venv (about 5 GB the first time, some minutes) ..."

@@ -148,3 +148,7 @@ def test_trainer(refused):
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")
 def test_gpu_where_there_is_none(refused):
     refused({"trainer__accelerator": "gpu"}, "accelerator=gpu, but torch sees no GPU here")
+
+
+def test_views_in_workers_that_do_not_exist(refused):
+    refused({"views__backend": "workers"}, "views.backend is workers, but the images are held in memory", "--data.resident false")

@@ -265,18 +265,20 @@ def test_nan_stops_with_a_plain_sentence(tmp_path, monkeypatch):
 def test_monitor_speaks_once_in_plain_words():
     monitor = CollapseMonitor(65536, patience=3)
     uniform = math.log(65536)
-    said = [monitor.update(uniform, uniform) for _ in range(6)]
+    said = [monitor.update(uniform, uniform, 300) for _ in range(6)]
     assert [sentence is not None for sentence in said] == [False, False, True, False, False, False]
     assert "ln K = 11.0904" in said[2]
-    said = [monitor.update(0.5, 0.01) for _ in range(6)]
+    said = [monitor.update(0.5, 0.01, 1) for _ in range(6)]
     assert sum(sentence is not None for sentence in said) == 1 and "one prototype" in next(filter(None, said))
 
 
 def test_monitor_keeps_quiet_while_learning():
     monitor = CollapseMonitor(1024, patience=3)
-    assert not any(monitor.update(math.log(1024) - 0.02 * step, 5.0) for step in range(100))
+    assert not any(monitor.update(math.log(1024) - 0.02 * step, 5.0, 200) for step in range(100))
     # a loss at ln K with a sharp teacher is the start of learning, not a uniform output
-    assert not any(monitor.update(math.log(1024), 4.0) for _ in range(100))
+    assert not any(monitor.update(math.log(1024), 4.0, 200) for _ in range(100))
+    # nor is a teacher that is sure of each image, as long as it is not sure of the same for all
+    assert not any(monitor.update(0.5, 0.01, 200) for _ in range(100))
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,10 @@ def recipe(cfg: DemoConfig) -> PretrainConfig:
             koleo_weight=0.1,
         ),
         backbone=BackboneConfig(patch_size=PATCH, dim=96, depth=3, heads=3, drop_path=0.0),
-        data=DataConfig(name="shapes", image_size=IMAGE, length=cfg.images, test_length=cfg.test_images, batch_size=128),
+        data=DataConfig(name="shapes", image_size=IMAGE, length=cfg.images, test_length=cfg.test_images, batch_size=min(128, cfg.images)),
         views=ViewsConfig(global_size=IMAGE, local_size=IMAGE // 2, local_crops=2, blur=[0.0, 0.0, 0.0]),
         optim=OptimConfig(lr=2e-3, warmup_epochs=2, weight_decay_end=0.04),
-        trainer=TrainerConfig(max_epochs=cfg.epochs, max_minutes=cfg.minutes, progress=cfg.progress),
+        trainer=TrainerConfig(max_epochs=cfg.epochs, max_minutes=cfg.minutes, progress=cfg.progress, devices=1),
         evaluate=EvaluateConfig(every_epochs=5),
         run=RunOptions(name="demo", output=cfg.output, seed=cfg.seed, overwrite=cfg.overwrite),
     )
@@ -117,10 +117,12 @@ def show_masks(loaded: LoadedBackbone, source: ImageSource, seed: int, folder: P
 @torch.no_grad()
 def mask_scores(loaded: LoadedBackbone, source: ImageSource, truth: torch.Tensor, half: int) -> LocalizationScores:
     """Masks that hold the top 60% of each head's attention, against the true objects."""
+    device = next(loaded.backbone.parameters()).device
     masks, means = [], []
     for start in range(0, len(source), 256):
         images = torch.stack([source.load(index) for index in range(start, min(start + 256, len(source)))])
-        maps = attention_maps(loaded.backbone, eval_view(images, IMAGE, loaded.mean, loaded.std))  # (B, h, gh, gw)
+        views = eval_view(images, IMAGE, loaded.mean, loaded.std).to(device)
+        maps = attention_maps(loaded.backbone, views).cpu()  # (B, h, gh, gw)
         masks.append(upsample(mass_mask(maps, THRESHOLD).float(), (IMAGE, IMAGE)) > 0.5)
         means.append(upsample(mass_mask(mean_map(maps), THRESHOLD).float(), (IMAGE, IMAGE)) > 0.5)
     heads, mean = torch.cat(masks), torch.cat(means)

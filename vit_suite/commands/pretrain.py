@@ -67,6 +67,8 @@ def train(cfg: PretrainConfig) -> bool:
     trainer = build_trainer(cfg, folder, score, precision, data.name, steps_before)
     data.trainer = trainer
     data.plan()  # says now whether the global batch splits over the ranks
+    if data.resident and cfg.views.backend == "workers":
+        raise UserError("views.backend is workers, but the images are held in memory and no worker reads them: add --data.resident false.")
     if not data.resident and pick_backend(cfg.views, device.type, ragged=True) == "workers":
         data.transform = MultiCropInWorkers(cfg.views, data.mean, data.std, cfg.run.seed, cfg.data.batch_size)
     if main:
@@ -123,6 +125,8 @@ def build_trainer(
     if score:
         callbacks.append(score)
     cuda = pick_device(options.accelerator).type == "cuda"
+    if cuda and options.devices != "auto" and options.devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices is {options.devices}, but torch sees {torch.cuda.device_count()} GPUs here.")
     return pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=options.devices if options.devices != "auto" or torch.cuda.is_available() else 1,

@@ -39,9 +39,9 @@ def dino_loss(student_logits: Tensor, teacher: Tensor, student_temperature: floa
     # Summed over q first, so that K is walked once a student view. Not an einsum: its matrix product adds K terms one after another,
     # which at K = 3,000 was off by five units in the last place, and autocast would run it in bf16.
     others = torch.stack([torch.cat([teacher[:q], teacher[q + 1 :]]).sum(0) for q in range(count)])  # (Q, B, K)
-    own = (others * log_student[:count]).sum(-1)  # (Q, B)
-    rest = (teacher.sum(0) * log_student[count:]).sum(-1)  # (V - Q, B)
-    return -torch.cat([own, rest]).mean(-1).sum() / (count * len(log_student) - count)
+    own, rest = log_student.split([count, len(log_student) - count])
+    sums = torch.cat([(others * own).sum(-1), (teacher.sum(0) * rest).sum(-1)])  # (V, B)
+    return -sums.mean(-1).sum() / (count * len(log_student) - count)
 
 
 def updated_center(center: Tensor, batch_mean: Tensor, momentum: float) -> Tensor:

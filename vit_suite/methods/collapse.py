@@ -19,10 +19,14 @@ class CollapseMonitor:
         self.stuck = self.peaked = 0
         self.said: set[str] = set()
 
-    def update(self, loss: float, teacher_entropy: float) -> str | None:
-        """Take the loss and the teacher's entropy of a logged step (nats); a sentence when collapse has lasted `patience` of them."""
+    def update(self, loss: float, teacher_entropy: float, prototypes_used: int) -> str | None:
+        """Take a logged step's loss and teacher entropy (nats), and how many prototypes are some image's first choice.
+
+        Returns a sentence when collapse has lasted `patience` logged steps. A sharp teacher alone is none: it may be sharp on many
+        prototypes.
+        """
         self.stuck = self.stuck + 1 if loss > 0.995 * self.uniform and teacher_entropy > 0.98 * self.uniform else 0
-        self.peaked = self.peaked + 1 if teacher_entropy < 0.01 * self.uniform else 0
+        self.peaked = self.peaked + 1 if teacher_entropy < 0.01 * self.uniform and prototypes_used <= 2 else 0
         if self.stuck >= self.patience and "stuck" not in self.said:
             self.said.add("stuck")
             return (

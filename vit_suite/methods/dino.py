@@ -153,14 +153,15 @@ class DINO(Method):
         """Values that tell learning from collapse; `target` (2, B, K) probabilities, `features` (2, B, D) teacher CLS."""
         entropy = -torch.special.xlogy(target, target).sum(-1).mean()
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
+        used = target.argmax(-1).unique().numel()
         values = {
             "teacher_entropy": entropy,
             "kl": loss - entropy,  # cross-entropy = entropy + KL, averaged over the same images
             "center_norm": self.center.norm(),
-            "prototypes_used": target.new_tensor(target.argmax(-1).unique().numel() / self.method.out_dim),
+            "prototypes_used": target.new_tensor(used / self.method.out_dim),
             "feature_std": unit.flatten(0, 1).std(0).mean() * features.shape[-1] ** 0.5,
         }
-        sentence = self.monitor.update(float(loss), float(entropy))
+        sentence = self.monitor.update(float(loss), float(entropy), used)
         if sentence:
             log.warning("%s", sentence)
         return values

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from vit_suite.config import CheckpointConfig
@@ -79,7 +80,13 @@ class Keeper(Checkpoint):
         self.export(trainer, module)
 
     def save(self, trainer: pl.Trainer, name: str) -> None:
-        """Write a checkpoint beside its final place and move it there in one step."""
+        """Write a checkpoint beside its final place and move it there in one step; never one whose weights are not finite."""
+        sums = torch.stack([parameter.detach().float().sum() for parameter in trainer.lightning_module.parameters()])
+        if not torch.isfinite(sums).all():
+            raise RuntimeError(
+                f"the weights are not finite at step {trainer.global_step}; {name}.ckpt stays as it was. "
+                "Lower optim.lr, or train with trainer.precision=fp32."
+            )
         path = self.folder / "checkpoints" / f"{name}.ckpt"
         partial = path.with_suffix(".ckpt.partial")
         trainer.save_checkpoint(partial, weights_only=False)  # False: optimiser and loops too
