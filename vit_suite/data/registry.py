@@ -49,7 +49,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "folder": DatasetInfo(files.open_folder, *IMAGENET),
     "flat": DatasetInfo(files.open_flat, *IMAGENET, 0),
     "list": DatasetInfo(files.open_list, *IMAGENET),
-    "shapes": DatasetInfo(None, [0.472, 0.472, 0.472], [0.192, 0.192, 0.192], len(SHAPES)),
+    "shapes": DatasetInfo(None, [0.453, 0.453, 0.453], [0.226, 0.226, 0.226], len(SHAPES)),
 }
 
 
