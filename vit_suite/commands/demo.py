@@ -79,7 +79,7 @@ def run(cfg: DemoConfig) -> None:
     log.info("3/3 pictures of %d test images", SHOWN)
     draw(loaded, data.test_source, folder)
     print(f"\nscores: {folder}/results.json   pictures: {folder}/attention   curves: {folder}/metrics.csv")
-    print("next, on images of your own:")
+    print("next, on images of your own (source .venv/bin/activate puts vit-suite on the path):")
     print("  vit-suite pretrain --config configs/dino/cifar10_cpu.yaml --data.root DIR      DINO on CIFAR-10")
     print(f"  vit-suite attention --checkpoint {folder} --images DIR --output OUT --resize {IMAGE}")
     print(f"  vit-suite knn --checkpoint {folder} --data.name folder --data.root DIR --image_size {IMAGE}")
