@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ class DINOHead(nn.Module):
         else:
             widths = [dim] + [hidden_dim] * (layers - 1)
             hidden: list[nn.Module] = []
-            for before, after in zip(widths, widths[1:], strict=False):
+            for before, after in pairwise(widths):
                 hidden += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if batch_norm else []), nn.GELU()]
             self.mlp = nn.Sequential(*hidden, nn.Linear(hidden_dim, bottleneck_dim))
         for module in self.mlp.modules():
