@@ -1,4 +1,4 @@
-"""The command line and the configuration: precedence, every kind of mistake, exit status, help, and what is imported."""
+"""The command line: methods, exit status, messages, help, and what is imported. Options are in test_parsing.py."""
 
 import os
 import re
@@ -14,10 +14,11 @@ import yaml
 
 import vit_suite
 from vit_suite import cli
-from vit_suite.config import AttentionConfig, DemoConfig, DINOConfig, KNNConfig, PretrainConfig, Range, RunOptions
+from vit_suite.config import DINOConfig, Range, RunOptions
 from vit_suite.errors import UserError
-from vit_suite.options import SYNONYMS, Schema, attribute_docs
-from vit_suite.parsing import dump_config, load_config
+from vit_suite.options import Schema, attribute_docs
+
+from .test_parsing import write
 
 # Stand-ins for a command and its options; the table of commands refers to them by name, as it does to the real ones. ---------------
 
@@ -93,224 +94,6 @@ def run(monkeypatch, tmp_path, capsys):
         return status, captured.out, captured.err, seen[-1] if seen else None
 
     return call
-
-
-def write(path, text):
-    path.write_text(text)
-    return path
-
-
-def error_of(call, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
-
-
-# Precedence and values --------------------------------------------------------------------------------------------------------------
-
-
-def test_command_line_wins_over_file_over_default(tmp_path):
-    file = write(tmp_path / "a.yaml", "optim: {lr: 1e-3, clip: 0}\nviews:\n  local_crops: 4\n")
-    for words in (["--config", file, "--optim.lr", "2e-3"], ["--optim.lr", "2e-3", "--config", file]):
-        config = load_config(None, [str(word) for word in words])
-        assert (config.optim.lr, config.optim.clip, config.views.local_crops) == (2e-3, 0.0, 4)
-        assert config.optim.min_lr == PretrainConfig().optim.min_lr
-    assert load_config(file).optim.lr == 1e-3
-    assert load_config().optim.lr == PretrainConfig().optim.lr
-
-
-def test_later_file_wins_over_earlier(tmp_path):
-    first, second = write(tmp_path / "1.yaml", "optim: {lr: 1, clip: 1}"), write(tmp_path / "2.yaml", "optim: {lr: 2}")
-    for words in (["--config", first, "--config", second], ["--config", first, second]):
-        config = load_config(None, [str(word) for word in words])
-        assert (config.optim.lr, config.optim.clip) == (2.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    "words, key, value",
-    [
-        ("--optim.lr 1e-3", "optim.lr", 1e-3),
-        ("--optim.lr=5E-4", "optim.lr", 5e-4),
-        ("--optim.lr 1", "optim.lr", 1.0),
-        ("--optim.lr 1 --optim.lr 2", "optim.lr", 2.0),
-        ("--trainer.max_steps -1", "trainer.max_steps", -1),
-        ("--views.local-crops 3", "views.local_crops", 3),
-        ("--run.overwrite", "run.overwrite", True),
-        ("--run.overwrite true", "run.overwrite", True),
-        ("--run.overwrite --optim.lr 1", "run.overwrite", True),
-        ("--run.overwrite no", "run.overwrite", False),
-        ("--data.resident", "data.resident", True),
-        ("--data.resident auto", "data.resident", "auto"),
-        ("--data.workers 3", "data.workers", 3),
-        ("--data.workers auto", "data.workers", "auto"),
-        ("--views.global_scale 0.4 1.0", "views.global_scale", [0.4, 1.0]),
-        ("--views.global_scale [0.4,1]", "views.global_scale", [0.4, 1.0]),
-        ("--data.mean 0.5", "data.mean", [0.5]),
-        ("--data.mean null", "data.mean", None),
-        ("--backbone.image_size 32 48", "backbone.image_size", [32, 48]),
-        ("--data.root 2024", "data.root", "2024"),
-        ("--data.root=a=b", "data.root", "a=b"),
-        ("--run.name no", "run.name", "no"),
-        ("--run.name null", "run.name", "null"),
-        ("--data.root null", "data.root", None),
-    ],
-)
-def test_value_on_the_command_line(words, key, value):
-    group, name = key.split(".")
-    got = getattr(getattr(load_config(None, words.split()), group), name)
-    assert got == value and type(got) is type(value)
-
-
-@pytest.mark.parametrize(
-    "text, key, value",
-    [
-        ("optim: {lr: 1e-3}", "optim.lr", 1e-3),
-        ("optim: {lr: 1}", "optim.lr", 1.0),
-        ("optim.lr: 1e-3", "optim.lr", 1e-3),
-        ("run: {name: 2024}", "run.name", "2024"),
-        ("run: {name: no}", "run.name", "no"),
-        ("run: {overwrite: yes}", "run.overwrite", True),
-        ("data: {root: }", "data.root", None),
-        ("data: {root: ~}", "data.root", None),
-        ("data: {workers: auto}", "data.workers", "auto"),
-        ("views:\n  global_scale:\n  - 4e-1\n  - 1\n", "views.global_scale", [0.4, 1.0]),
-        ("a: &a [0.1, 0.2]".replace("a: ", "views: {global_scale: ") + ", local_scale: *a}", "views.local_scale", [0.1, 0.2]),
-    ],
-)
-def test_value_in_a_file(tmp_path, text, key, value):
-    group, name = key.split(".")
-    got = getattr(getattr(load_config(write(tmp_path / "x.yaml", text)), group), name)
-    assert got == value and type(got) is type(value)
-
-
-@pytest.mark.parametrize("text", ["", "\n# only a remark\n", "optim:\n  # lr: 1\n", "{}", "null", "optim: {}"])
-def test_empty_file_means_defaults(tmp_path, text):
-    assert load_config(write(tmp_path / "x.yaml", text)) == PretrainConfig()
-
-
-def test_overrides_from_python(tmp_path):
-    config = load_config(None, {"optim": {"lr": 1e-3, "betas": (0.8, 0.9)}, "run.output": tmp_path, "data.root": None})
-    assert (config.optim.lr, config.optim.betas, config.run.output) == (1e-3, [0.8, 0.9], str(tmp_path))
-    assert error_of(load_config, None, {"optim": {"lrr": 1}}) == "unknown key 'optim.lrr'. Did you mean 'optim.lr'?"
-    assert error_of(load_config, None, {"optim.lr": "fast"}) == "optim.lr: expected float (at least 0), got 'fast'"
-
-
-def test_defaults_are_not_shared_between_configs():
-    first = load_config()
-    first.views.global_scale.append(9.0)
-    assert load_config().views.global_scale == PretrainConfig().views.global_scale == [0.4, 1.0]
-
-
-@pytest.mark.parametrize("config", [PretrainConfig(), KNNConfig("c"), AttentionConfig("c", "i"), DemoConfig()])
-def test_dump_reads_back(tmp_path, config):
-    assert load_config(write(tmp_path / "c.yaml", dump_config(config)), cls=type(config)) == config
-
-
-@pytest.mark.parametrize("text", ["", "a b", "1", "1e-3", "no", "null", "[a]", "{a: b}", "a: b", "# x", "ü", "'q'", "-", "a\nb", "*"])
-def test_dump_keeps_odd_text_and_numbers(tmp_path, text):
-    config = PretrainConfig()
-    config.run.name, config.optim.lr, config.optim.clip = text, 1 / 3 * 1e-9, 1e22
-    assert load_config(write(tmp_path / "c.yaml", dump_config(config))) == config
-
-
-# Mistakes ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("optim:\n  learning_rate: 1", ":2: unknown key 'optim.learning_rate'. Did you mean 'optim.lr'?"),
-        ("optim:\n  clip: 1\n  lrr: 1", ":3: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
-        ("optimizer:\n  lr: 1", ":2: unknown key 'optimizer.lr'. Did you mean 'optim.lr'?"),
-        ("epochs: 3", ":1: unknown key 'epochs'. Did you mean 'trainer.max_epochs'?"),
-        ("batch_size: 3", ":1: unknown key 'batch_size'. Did you mean 'data.batch_size'?"),
-        ("trainer: {lr: 3}", ":1: unknown key 'trainer.lr'. Did you mean 'optim.lr'?"),
-        ("optim: {lr: {peak: 1}}", ":1: unknown key 'optim.lr.peak'"),
-        ("optim:\n  lr: fast", ":2: optim.lr: expected float (at least 0), got 'fast'"),
-        ("optim:\n  lr:", ":2: optim.lr: expected float (at least 0), got nothing"),
-        ("optim:\n  lr: [1]", ":2: optim.lr: expected float (at least 0), got ['1']"),
-        ("optim: {lr: .nan}", ":1: optim.lr: expected float (at least 0), got '.nan'"),
-        ("optim: {lr: .inf}", ":1: optim.lr: expected float (at least 0), got '.inf'"),
-        ("optim: {betas: 0.9}", ":1: optim.betas: expected list of float (2 of them, 0 to 1), got '0.9'"),
-        ("optim: {betas: [0.9, x]}", ":1: optim.betas: expected list of float (2 of them, 0 to 1), got 'x'"),
-        ("optim: {betas: [0.9, {a: 1}]}", ":1: optim.betas: expected list of float (2 of them, 0 to 1), got {}"),
-        ("optim: 3", ":1: optim: is a group of options such as optim.lr, not a value"),
-        ("optim: [lr]", ":1: optim: is a group of options such as optim.lr, not a value"),
-        ("trainer: {max_epochs: 1.5}", ":1: trainer.max_epochs: expected int (at least 1), got '1.5'"),
-        ("trainer: {accelerator: gqu}", ":1: trainer.accelerator: expected one of auto, cpu, gpu, got 'gqu'. Did you mean 'gpu'?"),
-        ("method: {queue: 3, name: dno}", ":1: method.name: expected dino, got 'dno'. Did you mean 'dino'?"),
-        ("optim:\n  lr: 1\n  lr: 2", ":3: key 'optim.lr' stands twice"),
-        ("optim: {lr: 1}\noptim: {clip: 1}", ":2: key 'optim' stands twice"),
-        ("optim: {lr: 1}\noptim.lr: 2", ":2: key 'optim.lr' stands twice"),
-        ("optim: {lr: 1", ":1: not valid YAML: "),
-        ("optim:\n\tlr: 1", ":2: not valid YAML: "),
-        ("a: 1\n--- \nb: 1", ":2: not valid YAML: "),
-        ("- optim", ": expected options as 'key: value' lines, got a sequence"),
-        ("optim", ": expected options as 'key: value' lines, got a scalar"),
-        ("? [a]\n: 1", ":1: expected a key, got a sequence"),
-        ("a: &x\n  b: *x", "nested too deep"),
-        ("1: x", ":1: unknown key '1'"),
-    ],
-)
-def test_mistake_in_a_file(tmp_path, text, message):
-    file = write(tmp_path / "x.yaml", text)
-    said = error_of(load_config, file)
-    assert said.startswith(f"{file}{message}") or (message in said and said.startswith(str(file)))
-    assert "\n" not in said and len(said) - len(str(file)) < 220
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--optim.lrr 3", "unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
-        ("--lr 3", "unknown option '--lr'. Did you mean '--optim.lr'?"),
-        ("--dataa.root x", "unknown option '--dataa.root'. Did you mean '--data.root'?"),
-        ("--zzz", "unknown option '--zzz'. Known: --method, --backbone,"),
-        ("--optim.lr fast", "--optim.lr: expected float (at least 0), got 'fast'"),
-        ("--optim.lr", "--optim.lr: expected float (at least 0), got nothing"),
-        ("--optim.lr nan", "--optim.lr: expected float (at least 0), got 'nan'"),
-        ("--optim.lr -1", "--optim.lr: expected float (at least 0), got '-1'"),
-        ("--optim.lr 1 2", "unexpected argument '2' after --optim.lr 1"),
-        ("--optim 3", "--optim: is a group of options such as optim.lr, not a value"),
-        ("--trainer.max_epochs 0", "--trainer.max_epochs: expected int (at least 1), got '0'"),
-        ("--views.flip 1.5", "--views.flip: expected float (0 to 1), got '1.5'"),
-        ("--views.global_scale 0.4", "--views.global_scale: expected list of float (2 of them, 0 to 1), got ['0.4']"),
-        ("--method.student_temperature 0", "--method.student_temperature: expected float (above 0), got '0'"),
-        ("--run.overwrite maybe", "--run.overwrite: expected true or false, got 'maybe'"),
-        ("--data.workers aut", "--data.workers: expected int or auto (at least 0), got 'aut'. Did you mean 'auto'?"),
-        ("--trainer.precision fp16", "--trainer.precision: expected one of auto, bf16, fp32, got 'fp16'. Did you mean 'bf16'?"),
-        ("nonsense", "unexpected argument 'nonsense'"),
-        ("-lr 3", "unexpected argument '-lr'"),
-        ("--config", "--config: expected a YAML file, got nothing"),
-    ],
-)
-def test_mistake_on_the_command_line(words, message):
-    assert error_of(load_config, None, words.split()).startswith(message)
-
-
-def test_config_file_that_cannot_be_read(tmp_path):
-    write(tmp_path / "smoke.yaml", "")
-    assert error_of(load_config, tmp_path) == f"{tmp_path}: is a folder, expected a YAML file"
-    assert error_of(load_config, tmp_path / "smok.yaml") == f"{tmp_path}/smok.yaml: no such config file. Did you mean 'smoke.yaml'?"
-    assert error_of(load_config, tmp_path / "no" / "x.yaml") == f"{tmp_path}/no/x.yaml: no such config file."
-    (tmp_path / "b.yaml").write_bytes(bytes(range(256)))
-    assert error_of(load_config, tmp_path / "b.yaml") == f"{tmp_path}/b.yaml: not valid YAML: not a text file"
-
-
-def test_missing_required_option_and_wrong_item_of_a_list():
-    assert error_of(load_config, cls=KNNConfig) == "missing required option --checkpoint"
-    assert error_of(load_config, cls=AttentionConfig) == "missing required option --checkpoint --images"
-    words = "--checkpoint c --images i --formats overlay maskk".split()
-    expected = "--formats: expected any of png, overlay, mask, npz, got 'maskk'. Did you mean 'mask'?"
-    assert error_of(load_config, None, words, AttentionConfig) == expected
-    assert load_config(None, "--checkpoint c --k 10 20".split(), KNNConfig).k == [10, 20]
-    assert load_config(None, "--checkpoint c --k [10,20]".split(), KNNConfig).k == [10, 20]
-    assert "expected list of int (at least 1), got '0'" in error_of(load_config, None, "--checkpoint c --k 5 0".split(), KNNConfig)
-
-
-def test_synonyms_lead_to_options_that_exist():
-    options = Schema(PretrainConfig).options
-    assert set(SYNONYMS.values()) <= set(options)
 
 
 # Methods ----------------------------------------------------------------------------------------------------------------------------
@@ -514,12 +297,3 @@ SCRIPT = Path(sys.executable).with_name("vit-suite")
 @pytest.mark.skipif(not SCRIPT.exists(), reason="the package is not installed")
 def test_console_script():
     assert subprocess.run([SCRIPT, "knn"], capture_output=True, text=True, timeout=60).returncode == 2
-
-
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_loads_and_dumps(path, tmp_path):
-    config = load_config(path)
-    assert load_config(write(tmp_path / "c.yaml", dump_config(config))) == config

@@ -53,7 +53,7 @@ def test_what_is_said(vit_suite, tiny_run, odd, tmp_path):
     said = vit_suite("attention", "--checkpoint", tiny_run, "--images", odd, "--output", tmp_path / "maps", "--max_tokens", 20)
     first, *others = said.out.splitlines()
     assert first.startswith("5 images (") and f"20 mask, 20 overlay in {tmp_path}/maps" in first
-    assert f"1 files do not decode; they are listed in {tmp_path}/maps/quarantine.txt" in others
+    assert f"files that do not decode: 1, listed in {tmp_path}/maps/quarantine.txt" in others
     assert any("were shrunk" in line and "--max_tokens" in line for line in others)
 
 

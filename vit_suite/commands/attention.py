@@ -40,7 +40,7 @@ def sentence(summary: ExportSummary) -> str:
     files = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.files.items()))
     lines = [f"{summary.images} images ({summary.images_per_second:.1f} a second): {files} in {summary.output}"]
     if summary.failures:
-        lines.append(f"{len(summary.failures)} files do not decode; they are listed in {summary.quarantine}")
+        lines.append(f"files that do not decode: {len(summary.failures)}, listed in {summary.quarantine}")
     if summary.shrunk:
         lines.append(f"{summary.shrunk} images were shrunk for the backbone; a larger --max_tokens shows more detail")
     if summary.coarse:

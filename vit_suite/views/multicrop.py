@@ -59,14 +59,13 @@ class ViewParameters:
                                  for key, value in chosen.items()})
 
 
-def view_generator(seed: int, epoch: int, step: int, rank: int | None = None) -> torch.Generator:
+def view_generator(seed: int, epoch: int, step: int) -> torch.Generator:
     """A CPU generator for the views of one step; its arguments are hashed, so that neighbouring steps are independent.
 
-    rank is for draws that should differ between ranks; views leave it out and take their rows of the global draw instead.
+    The rank is left out: every rank takes its rows of the same global draw.
     """
-    key = [seed, epoch, step] if rank is None else [seed, epoch, step, rank]
     # PyTorch's Mersenne Twister is seeded with the low 32 bits, so that is what the hash has to fill.
-    state = np.random.SeedSequence([int(value) % 2**64 for value in key]).generate_state(1, np.uint32)
+    state = np.random.SeedSequence([int(value) % 2**64 for value in (seed, epoch, step)]).generate_state(1, np.uint32)
     return torch.Generator().manual_seed(int(state[0]))
 
 
