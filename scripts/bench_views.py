@@ -21,7 +21,8 @@ from PIL import __version__ as pillow_version
 from torchvision import transforms
 
 from vit_suite.config import ViewsConfig
-from vit_suite.views.multicrop import MultiCrop, view_generator
+from vit_suite.views.draw import alone
+from vit_suite.views.multicrop import MultiCrop
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CASES = {
@@ -79,9 +80,9 @@ def ways(size: tuple[int, int], batch: int, cfg: ViewsConfig) -> dict[str, tuple
     steps = iter(range(10**9))
     return {
         "PIL, image by image": (few, lambda: [peer(image) for image in pil[:few]]),
-        "ours, batched": (batch, lambda: batched(images, view_generator(0, 0, next(steps)))),
-        "ours, batched, ragged list": (batch, lambda: batched(ragged, view_generator(0, 0, next(steps)))),
-        "ours, batches of one": (few, lambda: [batched(image[None], view_generator(0, 0, next(steps))) for image in ragged[:few]]),
+        "ours, batched": (batch, lambda: batched(images, alone(batch, 0, 0, next(steps)))),
+        "ours, batched, ragged list": (batch, lambda: batched(ragged, alone(batch, 0, 0, next(steps)))),
+        "ours, batches of one": (few, lambda: [batched(image[None], alone(1, 0, 0, next(steps))) for image in ragged[:few]]),
     }
 
 

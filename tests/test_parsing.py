@@ -154,7 +154,7 @@ def test_dump_keeps_odd_text_and_numbers(tmp_path, text):
         ("optim: [lr]", ":1: optim: is a group of options such as optim.lr, not a value"),
         ("trainer: {max_epochs: 1.5}", ":1: trainer.max_epochs: expected int (at least 1), got '1.5'"),
         ("trainer: {accelerator: gqu}", ":1: trainer.accelerator: expected one of auto, cpu, gpu, got 'gqu'. Did you mean 'gpu'?"),
-        ("method: {queue: 3, name: dno}", ":1: method.name: expected dino, got 'dno'. Did you mean 'dino'?"),
+        ("method: {queue: 3, name: dno}", ":1: method.name: expected one of dino, sit, supervised, got 'dno'. Did you mean 'dino'?"),
         ("optim:\n  lr: 1\n  lr: 2", ":3: key 'optim.lr' stands twice"),
         ("optim: {lr: 1}\noptim: {clip: 1}", ":2: key 'optim' stands twice"),
         ("optim: {lr: 1}\noptim.lr: 2", ":2: key 'optim.lr' stands twice"),

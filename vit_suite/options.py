@@ -95,11 +95,13 @@ class Schema:
             default = _default(field) if template is None else getattr(template, field.name)
             if variants := field.metadata.get("variants"):
                 # A name that no variant has keeps the default class; converting the name then tells the user the valid ones.
-                word = chosen.get(selector := f"{key}.name")
+                selector = field.metadata.get("selector", own := f"{key}.name")
+                word = chosen.get(selector)
                 variant = variants.get(word, type(default)) if isinstance(word, str) else type(default)
                 self._add(key, variant, default if variant is type(default) else None, chosen)
-                self.options[selector] = self.options[selector]._replace(hint=Literal[tuple(variants)])
-                self.selectors.append(selector)
+                if selector == own:  # not another group's, whose choice this group follows
+                    self.options[selector] = self.options[selector]._replace(hint=Literal[tuple(variants)])
+                    self.selectors.append(selector)
             elif dataclasses.is_dataclass(hint):
                 self._add(key, hint, None if default is REQUIRED else default, chosen)
             else:

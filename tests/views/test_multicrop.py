@@ -16,7 +16,8 @@ from torchvision.transforms import RandomResizedCrop
 from vit_suite.config import ViewsConfig
 from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
-from vit_suite.views.multicrop import MultiCrop, MultiCropInWorkers, draw, pick_backend, validate_views, view_generator
+from vit_suite.views.draw import Draw, alone
+from vit_suite.views.multicrop import MultiCrop, ViewsInWorkers, draw_views, pick_backend, validate_views
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 SMALL = ViewsConfig(global_size=32, local_size=16, local_crops=4)
@@ -28,7 +29,7 @@ def noise(count: int, channels: int = 3, height: int = 32, width: int = 32) -> t
 
 
 def parameters(cfg: ViewsConfig, count: int, height: int, width: int, seed: int = 0):
-    return draw(cfg, torch.tensor([[height, width]]).expand(count, 2), view_generator(seed, 0, 0))
+    return draw_views(cfg, torch.tensor([[height, width]]).expand(count, 2), alone(count, seed))
 
 
 def uniform_within(values: torch.Tensor, low: float, high: float, sigmas: float = 4.5) -> None:
@@ -116,7 +117,7 @@ def test_strong_jitter_never_turns_negative():
 
 
 def test_views_have_their_sizes_and_normalised_values():
-    views = MultiCrop(SMALL, MEAN, STD)(noise(5), view_generator(0, 0, 0))
+    views = MultiCrop(SMALL, MEAN, STD)(noise(5), alone(5))
     assert [tuple(view.shape) for view in views] == [(5, 3, 32, 32)] * 2 + [(5, 3, 16, 16)] * 4
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     for view in views:
@@ -128,7 +129,7 @@ def test_views_have_their_sizes_and_normalised_values():
 def test_whole_image_without_augmentation_is_the_image():
     images = noise(4)
     cfg = dataclasses.replace(PLAIN, global_scale=[1.0, 1.0], ratio=[1.0, 1.0])
-    first, second = MultiCrop(cfg, MEAN, STD)(images, view_generator(0, 0, 0))[:2]
+    first, second = MultiCrop(cfg, MEAN, STD)(images, alone(len(images)))[:2]
     expected = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(second, expected, atol=1e-5, rtol=0)
@@ -136,29 +137,29 @@ def test_whole_image_without_augmentation_is_the_image():
 
 def test_each_augmentation_reaches_the_views_it_is_for():
     images = noise(16)
-    plain = MultiCrop(PLAIN, MEAN, STD)(images, view_generator(0, 0, 0))
+    plain = MultiCrop(PLAIN, MEAN, STD)(images, alone(len(images)))
     for change, touched in (({"flip": 1.0}, range(4)), ({"jitter": 1.0}, range(4)), ({"grey": 1.0}, range(4)),
                             ({"blur": [1, 0, 0]}, [0]), ({"blur": [0, 1, 0]}, [1]), ({"blur": [0, 0, 1]}, [2, 3]),
                             ({"solarise": [0, 1, 0]}, [1]), ({"solarise": [0, 0, 1]}, [2, 3])):
-        views = MultiCrop(dataclasses.replace(PLAIN, **change), MEAN, STD)(images, view_generator(0, 0, 0))
+        views = MultiCrop(dataclasses.replace(PLAIN, **change), MEAN, STD)(images, alone(len(images)))
         pairs = enumerate(zip(plain, views, strict=True))
         changed = [index for index, (one, two) in pairs if not torch.allclose(one, two, atol=1e-4)]
         assert changed == list(touched), change
-    grey = MultiCrop(dataclasses.replace(PLAIN, grey=1.0), [0.0] * 3, [1.0] * 3)(images, view_generator(0, 0, 0))
+    grey = MultiCrop(dataclasses.replace(PLAIN, grey=1.0), [0.0] * 3, [1.0] * 3)(images, alone(len(images)))
     assert all(torch.equal(view[:, 0], view[:, 1]) and torch.equal(view[:, 0], view[:, 2]) for view in grey)
 
 
 def test_same_generator_same_views_and_other_steps_other_views():
     images, crop = noise(8), MultiCrop(SMALL, MEAN, STD)
-    once, again = (crop(images, view_generator(3, 2, 7)) for _ in range(2))
+    once, again = (crop(images, alone(len(images), 3, 2, 7)) for _ in range(2))
     assert all(torch.equal(one, two) for one, two in zip(once, again, strict=True))
     for key in ((3, 2, 8), (3, 3, 7), (4, 2, 7), (3, 7, 2)):
-        other = crop(images, view_generator(*key))
+        other = crop(images, alone(len(images), *key))
         assert all((one - two).abs().mean() > 0.1 for one, two in zip(once, other, strict=True))
 
 
 def test_neighbouring_steps_are_independent():
-    first = torch.stack([torch.rand(64, generator=view_generator(0, epoch, step)) for epoch in range(8) for step in range(32)])
+    first = torch.stack([torch.rand(64, generator=alone(1, 0, epoch, step).generator()) for epoch in range(8) for step in range(32)])
     assert len(first[:, 0].unique()) == 256
     correlation = torch.corrcoef(first.double()) - torch.eye(256)
     assert correlation.abs().max() < 6 / 8 and abs(correlation.mean()) < 0.01
@@ -169,57 +170,57 @@ def test_neighbouring_steps_are_independent():
 def test_rows_of_a_global_batch_are_bit_for_bit_the_full_batchs(sizes):
     cfg = dataclasses.replace(SMALL, global_size=sizes[0], local_size=sizes[1])
     images, crop, total = noise(48), MultiCrop(cfg, MEAN, STD), 48
-    full = crop(images, view_generator(0, 1, 2))
+    full = crop(images, alone(len(images), 0, 1, 2))
     for rows in (slice(0, 16), slice(16, 32), slice(32, 48), slice(5, 6), slice(47, 48)):
-        part = crop(images[rows], view_generator(0, 1, 2), rows, total)
+        part = crop(images[rows], Draw(0, 1, 2, rows, total))
         for one, two in zip(full, part, strict=True):
             assert torch.equal(one[rows], two)
 
 
 def test_rows_must_fit_the_images():
     with pytest.raises(ValueError, match="rows select 8"):
-        MultiCrop(SMALL, MEAN, STD)(noise(4), view_generator(0, 0, 0), slice(0, 8), 16)
+        MultiCrop(SMALL, MEAN, STD)(noise(4), Draw(0, 0, 0, slice(0, 8), 16))
 
 
 def test_ragged_equals_dense_for_images_of_one_size(monkeypatch):
     images = noise(4, height=70, width=90)
     cfg = dataclasses.replace(PLAIN, flip=0.5, grey=0.2)
     crop = MultiCrop(cfg, [0.0] * 3, [1.0] * 3)
-    ragged = crop(list(images), view_generator(0, 0, 0))
+    ragged = crop(list(images), alone(len(images)))
     for batch in (images, images / 255):  # float images never take the 8-bit resize
-        for one, two in zip(ragged, crop(batch, view_generator(0, 0, 0)), strict=True):
+        for one, two in zip(ragged, crop(batch, alone(len(images))), strict=True):
             torch.testing.assert_close(one, two, atol=2.001 / 255, rtol=0)
     monkeypatch.setattr("vit_suite.views.resample.SPARSE_AREA", 10**9)
-    for one, two in zip(ragged, crop(images, view_generator(0, 0, 0)), strict=True):
+    for one, two in zip(ragged, crop(images, alone(len(images))), strict=True):
         torch.testing.assert_close(one, two, atol=2.001 / 255, rtol=0)
 
 
 def test_ragged_list_of_many_sizes():
     images = [noise(1, height=height, width=width)[0] for height, width in ((20, 300), (64, 48), (500, 375), (16, 16))]
-    views = MultiCrop(SMALL, MEAN, STD)(images, view_generator(0, 0, 0))
+    views = MultiCrop(SMALL, MEAN, STD)(images, alone(len(images)))
     assert [tuple(view.shape) for view in views] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 4
     assert all(view.isfinite().all() for view in views)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 6])
 def test_other_channel_counts(channels):
-    views = MultiCrop(SMALL, [0.5] * channels, [0.2] * channels)(noise(8, channels), view_generator(0, 0, 0))
+    views = MultiCrop(SMALL, [0.5] * channels, [0.2] * channels)(noise(8, channels), alone(8))
     assert all(view.shape[1] == channels and view.isfinite().all() for view in views)
 
 
 def test_statistics_of_another_channel_count_are_named():
     with pytest.raises(UserError, match="data.mean"):
-        MultiCrop(SMALL, [0.5], [0.2])(noise(2), view_generator(0, 0, 0))
+        MultiCrop(SMALL, [0.5], [0.2])(noise(2), alone(2))
 
 
 def test_no_local_crops():
-    assert len(MultiCrop(dataclasses.replace(SMALL, local_crops=0), MEAN, STD)(noise(2), view_generator(0, 0, 0))) == 2
+    assert len(MultiCrop(dataclasses.replace(SMALL, local_crops=0), MEAN, STD)(noise(2), alone(2))) == 2
 
 
 def test_workers_make_the_views_of_the_device():
     images = noise(8)
-    worker = pickle.loads(pickle.dumps(MultiCropInWorkers(SMALL, MEAN, STD, seed=5, total=8)))
-    whole = MultiCrop(SMALL, MEAN, STD)(images, view_generator(5, 3, 11))
+    worker = pickle.loads(pickle.dumps(ViewsInWorkers(MultiCrop(SMALL, MEAN, STD), seed=5, total=8)))
+    whole = MultiCrop(SMALL, MEAN, STD)(images, alone(len(images), 5, 3, 11))
     for rows in (slice(0, 4), slice(4, 8)):
         made = worker(list(images[rows]), Batch(3, 11, 0, rows, torch.arange(8)[rows]))
         for one, other in zip(made, whole, strict=True):
@@ -264,7 +265,7 @@ def test_real_images_keep_their_mean():
     images = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous() for path in files]
     if not images:
         pytest.skip("no images there")
-    views = MultiCrop(PLAIN, [0.0] * 3, [1.0] * 3)(images, view_generator(0, 0, 0))
+    views = MultiCrop(PLAIN, [0.0] * 3, [1.0] * 3)(images, alone(len(images)))
     level = torch.stack([image.float().mean() / 255 for image in images]).mean()
     assert abs(views[0].mean() - level) < 0.05 and views[0].std() > 0.1
 
@@ -272,9 +273,9 @@ def test_real_images_keep_their_mean():
 def test_the_path_of_a_gpu_never_asks_the_device_for_a_value():
     """Tensors on PyTorch's meta device have shapes but no values, and take the GPU's path: any read back to the host raises."""
     crop = MultiCrop(SMALL, MEAN, STD)
-    batch = crop(noise(6).to("meta"), view_generator(0, 0, 0))
+    batch = crop(noise(6).to("meta"), alone(6))
     shapes = [(32, 32), (200, 150), (150, 200)]
-    ragged = crop([noise(1, height=height, width=width)[0].to("meta") for height, width in shapes], view_generator(0, 0, 0))
+    ragged = crop([noise(1, height=height, width=width)[0].to("meta") for height, width in shapes], alone(3))
     for views, count in ((batch, 6), (ragged, 3)):
         assert [tuple(view.shape) for view in views] == [(count, 3, 32, 32)] * 2 + [(count, 3, 16, 16)] * 4
         assert all(view.device.type == "meta" for view in views)

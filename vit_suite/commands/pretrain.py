@@ -24,7 +24,7 @@ from vit_suite.methods.base import Method
 from vit_suite.methods.dino import DINO
 from vit_suite.reports.metrics import MetricsLogger
 from vit_suite.reports.results import append_result
-from vit_suite.views.multicrop import MultiCropInWorkers, pick_backend
+from vit_suite.views.multicrop import ViewsInWorkers, pick_backend
 from vit_suite.weights.checkpoint import weights_sha256
 from vit_suite.weights.keeper import Keeper
 
@@ -70,7 +70,7 @@ def train(cfg: PretrainConfig) -> bool:
     if data.resident and cfg.views.backend == "workers":
         raise UserError("views.backend is workers, but the images are held in memory and no worker reads them: add --data.resident false.")
     if not data.resident and pick_backend(cfg.views, device.type, ragged=True) == "workers":
-        data.transform = MultiCropInWorkers(cfg.views, data.mean, data.std, cfg.run.seed, cfg.data.batch_size)
+        data.transform = ViewsInWorkers(method.views, cfg.run.seed, cfg.data.batch_size)
     if main:
         rundir.create(cfg)
         data.quarantine.list_again()

@@ -1,13 +1,14 @@
 """What every pretraining method shares: views on the device, schedules per optimiser step, clipping, logging.
 
-A method implements `losses(crops, labels, step)` and `trained()`; this class turns them into a LightningModule that works under any
-`pl.Trainer` with any DataLoader that yields `(images, labels, ...)`.
+A method implements `losses(crops, labels, draw, logged)`, `trained()` and `evaluation_backbone()`; this class turns them into a
+LightningModule that works under any `pl.Trainer` with any DataLoader that yields `(images, labels, ...)`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from vit_suite import distributed
-from vit_suite.config import OptimConfig, ViewsConfig
+from vit_suite.config import CropConfig, OptimConfig
 from vit_suite.data.source import stable_seed
 from vit_suite.optim.groups import clip_each, parameter_groups
 from vit_suite.optim.schedules import cosine
-from vit_suite.views.multicrop import MultiCrop, view_generator
+from vit_suite.views.draw import Draw
+from vit_suite.views.multicrop import MultiCrop
 
 log = logging.getLogger("vit_suite")
 T = TypeVar("T")
@@ -45,7 +47,7 @@ class Method(pl.LightningModule):
     def __init__(
         self,
         optim: OptimConfig,
-        views: ViewsConfig,
+        views: CropConfig,
         mean: list[float],
         std: list[float],
         seed: int = 0,
@@ -54,7 +56,7 @@ class Method(pl.LightningModule):
         super().__init__()
         self.optim = optim
         self.views_config = views
-        self.views = MultiCrop(views, mean, std)
+        self.views = self.build_views(views, list(mean), list(std))
         self.mean, self.std = list(mean), list(std)
         self.seed = seed
         self.global_batch = batch_size
@@ -66,8 +68,16 @@ class Method(pl.LightningModule):
 
     # -- what a method provides ------------------------------------------------------------------------------------------------
 
-    def losses(self, crops: list[Tensor], labels: Tensor, logged: bool) -> dict[str, Tensor]:
-        """The scalar to minimise under `loss`, and further scalars to log; the costly ones only when `logged`."""
+    @staticmethod
+    def build_views(views: CropConfig, mean: list[float], std: list[float]) -> Callable[[Any, Draw], list[Tensor]]:
+        """`(images, draw) -> [(B, C, S, S), ...]`: the crops of a micro-batch, normalised; picklable, as workers run it too."""
+        return MultiCrop(views, mean, std)
+
+    def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool) -> dict[str, Tensor]:
+        """The scalar to minimise under `loss`, and further scalars to log; the costly ones only when `logged`.
+
+        `draw` keys whatever is random on top of the crops.
+        """
         raise NotImplementedError
 
     def trained(self) -> nn.Module:
@@ -111,27 +121,27 @@ class Method(pl.LightningModule):
         if self.optim.warmup_epochs * self.steps_per_epoch > self.max_steps:
             log.warning("optim.warmup_epochs %g is longer than the run: its learning rate is never reached", self.optim.warmup_epochs)
 
-    def crops(self, images: Tensor | list[Tensor], batch_idx: int) -> list[Tensor]:
-        """Views of a batch: a list of (B, C, S, S) tensors. Ready-made views (a list of 4-D tensors) pass through.
-
-        Draws are made for the whole global batch from (seed, epoch, step) and this micro-batch takes its rows, so any number of ranks
-        and of accumulated micro-batches sees the same views.
-        """
-        if isinstance(images, (list, tuple)) and images[0].ndim == 4:
-            return list(images)
+    def draw(self, batch_idx: int, count: int) -> Draw:
+        """Where micro-batch `batch_idx` of this rank, `count` images, stands in the global batch of its step."""
         accumulate = self.trainer.accumulate_grad_batches
         step, micro = divmod(batch_idx, accumulate)
-        start = (micro * distributed.world_size() + distributed.rank()) * len(images)
-        total = len(images) * distributed.world_size() * accumulate
-        generator = view_generator(self.seed, self.current_epoch, step)
-        return self.views(images, generator, rows=slice(start, start + len(images)), total=total)
+        start = (micro * distributed.world_size() + distributed.rank()) * count
+        total = count * distributed.world_size() * accumulate
+        return Draw(self.seed, self.current_epoch, step, slice(start, start + count), total)
+
+    def crops(self, images: Tensor | list[Tensor], draw: Draw) -> list[Tensor]:
+        """Views of a batch: a list of (B, C, S, S) tensors. Ready-made views (a list of 4-D tensors) pass through."""
+        if isinstance(images, (list, tuple)) and images[0].ndim == 4:
+            return list(images)
+        return self.views(images, draw)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         # Drop path draws from the global generator: keyed by the step, a resumed run repeats it and ranks differ in it.
         torch.manual_seed(stable_seed("step", self.seed, self.current_epoch, batch_idx, distributed.rank()))
         images, labels, *_ = batch
         logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
-        values = self.losses(self.crops(images, batch_idx), labels, logged)
+        draw = self.draw(batch_idx, len(labels))
+        values = self.losses(self.crops(images, draw), labels, draw, logged)
         # Reading a value makes a GPU wait, so there the check is made where values are read anyway.
         if (logged or self.device.type == "cpu") and not torch.isfinite(values["loss"]):
             raise RuntimeError(
@@ -144,7 +154,7 @@ class Method(pl.LightningModule):
         return values["loss"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.trained())
+        groups = parameter_groups(self.trained(), self.optim.layer_decay)
         return torch.optim.AdamW(groups, lr=self.optim.lr, betas=tuple(self.optim.betas), weight_decay=self.optim.weight_decay, fused=True)
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -153,7 +163,7 @@ class Method(pl.LightningModule):
         lr = cosine(step, self.max_steps, self.peak_lr, self.optim.min_lr, warmup)
         decay = cosine(step, self.max_steps, self.optim.weight_decay, self.optim.weight_decay_end)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
             if group["decay"]:
                 group["weight_decay"] = decay
 

@@ -28,6 +28,7 @@ from vit_suite.models.backbone import Backbone, check_image_size, known_patch_si
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.schedules import cosine, teacher_temperature
+from vit_suite.views.draw import Draw
 
 log = logging.getLogger("vit_suite")
 
@@ -124,7 +125,9 @@ class DINO(Method):
         if self.global_step == 0:  # a resumed run, whose step is restored by now, has a teacher that lags behind
             assert_twins(self.teacher, self.student)
 
-    def losses(self, crops: list[Tensor], labels: Tensor | None = None, logged: bool = False) -> dict[str, Tensor]:
+    def losses(
+        self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
+    ) -> dict[str, Tensor]:
         """DINO's loss over all crops, globals first; adds the batch to the centre's running sum."""
         temperature = teacher_temperature(
             self.current_epoch,

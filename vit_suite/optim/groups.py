@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """Two AdamW groups: weights that decay, and biases and other 1-D parameters that do not.
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+    """AdamW groups: weights that decay, and biases and other 1-D parameters that do not.
 
-    Position embedding and CLS token are decayed (they are not 1-D), as in the release. The first group carries
-    `decay=True`: the weight-decay schedule is written into it alone.
+    Position embedding and CLS token are decayed (they are not 1-D), as in the release. Groups that decay carry `decay=True`: the
+    weight-decay schedule is written into them alone. `lr_scale` multiplies the learning rate: `layer_decay` to the power of the layers
+    between a parameter and the head (BEiT, arXiv 2106.08254; timm `param_groups_layer_decay`). Without layer decay there are two
+    groups, else two for each layer.
     """
-    decayed, plain = [], []
+    blocks = 1 + max((_block(name) for name, _ in module.named_parameters() if _block(name) is not None), default=-1)
+    groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    return [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
+            decay = not (name.endswith(".bias") or parameter.ndim == 1)
+            depth = 0 if layer_decay == 1 else blocks + 1 - layer_of(name, blocks)
+            group = {"params": [], "decay": decay, "lr_scale": layer_decay**depth} | ({} if decay else {"weight_decay": 0.0})
+            groups.setdefault((depth, not decay), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _block(name: str) -> int | None:
+    found = re.search(r"\bblocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def layer_of(name: str, blocks: int) -> int:
+    """0 for patch embedding, tokens and positions, 1 .. `blocks` for the blocks, `blocks` + 1 for the last norm and heads."""
+    block = _block(name)
+    if block is not None:
+        return block + 1
+    embedding = re.search(r"\b(patch_embed|pos_embed|cls_token|reg_token|mask_token|norm_pre)\b", name)
+    return 0 if embedding else blocks + 1
 
 
 @torch.no_grad()

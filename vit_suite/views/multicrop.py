@@ -1,14 +1,14 @@
-"""Multi-crop views of DINO (arXiv 2104.14294 section 3.2; main_dino.py DataAugmentationDINO), drawn per sample, made in batches.
+"""Random crops of a batch, drawn per sample, made in batches: DINO's multi-crop, SiT's two views, one view for supervised training.
 
-Order of a view as there: crop-resize, flip, jitter, grey, blur, solarise, normalise. Random numbers are drawn on the CPU for the
-GLOBAL batch and cut to the rows of a rank, so that 1 rank and N ranks make the same views.
+Order of a view as in DINO (arXiv 2104.14294 section 3.2; main_dino.py DataAugmentationDINO): crop-resize, flip, jitter, grey, blur,
+solarise, normalise. Which random numbers: draw.py.
 
-Axes: B images, V = 2 + L views (two global, L local), C channels.
+Axes: B images, V = G + L views (global, then local), C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_suite.config import ViewsConfig
+from vit_suite.config import CropConfig, ViewsConfig
 from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
 from vit_suite.views import colour
+from vit_suite.views.draw import Draw
 from vit_suite.views.resample import crop_resize_views, send
 
 ATTEMPTS = 10
@@ -59,16 +60,6 @@ class ViewParameters:
                                  for key, value in chosen.items()})
 
 
-def view_generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """A CPU generator for the views of one step; its arguments are hashed, so that neighbouring steps are independent.
-
-    The rank is left out: every rank takes its rows of the same global draw.
-    """
-    # PyTorch's Mersenne Twister is seeded with the low 32 bits, so that is what the hash has to fill.
-    state = np.random.SeedSequence([int(value) % 2**64 for value in (seed, epoch, step)]).generate_state(1, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]))
-
-
 def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ratio: Sequence[float]) -> Tensor:
     """Whole-pixel boxes (..., 4) by the rule of torchvision's RandomResizedCrop, from uniform (..., 22) numbers.
 
@@ -94,22 +85,19 @@ def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ra
     return torch.stack([top, left, tall, wide], -1).long()
 
 
-def _per_view(cfg: ViewsConfig, values: Sequence[float]) -> Tensor:
-    """(V,) of a [first global, second global, local] setting."""
-    return torch.tensor([values[0], values[1], *[values[2]] * cfg.local_crops], dtype=torch.float32)
+def _per_view(cfg: CropConfig, values: Sequence[float]) -> Tensor:
+    """(V,) of a setting with a value for each global crop and, where there are local ones, a last one for all of them."""
+    return torch.tensor([*values[: cfg.global_crops], *values[-1:] * cfg.local_crops], dtype=torch.float32)
 
 
-def draw(cfg: ViewsConfig, sizes: Tensor, generator: torch.Generator, rows: slice = slice(None),
-         total: int | None = None) -> ViewParameters:
-    """The random parameters of the rows' views, out of a global batch of `total` images.
-
-    sizes: (B, 2) int height and width of the rows' images (CPU). total: B when not given.
-    """
-    views = 2 + cfg.local_crops
-    uniform = torch.rand(len(sizes) if total is None else total, views, DRAWS, generator=generator)[rows]
+def draw_views(cfg: CropConfig, sizes: Tensor, draw: Draw) -> ViewParameters:
+    """The random parameters of the rows' views. sizes: (B, 2) int height and width of the rows' images (CPU)."""
+    views = cfg.global_crops + cfg.local_crops
+    uniform = draw.uniform(views, DRAWS, purpose="views")
     if len(uniform) != len(sizes):
-        raise ValueError(f"rows select {len(uniform)} of {total} samples for {len(sizes)} images")
-    scale = torch.tensor([cfg.global_scale] * 2 + [cfg.local_scale] * cfg.local_crops).expand(len(sizes), views, 2)
+        raise ValueError(f"rows select {len(uniform)} of {draw.total} samples for {len(sizes)} images")
+    scales = [cfg.global_scale] * cfg.global_crops + ([cfg.local_scale] * cfg.local_crops if cfg.local_crops else [])
+    scale = torch.tensor(scales).expand(len(sizes), views, 2)
     height, width = sizes[:, :1].expand(-1, views), sizes[:, 1:].expand(-1, views)
     boxes = draw_boxes(uniform[..., : 2 * ATTEMPTS + 2], height, width, scale, cfg.ratio)
     rest = uniform[..., 2 * ATTEMPTS + 2 :]
@@ -138,30 +126,29 @@ def image_sizes(images: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 class MultiCrop:
-    """Two global and L local views of every image of a batch, augmented and normalised, on the images' device.
+    """The views of every image of a batch, augmented and normalised, on the images' device.
 
     mean, std: C floats in 0..1.
     """
 
-    def __init__(self, cfg: ViewsConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, cfg: CropConfig, mean: Sequence[float], std: Sequence[float]) -> None:
         validate_views(cfg)
         self.cfg = cfg
         self.mean, self.std = list(mean), list(std)
 
-    def __call__(self, images: Tensor | Sequence[Tensor], generator: torch.Generator, rows: slice = slice(None),
-                 total: int | None = None) -> list[Tensor]:
-        """[global1, global2, local1 .. localL], each (B, C, S, S) fp32.
+    def __call__(self, images: Tensor | Sequence[Tensor], draw: Draw) -> list[Tensor]:
+        """[global1, .., local1 .. localL], each (B, C, S, S) fp32.
 
         images: uint8 or float 0..1 (B, C, H, W), or a list of (C, H_i, W_i): the rows' images.
-        generator: on the CPU, from `view_generator`. rows: this rank's samples in the global batch of `total` (B when not given).
         """
-        return self.apply(images, draw(self.cfg, image_sizes(images), generator, rows, total))
+        return self.apply(images, draw_views(self.cfg, image_sizes(images), draw))
 
     def apply(self, images: Tensor | Sequence[Tensor], parameters: ViewParameters) -> list[Tensor]:
         """The views for parameters already drawn."""
-        groups = [(slice(0, 2), self.cfg.global_size)]
+        count = self.cfg.global_crops
+        groups = [(slice(0, count), self.cfg.global_size)]
         if self.cfg.local_crops:
-            groups.append((slice(2, None), self.cfg.local_size))
+            groups.append((slice(count, None), self.cfg.local_size))
         return [view for part, size in groups for view in self._group(images, parameters.views(part), size)]
 
     def _group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
@@ -185,23 +172,21 @@ def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
     return x.mul_(gain).add_(shift)
 
 
-class MultiCropInWorkers:
+class ViewsInWorkers:
     """The views of a micro-batch, made in the decoding worker that read it: a picklable `transform` of the file loader.
 
-    Draws as on the device, from (seed, epoch, step) for the global batch of `total` images, so both backends make the same views.
+    views: `(images, draw) -> list of views`. total: images of a global batch. Draws as on the device, so both make the same views.
     """
 
-    def __init__(self, cfg: ViewsConfig, mean: Sequence[float], std: Sequence[float], seed: int, total: int) -> None:
-        self.views = MultiCrop(cfg, mean, std)
-        self.seed, self.total = seed, total
+    def __init__(self, views: Callable[[Sequence[Tensor], Draw], list[Tensor]], seed: int, total: int) -> None:
+        self.views, self.seed, self.total = views, seed, total
 
     def __call__(self, images: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-        """[global1, global2, local1 .. localL], each (B, C, S, S) fp32, of a list of uint8 (C, H_i, W_i)."""
-        generator = view_generator(self.seed, batch.epoch, batch.step)
-        return self.views(images, generator, rows=batch.rows, total=self.total)
+        """The views, each (B, C, S, S) fp32, of a list of uint8 (C, H_i, W_i)."""
+        return self.views(images, Draw(self.seed, batch.epoch, batch.step, batch.rows, self.total))
 
 
-def _share(cfg: ViewsConfig, key: str, least: float, most: float, length: int | None) -> None:
+def _share(cfg: CropConfig, key: str, least: float, most: float, length: int | None) -> None:
     values = getattr(cfg, key)
     listed = values if length else [values]
     if length and len(listed) != length:
@@ -211,28 +196,28 @@ def _share(cfg: ViewsConfig, key: str, least: float, most: float, length: int | 
             raise UserError(f"views.{key}: expected numbers from {least:g} to {most:g}, got {values}.")
 
 
-def _span(cfg: ViewsConfig, key: str, most: float) -> None:
+def _span(cfg: CropConfig, key: str, most: float) -> None:
     values = getattr(cfg, key)
     if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
         limit = f" and at most {most:g}" if most != float("inf") else ""
         raise UserError(f"views.{key}: expected [least, most], both above 0{limit}, least first; got {values}.")
 
 
-def validate_views(cfg: ViewsConfig) -> None:
+def validate_views(cfg: CropConfig) -> None:
     """Raises UserError that names the first setting that cannot be."""
-    for key in ("global_size", "local_size"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"views.{key}: expected a side of at least 1 pixel, got {getattr(cfg, key)}.")
+    kinds = ("global", "local") if cfg.local_crops else ("global",)
     if cfg.local_crops < 0:
         raise UserError(f"views.local_crops: expected 0 or more, got {cfg.local_crops}.")
-    for key in ("global_scale", "local_scale"):
-        _span(cfg, key, 1.0)
+    for kind in kinds:
+        if getattr(cfg, f"{kind}_size") < 1:
+            raise UserError(f"views.{kind}_size: expected a side of at least 1 pixel, got {getattr(cfg, f'{kind}_size')}.")
+        _span(cfg, f"{kind}_scale", 1.0)
     for key in ("ratio", "blur_sigma"):
         _span(cfg, key, float("inf"))
     for key in ("flip", "jitter", "grey"):
         _share(cfg, key, 0, 1, None)
     for key in ("blur", "solarise"):
-        _share(cfg, key, 0, 1, 3)
+        _share(cfg, key, 0, 1, 3 if isinstance(cfg, ViewsConfig) else cfg.global_crops)
     _share(cfg, "jitter_strength", 0, float("inf"), 4)
     if cfg.jitter_strength[3] > 0.5:
         raise UserError(f"views.jitter_strength: the hue change (fourth) is in turns, at most 0.5; got {cfg.jitter_strength}.")
@@ -240,7 +225,7 @@ def validate_views(cfg: ViewsConfig) -> None:
         raise UserError(f"views.backend: expected auto, device or workers, got {cfg.backend!r}.")
 
 
-def pick_backend(cfg: ViewsConfig, device_type: str, ragged: bool) -> Literal["device", "workers"]:
+def pick_backend(cfg: CropConfig, device_type: str, ragged: bool) -> Literal["device", "workers"]:
     """Where views are made: cfg.backend, or for `auto` the faster. ragged: the images are of many sizes, decoded from files.
 
     scripts/bench_views.py, one core with AVX-512 of a busy machine, images/s (in brackets beside DINO's PIL code):

@@ -1,0 +1,46 @@
+"""Options of DINO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vit_suite.config.limits import Count, NotNegative, Positive, Share, Whole
+
+
+@dataclass
+class DINOConfig:
+    """DINO (Caron et al. 2021, arXiv 2104.14294); defaults are the paper's, ViT-S/16."""
+
+    name: Literal["dino"] = "dino"
+    """Method."""
+    out_dim: Count = 65536
+    """Prototypes K: width of the head's output."""
+    hidden_dim: Count = 2048
+    """Width of the head's hidden layers."""
+    bottleneck_dim: Count = 256
+    """Width of the head's L2-normalised bottleneck."""
+    head_layers: Count = 3
+    """Layers of the head's MLP."""
+    head_batch_norm: bool = False
+    """BatchNorm in the head's MLP (the release's option for ResNets). Statistics are over all ranks on GPUs, a rank's own on CPUs, and
+    over one micro-batch when gradients are accumulated."""
+    norm_last_layer: bool = True
+    """Keep the gain of the weight-normed last layer at 1; the teacher's is always kept."""
+    freeze_last_layer_epochs: Whole = 1
+    """Epochs at the start during which the last layer's gradient is dropped."""
+    student_temperature: Positive = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temperature: Positive = 0.07
+    """Temperature of the teacher's softmax after its warm-up."""
+    warmup_teacher_temperature: Positive = 0.04
+    """Temperature of the teacher's softmax in the first epoch."""
+    warmup_teacher_temperature_epochs: Whole = 30
+    """Epochs of the linear rise between the two."""
+    center_momentum: Share = 0.9
+    """Momentum of the running centre of the teacher's output."""
+    momentum_teacher: Share = 0.996
+    """EMA momentum of the teacher at the start; a cosine takes it to 1."""
+    koleo_weight: NotNegative = 0.0
+    """Weight of DINOv2's KoLeo term on the student's CLS tokens of the global crops (DINOv2: 0.1); 0 is DINO. Neighbours are sought
+    within a rank's micro-batch, as there."""

@@ -1,0 +1,195 @@
+"""Options that every method has: backbone, data, optimiser, trainer, checkpoints, online score, loggers, run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+
+
+@dataclass
+class BackboneConfig:
+    """The vision transformer: a timm name, or `vit` with explicit dimensions."""
+
+    name: str = "vit"
+    """timm model name (vit_small_patch16_224, deit3_base_patch16_224, vit_small_patch14_reg4_dinov2, ...), or `vit`."""
+    patch_size: Count | None = None
+    """Side of a patch in pixels; timm's own for a timm name, 16 for `vit`."""
+    dim: Count | None = None
+    """Width of a token; timm's own for a timm name, 384 for `vit`."""
+    depth: Count | None = None
+    """Number of blocks; timm's own for a timm name, 12 for `vit`."""
+    heads: Count | None = None
+    """Attention heads; timm's own for a timm name, dim / 64 (at least 1) for `vit`."""
+    mlp_ratio: Positive | None = None
+    """Hidden width of a block's MLP over dim; timm's own for a timm name, 4 for `vit`."""
+    registers: Whole | None = None
+    """Register tokens (arXiv 2309.16588); timm's own for a timm name, 0 for `vit`."""
+    class_token: bool = True
+    """Have a CLS token; for `vit`, timm names decide themselves. Without one, backbone.pool has to be mean."""
+    pool: Literal["cls", "mean"] = "cls"
+    """The image's representation: the CLS token, or the mean of the patch tokens, both after the final norm."""
+    positions: Literal["learned", "sincos_1d", "sincos_2d"] = "learned"
+    """Position embedding: learned, or fixed sines and cosines of the patch's number (Vaswani et al. 2017) or of its row and column
+    (Beyer et al. 2022). For `vit`."""
+    norm: Literal["pre", "post"] = "pre"
+    """LayerNorm before each branch (ViT), or after each sum, with none at the end (Vaswani et al. 2017). For `vit`."""
+    causal: bool = False
+    """A patch attends to itself and earlier ones, in raster order; CLS and registers to everything (set by method.order causal)."""
+    image_size: Annotated[list[Count], Range(length=2)] | None = None
+    """[height, width] in pixels of the position grid; the global crop when not given. Other sizes are interpolated."""
+    channels: Count = 3
+    """Input channels; follows data.channels in a run."""
+    drop_path: Share = 0.1
+    """Stochastic depth of the student, rising linearly over blocks; the teacher has none (DINO main_dino.py)."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights (downloads them)."""
+
+
+@dataclass
+class DataConfig:
+    """Which images, from where, and how they are held."""
+
+    name: str = "cifar10"
+    """Data set: cifar10 cifar100 stl10 flowers102 food101 oxford_pets imagenet tiny_imagenet folder flat list shapes."""
+    root: str | None = None
+    """Folder (or list file) of the data; $VIT_SUITE_DATA when not given."""
+    batch_size: Count = 256
+    """GLOBAL batch: images an optimiser step sees, over all ranks and accumulation steps."""
+    workers: Whole | Literal["auto"] = "auto"
+    """Decoding processes a rank; auto = 0 for images held in memory, else the cores of this rank, at most 8."""
+    channels: Count = 3
+    """Channels an image is converted to: 1 (grey), 3 (RGB) or N (files read as they are, which must have N)."""
+    image_size: Count | None = None
+    """Side in pixels of generated images (`shapes`); files keep their own size."""
+    train_split: str = "train"
+    """Split that is trained on and fills the kNN bank."""
+    test_split: str | None = None
+    """Split that is scored; the data set's own (test, else val) when not given."""
+    length: Count | None = None
+    """Use at most this many training images, drawn class by class with run.seed; for `shapes` how many are generated."""
+    test_length: Count | None = None
+    """The same for the scored split."""
+    resident: bool | Literal["auto"] = "auto"
+    """Hold the decoded set in memory as uint8; auto = when all images have one size and fit in data.memory_gb."""
+    memory_gb: NotNegative = 4.0
+    """Limit in GiB for a resident set."""
+    max_corrupt: Share = 0.01
+    """Share of files that may fail to decode (they are listed in quarantine.txt) before the run stops."""
+    mean: list[Share] | None = None
+    """Channel means in 0..1 that views subtract; the data set's published ones (ImageNet's for files) when not given."""
+    std: list[Positive] | None = None
+    """Channel standard deviations in 0..1; as for mean."""
+    download: bool = False
+    """Let torchvision download the set where it can."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, set at every optimiser step."""
+
+    lr: NotNegative = 5e-4
+    """Peak learning rate for a global batch of 256; scaled by batch / 256."""
+    min_lr: NotNegative = 1e-6
+    """Learning rate that the cosine approaches (not scaled)."""
+    warmup_epochs: NotNegative = 10
+    """Epochs of linear warm-up from 0."""
+    weight_decay: NotNegative = 0.04
+    """Weight decay at the start; none on biases and other 1-D parameters."""
+    weight_decay_end: NotNegative = 0.4
+    """Weight decay that the cosine approaches."""
+    betas: Pair = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's betas."""
+    clip: NotNegative = 3.0
+    """Largest L2 norm of a gradient; 0 turns clipping off."""
+    clip_mode: Literal["tensor", "global"] = "tensor"
+    """Clip each parameter tensor by its own norm (DINO), or all of them by the global norm."""
+    layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
+    """Factor on the learning rate from one block to the one before it (BEiT; 0.65 to 0.75 in fine-tuning); heads have the full rate."""
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, in which precision."""
+
+    max_epochs: Count = 100
+    """Passes over the training images; schedules span them."""
+    max_steps: Annotated[int, Range(least=-1)] = -1
+    """Stop after this many optimiser steps and let the schedules span them; -1 = max_epochs decides."""
+    max_minutes: Positive | None = None
+    """Stop after this many minutes of training, wherever the schedules stand."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Device kind."""
+    devices: Count | Literal["auto"] = "auto"
+    """Processes (GPUs, or CPU ranks) on a node; auto = all GPUs, or 1 on a CPU."""
+    nodes: Count = 1
+    """Machines."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast or fp32; auto = bf16 where the hardware multiplies it natively. Losses and norms stay fp32."""
+    accumulate: Count = 1
+    """Micro-batches whose gradients are summed before an optimiser step."""
+    log_every: Count = 20
+    """Optimiser steps between two log entries."""
+    progress: bool = True
+    """Show a progress bar."""
+    threads: Count | None = None
+    """CPU threads a process uses for tensors; PyTorch's choice when not given."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is written, when."""
+
+    every_epochs: Count = 1
+    """Epochs between two writes of last.ckpt."""
+    every_steps: Count | None = None
+    """Optimiser steps between two writes of last.ckpt, besides the above."""
+    every_minutes: Positive | None = None
+    """Minutes between two writes of last.ckpt, besides the above."""
+    keep_every_epochs: Count | None = None
+    """Also keep a checkpoint of every so many epochs for good."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Weighted kNN on the teacher's CLS token during training."""
+
+    every_epochs: Whole = 1
+    """Epochs between two scores; 0 turns them off."""
+    k: Count = 20
+    """Neighbours."""
+    temperature: Positive = 0.07
+    """Temperature of the vote, exp(similarity / temperature)."""
+    bank_size: Whole = 10000
+    """Training images in the bank during training (the offline command uses all); 0 = all."""
+    test_size: Whole = 2000
+    """Scored images during training (the offline command uses all); 0 = all."""
+    batch_size: Count = 256
+    """Images in a forward pass on one rank."""
+
+
+@dataclass
+class LoggerConfig:
+    """metrics.csv is always written; W&B comes beside it."""
+
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+    wandb_project: str = "vit-suite"
+    """W&B project."""
+    wandb_offline: bool = False
+    """Keep the W&B log on disk, for `wandb sync` later."""
+
+
+@dataclass
+class RunOptions:
+    """Where the run lives."""
+
+    name: str = "run"
+    """Name of the run in loggers."""
+    output: str = "runs/run"
+    """Run directory. A second start with the same directory resumes."""
+    seed: Whole = 0
+    """Seed of weights, sampling, views and generated data."""
+    overwrite: bool = False
+    """Delete what the run directory holds and start anew."""

@@ -1,0 +1,55 @@
+"""Options of views: what every method's crops share, and DINO's multi-crop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+
+Strength = Annotated[list[NotNegative], Range(length=4)]
+Two = Annotated[list[Share], Range(length=2)]
+Three = Annotated[list[Share], Range(length=3)]
+
+
+@dataclass
+class CropConfig:
+    """A random resized crop, flipped and recoloured; the base of every method's views."""
+
+    global_crops: ClassVar[int] = 2
+    local_crops: ClassVar[int] = 0
+
+    global_size: Count = 224
+    """Side in pixels of a (global) view."""
+    global_scale: Pair = field(default_factory=lambda: [0.4, 1.0])
+    """Area of a (global) view as a share of the image, [least, most]."""
+    ratio: Annotated[list[Positive], Range(length=2)] = field(default_factory=lambda: [0.75, 4 / 3])
+    """Width over height of a crop, [least, most]."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    jitter: Share = 0.8
+    """Probability of colour jitter."""
+    jitter_strength: Strength = field(default_factory=lambda: [0.4, 0.4, 0.2, 0.1])
+    """Largest change of brightness, contrast, saturation, hue (hue in turns)."""
+    grey: Share = 0.2
+    """Probability of greyscale."""
+    blur_sigma: Annotated[list[NotNegative], Range(length=2)] = field(default_factory=lambda: [0.1, 2.0])
+    """Standard deviation of the blur in pixels of the crop, [least, most]."""
+    backend: Literal["auto", "device", "workers"] = "auto"
+    """Where crops are cut: in batches on the device, or by decoding workers; auto = the faster as measured."""
+
+
+@dataclass
+class ViewsConfig(CropConfig):
+    """Multi-crop augmentation of DINO (paper section 3.2 and main_dino.py DataAugmentationDINO)."""
+
+    local_size: Count = 96
+    """Side in pixels of a local crop."""
+    local_crops: Whole = 8
+    """Local crops an image; the global ones are always 2."""
+    local_scale: Pair = field(default_factory=lambda: [0.05, 0.4])
+    """Area of a local crop as a share of the image, [least, most]."""
+    blur: Three = field(default_factory=lambda: [1.0, 0.1, 0.5])
+    """Probability of Gaussian blur on the first global, second global, and local crops."""
+    solarise: Three = field(default_factory=lambda: [0.0, 0.2, 0.0])
+    """Probability of solarisation (invert above one half) on the first global, second global, and local crops."""
