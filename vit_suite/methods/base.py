@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vit_suite import distributed
 from vit_suite.config import CropConfig, OptimConfig
 from vit_suite.data.source import stable_seed
+from vit_suite.models.backbone import Backbone
 from vit_suite.optim.groups import clip_each, parameter_groups
 from vit_suite.optim.schedules import cosine
 from vit_suite.views.draw import Draw
@@ -84,12 +85,23 @@ class Method(pl.LightningModule):
         """The module whose parameters the optimiser gets."""
         raise NotImplementedError
 
-    def evaluation_backbone(self) -> nn.Module:
+    def evaluation_backbone(self) -> Backbone:
         """The backbone that is scored and exported."""
         raise NotImplementedError
 
+    def evaluation_head(self) -> nn.Linear | None:
+        """The classifier on that backbone, of a method that trains one and has `classes`, the names of its outputs."""
+        return None
+
     def after_step(self, step: int) -> None:
         """Called once after optimiser step number `step` (0-based)."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What weights/checkpoint.py needs to rebuild the evaluated backbone: its options and the names of its weights."""
+        vit = self.evaluation_backbone().vit
+        prefix = next(name for name, module in self.named_modules() if module is vit) + "."
+        description = {"backbone": asdict(self.evaluation_backbone().cfg), "prefix": prefix, "mean": self.mean, "std": self.std}
+        checkpoint["vit_suite"] = description
 
     # -- shared -------------------------------------------------------------------------------------------------------------------
 

@@ -8,13 +8,16 @@ those of timm and of the DINO release. Deliberate differences from timm:
 - The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not from 1e-6.
 - On a CPU attention is plain softmax(q k^T) v, which was 2x faster in bf16 than the fused kernel; on a GPU it is the fused kernel.
 
-Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T = prefix + N tokens, D width.
+Options beyond timm's, for `vit`: fixed sine positions, post-norm blocks, causal order over patches (models/blocks.py).
+
+Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T = prefix + N tokens, D width, R registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import timm
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError, nearest
+from vit_suite.models.blocks import PostNormBlock, causal_mask, sincos_positions
 
 EXPLICIT = "vit"
 """The name that stands for explicit dimensions instead of a timm model."""
@@ -33,13 +37,15 @@ EXPLICIT = "vit"
 class Tokens:
     """What a forward pass leaves behind, after the final LayerNorm."""
 
-    cls: Tensor
-    """(B, D)."""
+    cls: Tensor | None
+    """(B, D); None where the network has no CLS token."""
+    registers: Tensor
+    """(B, R, D)."""
     patches: Tensor
     """(B, N, D), row-major over the grid."""
     grid: tuple[int, int]
     """(h, w) in patches."""
-    blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    blocks: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
     """(cls, patches) of each block asked for, in the order of the blocks, each through the final LayerNorm."""
 
 
@@ -88,11 +94,15 @@ def _explicit(cfg: BackboneConfig) -> dict:
         "num_heads": heads,
         "mlp_ratio": 4.0 if cfg.mlp_ratio is None else cfg.mlp_ratio,
         "reg_tokens": cfg.registers or 0,
-    }
+        "class_token": cfg.class_token,
+    } | ({"block_fn": PostNormBlock, "final_norm": False} if cfg.norm == "post" else {})
 
 
 def _overrides(cfg: BackboneConfig) -> dict:
     """timm arguments of the dimensions that the user set beside a timm name."""
+    for option in ("class_token", "positions", "norm"):
+        if getattr(cfg, option) != getattr(BackboneConfig, option):
+            raise UserError(f"backbone.{option} is for backbone.name 'vit'; '{cfg.name}' has its own.")
     given = {
         "patch_size": cfg.patch_size,
         "embed_dim": cfg.dim,
@@ -126,7 +136,12 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
         arguments = _explicit(cfg) | common
         check_image_size(common.get("img_size", (224, 224)), arguments["patch_size"])
         vit = VisionTransformer(dynamic_img_size=True, **arguments)
-        nn.init.trunc_normal_(vit.cls_token, std=0.02)
+        if vit.cls_token is not None:
+            nn.init.trunc_normal_(vit.cls_token, std=0.02)
+        if cfg.positions != "learned":
+            fixed = sincos_positions(cfg.positions, vit.patch_embed.grid_size, vit.embed_dim, vit.num_prefix_tokens)
+            del vit.pos_embed
+            vit.register_buffer("pos_embed", fixed)  # a buffer: neither trained nor averaged
         return vit
     if not timm.is_model(cfg.name):
         known = [EXPLICIT, *timm.list_models("*vit*"), *timm.list_models("deit*")]
@@ -143,8 +158,6 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
         raise UserError(f"backbone '{cfg.name}' cannot be built like this ({error}).") from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"backbone '{cfg.name}' is a {type(vit).__name__}, not a timm VisionTransformer.")
-    if vit.cls_token is None:
-        raise UserError(f"backbone '{cfg.name}' has no CLS token; use a model with one, such as vit_small_patch16_224.")
     return vit
 
 
@@ -157,15 +170,20 @@ def _patch_of(name: str) -> int | None:
 
 
 class Backbone(nn.Module):
-    """A ViT that returns CLS and patch tokens, tokens of chosen blocks, and the last block's attention.
+    """A ViT that returns its representation, CLS, register and patch tokens, tokens of chosen blocks, and attention.
 
-    `backbone(images)` with images (B, C, H, W), normalised, sides divisible by the patch, gives the CLS token (B, D) after the final
-    LayerNorm: what DINO's head, kNN and linear probes take.
+    `backbone(images)` with images (B, C, H, W), normalised, sides divisible by the patch, gives the representation (B, D): the CLS
+    token after the final LayerNorm, or with `pool: mean` the mean of the patch tokens after it. Heads, kNN and probes take it.
+
+    Raises UserError when the network has no CLS token and `pool` is cls.
     """
 
     def __init__(self, cfg: BackboneConfig):
         super().__init__()
         self.vit = build_vit(cfg)
+        self.has_cls: bool = self.vit.cls_token is not None
+        if cfg.pool == "cls" and not self.has_cls:
+            raise UserError(f"backbone '{cfg.name}' has no CLS token: set backbone.pool to mean, or use a model with one.")
         patch = self.vit.patch_embed.patch_size
         if patch[0] != patch[1]:
             raise UserError(f"backbone '{cfg.name}' has {patch[0]}x{patch[1]} patches; only square patches are supported.")
@@ -186,13 +204,20 @@ class Backbone(nn.Module):
             if hasattr(block, "attn") and hasattr(block.attn, "fused_attn"):
                 block.attn.fused_attn = fused
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patches, CLS, registers and positions: (B, C, H, W) -> tokens (B, T, D) before the first block, and the grid (h, w)."""
+    def embed(
+        self, images: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Patches, CLS, registers and positions: (B, C, H, W) -> tokens (B, T, D) before the first block, and the grid (h, w).
+
+        `mask_token` (D,) stands in for the content, not the position, of the `hidden` (B, N) bool patches.
+        """
         vit = self.vit
         check_image_size(images.shape[-2:], self.patch_size)
         x = vit.patch_embed(images)  # (B, h, w, D)
         grid = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)  # (B, N, D)
+        if hidden is not None:
+            x = torch.where(hidden.unsqueeze(-1), mask_token.to(x.dtype), x)
         prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
         if vit.pos_embed is None:
             x = torch.cat([*prefix, x], dim=1)
@@ -202,42 +227,75 @@ class Backbone(nn.Module):
             x = torch.cat([*prefix, x], dim=1) + resize_position(vit.pos_embed, self.native_grid, grid, self.prefix_tokens)
         return vit.norm_pre(vit.patch_drop(vit.pos_drop(x))), grid
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> CLS token (B, D) after the final LayerNorm."""
-        x, _ = self.embed(images)
-        # LayerNorm works token by token, so normalising the CLS token alone gives the same numbers.
-        return self.vit.norm(self.vit.blocks(x)[:, 0])
+    def blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """The tokens (B, T, D) after each block in turn."""
+        mask = causal_mask(x.shape[1], self.prefix_tokens, x.device) if self.cfg.causal else None
+        for block in self.vit.blocks:
+            x = block(x) if mask is None else block(x, attn_mask=mask)
+            yield x
 
-    def tokens(self, images: Tensor, blocks: Iterable[int] = ()) -> Tokens:
-        """CLS and patch tokens after the final LayerNorm; `blocks` names further blocks (0 = first, -1 = last) whose tokens are kept.
+    def pooled(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) of the last block -> representation (B, D)."""
+        if self.cfg.pool == "mean":
+            return self.vit.norm(x)[:, self.prefix_tokens :].mean(dim=1)
+        return self.vit.norm(x[:, 0])  # token by token, so the CLS token alone gives the same numbers
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> representation (B, D)."""
+        x, _ = self.embed(images)
+        return self.pooled(last(self.blocks(x), x))
+
+    def tokens(
+        self, images: Tensor, blocks: Iterable[int] = (), hidden: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tokens:
+        """CLS, register and patch tokens after the final LayerNorm; `blocks` names further blocks (0 = first, -1 = last) whose CLS
+        and patch tokens are kept. `hidden`, `mask_token`: see `embed`.
 
         As DINO's `get_intermediate_layers`, kept tokens go through the final LayerNorm too.
         """
         wanted = {index % self.depth for index in blocks}
-        x, grid = self.embed(images)
+        x, grid = self.embed(images, hidden, mask_token)
         kept = []
-        for index, block in enumerate(self.vit.blocks):
-            x = block(x)
+        for index, tokens in enumerate(self.blocks(x)):
             if index in wanted:
-                normed = self.vit.norm(x)
-                kept.append((normed[:, 0], normed[:, self.prefix_tokens :]))
-        x = self.vit.norm(x)
-        return Tokens(x[:, 0], x[:, self.prefix_tokens :], grid, kept)
+                kept.append(self._split(self.vit.norm(tokens))[::2])
+            x = tokens
+        cls, registers, patches = self._split(self.vit.norm(x))
+        return Tokens(cls, registers, patches, grid, kept)
 
-    def last_attention(self, images: Tensor) -> Tensor:
-        """Softmaxed attention of the last block, (B, heads, T, T) in fp32; row 0 is what the CLS token looks at.
+    def _split(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(B, T, D) -> CLS (B, D) or None, registers (B, R, D), patches (B, N, D)."""
+        first = int(self.has_cls)
+        return x[:, 0] if first else None, x[:, first : self.prefix_tokens], x[:, self.prefix_tokens :]
+
+    def attention_of(self, index: int, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Softmaxed attention of block `index` (-1 = last) whose input is x (B, T, D): (B, heads, rows, T) in fp32.
 
         Recomputed from the block's own q and k, so it does not depend on the kernel the block runs (fused kernels keep no weights).
+        `rows` of the T x T matrix: `slice(0, 1)` is what the CLS token looks at, and costs T numbers a head instead of T^2.
         """
-        attention = getattr(self.vit.blocks[-1], "attn", None)
+        block = self.vit.blocks[index]
+        attention = getattr(block, "attn", None)
         if not all(hasattr(attention, name) for name in ("qkv", "q_norm", "k_norm", "num_heads", "scale")):
-            raise UserError(f"the attention of {type(self.vit.blocks[-1]).__name__} blocks cannot be read; use a plain ViT.")
-        x, _ = self.embed(images)
-        for block in self.vit.blocks[:-1]:
-            x = block(x)
-        x = self.vit.blocks[-1].norm1(x)
+            raise UserError(f"the attention of {type(block).__name__} blocks cannot be read; use a plain ViT.")
+        x = x if isinstance(block, PostNormBlock) else block.norm1(x)
         batch, tokens, _ = x.shape
         qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = attention.q_norm(qkv[0]).float(), attention.k_norm(qkv[1]).float()
+        q, k = attention.q_norm(qkv[0][:, :, rows]).float(), attention.k_norm(qkv[1]).float()
         with torch.autocast(x.device.type, enabled=False):
-            return ((q * attention.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+            scores = (q * attention.scale) @ k.transpose(-2, -1)
+            if self.cfg.causal:
+                scores = scores.masked_fill(~causal_mask(tokens, self.prefix_tokens, x.device)[rows], -torch.inf)
+            return scores.softmax(dim=-1)
+
+    def last_attention(self, images: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Softmaxed attention of the last block, (B, heads, rows, T) in fp32; row 0 is what the CLS token looks at."""
+        x, _ = self.embed(images)
+        return self.attention_of(-1, last(islice(self.blocks(x), self.depth - 1), x), rows)
+
+
+def last(items: Iterable[Tensor], default: Tensor) -> Tensor:
+    """The last item, `default` when there is none; no other is kept in memory."""
+    for item in items:
+        default = item
+    return default

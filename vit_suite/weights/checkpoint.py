@@ -194,15 +194,15 @@ def _from_pickle(path: Path, source: str) -> LoadedBackbone:
 
 
 def _from_lightning(content: Mapping, source: str) -> LoadedBackbone:
-    options, state = content.get("hyper_parameters") or {}, content["state_dict"]
-    for prefix in ("teacher.backbone.vit.", "backbone.vit."):
-        inner = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-        if inner and "backbone" in options:
-            backbone = _build({**options["backbone"], "drop_path": 0.0}, source)
-            fill(backbone, inner, source)
-            extra = {"mean": options["mean"], "std": options["std"], "epoch": content.get("epoch"), "step": content.get("global_step")}
-            return _finish(backbone, extra, source)
-    raise UserError(f"checkpoint '{source}' is a Lightning checkpoint of another project: it holds no vit-suite backbone.")
+    description = content.get("vit_suite")
+    if not description:
+        raise UserError(f"checkpoint '{source}' is a Lightning checkpoint of another project: it holds no vit-suite backbone.")
+    prefix = description["prefix"]
+    state = {name.removeprefix(prefix): tensor for name, tensor in content["state_dict"].items() if name.startswith(prefix)}
+    backbone = _build({**description["backbone"], "drop_path": 0.0}, source)
+    fill(backbone, state, source)
+    extra = {"mean": description["mean"], "std": description["std"], "epoch": content.get("epoch"), "step": content.get("global_step")}
+    return _finish(backbone, extra, source)
 
 
 def _from_plain_state(state: Mapping, source: str) -> LoadedBackbone:

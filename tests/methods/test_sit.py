@@ -1,0 +1,175 @@
+"""SiT as a module: what each option trains, what it refuses, what reaches the loss. Numbers are in tests/parity/test_sit.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vit_suite.config import BackboneConfig, SiTConfig, SiTOptimConfig, SiTViewsConfig
+from vit_suite.errors import UserError
+from vit_suite.losses.reconstruction import reconstruction_l1
+from vit_suite.methods.sit import SiT
+from vit_suite.views.corruption import corrupt
+from vit_suite.views.draw import alone
+from vit_suite.views.rotate import draw_turns, rotate
+
+from .test_dino import data, train
+
+V3 = {
+    "rotation": False,
+    "contrastive": "info_nce",
+    "contrastive_head": "mlp",
+    "hidden_dim": 32,
+    "corruption": "gmml",
+    "reconstruct": "corrupted",
+    "decoder": "mlp",
+    "loss_weights": "fixed",
+    "temperature": 0.2,
+    "drop_area": 0.5,
+}
+MASKED = {"corruption": "mask", "mask_ratio": 0.4}
+CAUSAL = {"order": "causal", "corruption": "none"}
+KINDS = {"v1": {}, "v3": V3, "mask": MASKED, "causal": CAUSAL}
+
+
+def make(backbone: dict | None = None, seed: int = 0, **method) -> SiT:
+    torch.manual_seed(seed)
+    return SiT(
+        SiTConfig(**{"contrastive_dim": 16} | method),
+        BackboneConfig(**{"patch_size": 4, "dim": 24, "depth": 2, "heads": 3, "drop_path": 0.0} | (backbone or {})),
+        SiTViewsConfig(global_size=16),
+        SiTOptimConfig(lr=1e-2, warmup_epochs=1),
+        batch_size=16,
+    )
+
+
+def crops(batch: int = 4, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 3, 16, 16, generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_and_both_views_are_trained(kind):
+    """Every parameter that the optimiser gets has a gradient, as DDP asks, and none of the teacher's."""
+    module = make(**KINDS[kind])
+    views = [view.requires_grad_() for view in crops()]
+    values = module.losses(views, logged=True)
+    assert torch.isfinite(torch.stack(list(values.values()))).all()
+    values["loss"].backward()
+    assert [name for name, parameter in module.trained().named_parameters() if parameter.grad is None] == []
+    assert all(float(view.grad.norm()) > 0 for view in views)
+    if module.teacher is not None:
+        assert all(parameter.grad is None for parameter in module.teacher.parameters())
+
+
+def test_what_is_logged():
+    names = set(make().losses(crops(), logged=True))
+    tasks = {"rotation", "contrastive", "reconstruction"}
+    assert names == {"loss", "rotation_accuracy", "contrastive_accuracy", "psnr"} | tasks | {f"weight_{task}" for task in tasks}
+    assert set(make(**V3).losses(crops(), logged=True)) == {"loss", "contrastive", "reconstruction", "contrastive_accuracy", "psnr"}
+
+
+def test_fixed_weights_are_lambda():
+    once, five = (make(**V3 | {"reconstruction_weight": weight}).losses(crops()) for weight in (1.0, 5.0))
+    torch.testing.assert_close(five["loss"] - once["loss"], 4 * once["reconstruction"])
+    torch.testing.assert_close(once["loss"], once["contrastive"] + once["reconstruction"])
+
+
+def test_only_corrupted_pixels_count_in_version_3():
+    module = make(**V3)
+    clean, draw = torch.stack(crops()), alone(4)
+    corrupted = corrupt(module.method, clean, draw, 4)
+    output = module.student(corrupted.images.flatten(0, 1)).pixels.unflatten(0, (2, 4))
+    expected = (output - clean).abs().permute(0, 1, 3, 4, 2)[corrupted.changed].mean()
+    torch.testing.assert_close(module.losses(crops(), draw=draw)["reconstruction"], expected)
+
+
+def test_the_target_is_the_clean_turned_view():
+    module, views, draw = make(), torch.stack(crops()), alone(4)
+    turns = draw_turns(draw, 2, views.device)
+    assert turns.unique().numel() > 1
+    clean = rotate(views, turns)
+    corrupted = corrupt(module.method, clean, draw, 4)
+    output = module.student(corrupted.images.flatten(0, 1)).pixels.unflatten(0, (2, 4))
+    torch.testing.assert_close(module.losses(crops(), draw=draw)["reconstruction"], reconstruction_l1(output, clean))
+    assert not torch.equal(corrupted.images, clean)
+
+
+def test_causal_tokens_draw_the_next_patch():
+    module = make(**CAUSAL)
+    images = torch.stack(crops())
+    pixels = module.student(images.flatten(0, 1)).pixels
+    changed = images.clone()
+    changed[..., 4:8, 8:12] += 1  # patch 6
+    moved = (module.student(changed.flatten(0, 1)).pixels - pixels).abs().amax((0, 1)).unfold(0, 4, 4).unfold(1, 4, 4).amax((-1, -2))
+    assert (moved.flatten() > 1e-6).tolist() == [False] * 7 + [True] * 9  # the patch itself is drawn without having been seen
+    counted = module.counted(corrupt(module.method, images, alone(4), 4))
+    assert not counted[..., :4, :4].any() and counted[..., 4:, :].all() and counted[..., :4, 4:].all()
+    assert module.evaluation_backbone().cfg.causal
+
+
+def test_the_rotation_token_is_a_register_beside_the_users_own():
+    assert make().student.backbone.prefix_tokens == 2
+    assert make({"registers": 2}).student.backbone.prefix_tokens == 4
+    assert make(**V3).student.backbone.prefix_tokens == 1
+    assert make({"class_token": False, "pool": "mean"}).student.backbone.prefix_tokens == 1
+
+
+def test_the_teacher_is_what_is_scored_in_version_3(tmp_path):
+    module = make(**V3 | {"momentum_teacher": 0.9})
+    assert module.evaluation_backbone() is module.teacher.backbone
+    before = module.teacher.backbone.vit.cls_token.clone()
+    train(module, data(), tmp_path, epochs=1)
+    after = module.teacher.backbone.vit.cls_token
+    assert not torch.equal(before, after) and not torch.equal(after, module.student.backbone.vit.cls_token)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns(kind, tmp_path):
+    """The loss on held-out views falls."""
+    module = make(**KINDS[kind] | {"contrastive_dim": 32})
+    views = crops(32, seed=5)
+
+    def held_out() -> float:
+        module.eval()
+        return float(module.losses(views)["reconstruction"].detach())
+
+    before = held_out()
+    train(module, data(), tmp_path, epochs=6)
+    assert held_out() < before
+
+
+def test_reconstruct_shows_what_the_network_is_shown():
+    module, clean = make(**MASKED), crops()[0]
+    shown, output = module.reconstruct(clean)
+    hidden = corrupt(module.method, clean.unsqueeze(0), alone(4), 4).hidden[0]
+    patches = shown.unfold(2, 4, 4).unfold(3, 4, 4).abs().amax((1, 4, 5)).flatten(1)
+    assert torch.equal(patches == 0, hidden) and hidden.sum(1).tolist() == [6] * 4
+    assert output.shape == clean.shape and module.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotation": False, "contrastive": "none", "reconstruct": "none"}, "nothing is left to learn from"),
+        ({"reconstruct": "corrupted", "corruption": "none"}, "no pixel would count"),
+        ({"corruption": "mask", "reconstruct": "none"}, "method.corruption mask"),
+        ({"order": "causal", "reconstruct": "none"}, "method.order causal"),
+        ({"contrastive": "none", "contrastive_head": "mlp"}, "method.contrastive_head is mlp"),
+        ({"order": "causal", "contrastive": "none"}, "trains no CLS token"),
+    ],
+)
+def test_options_that_exclude_each_other(options, message):
+    with pytest.raises(UserError, match=message):
+        make(**options)
+
+
+def test_pretrained_weights_have_no_rotation_token():
+    with pytest.raises(UserError, match="no rotation token"):
+        make({"name": "vit_tiny_patch16_224", "pretrained": True, "patch_size": None, "dim": None, "depth": None, "heads": None})
+
+
+def test_version_3_is_defined_by_options_of_the_same_class():
+    assert replace(SiTConfig(), **V3).name == "sit"

@@ -1,0 +1,131 @@
+"""What timm has no option for: fixed positions, post-norm, causal order, mean pooling, hidden patches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vit_suite.config import BackboneConfig
+from vit_suite.errors import UserError
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.blocks import sincos_positions
+
+
+def tiny(**changes) -> Backbone:
+    torch.manual_seed(0)
+    options = {"patch_size": 4, "dim": 24, "depth": 3, "heads": 3, "image_size": [16, 16], "drop_path": 0.0}
+    return Backbone(BackboneConfig(**options | changes)).eval()
+
+
+def test_sine_positions_of_the_sequence():
+    table = sincos_positions("sincos_1d", (2, 3), 8, prefix=1)[0]
+    assert table.shape == (7, 8)
+    for place in (0, 1, 6):
+        for pair in range(4):
+            angle = place / 10000 ** (2 * pair / 8)
+            assert table[place, 2 * pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[place, 2 * pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_sine_positions_of_rows_and_columns():
+    table = sincos_positions("sincos_2d", (2, 3), 8, prefix=1)[0]
+    assert not table[0].any()
+    row, column = 1, 2
+    expected = [wave(place / 10000 ** (pair / 2)) for place in (column, row) for wave in (math.sin, math.cos) for pair in range(2)]
+    torch.testing.assert_close(table[1 + row * 3 + column], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_fixed_positions_are_stored_but_not_trained():
+    backbone = tiny(positions="sincos_2d")
+    assert "pos_embed" in backbone.vit.state_dict()
+    assert all(name != "pos_embed" for name, _ in backbone.vit.named_parameters())
+    fixed = sincos_positions("sincos_2d", (4, 4), 24, 1)
+    torch.testing.assert_close(backbone.vit.pos_embed, fixed)
+    backbone(torch.randn(1, 3, 24, 16))  # other sizes are interpolated like learned positions
+
+
+def test_a_width_that_the_waves_do_not_divide_is_named():
+    with pytest.raises(UserError, match=r"sincos_2d needs a backbone\.dim that 4 divides, not 6"):
+        tiny(positions="sincos_2d", dim=6, heads=1)
+
+
+@torch.no_grad()
+def test_post_norm_is_norm_after_the_sum():
+    backbone = tiny(norm="post")
+    block, x = backbone.vit.blocks[1], torch.randn(2, 17, 24)
+    middle = block.norm1(x + block.attn(x))
+    torch.testing.assert_close(block(x), block.norm2(middle + block.mlp(middle)))
+    assert isinstance(backbone.vit.norm, torch.nn.Identity)
+    tokens = backbone.tokens(torch.randn(2, 3, 16, 16))
+    torch.testing.assert_close(tokens.cls.mean(-1), torch.zeros(2), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_attention_of_a_post_norm_block_is_what_it_runs():
+    backbone = tiny(norm="post", depth=1)
+    images = torch.randn(2, 3, 16, 16)
+    x, _ = backbone.embed(images)
+    block = backbone.vit.blocks[0]
+    values = block.attn.qkv(x).reshape(2, 17, 3, 3, 8).permute(2, 0, 3, 1, 4)[2]
+    mixed = (backbone.last_attention(images) @ values).transpose(1, 2).reshape(2, 17, 24)
+    torch.testing.assert_close(block.attn.proj(mixed), block.attn(x), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_causal_patches_do_not_see_later_ones(fused):
+    backbone = tiny(causal=True, registers=1)
+    backbone.set_fused_attention(fused)
+    images = torch.randn(1, 3, 16, 16)
+    changed = images.clone()
+    changed[..., 8:12, 4:8] += 1  # patch 9
+    before, after = backbone.tokens(images), backbone.tokens(changed)
+    moved = (before.patches - after.patches).abs().amax(-1)[0] > 1e-6
+    assert moved.tolist() == [False] * 9 + [True] * 7
+    assert (before.cls - after.cls).abs().max() > 1e-6  # CLS and registers see everything
+    assert (before.registers - after.registers).abs().max() > 1e-6
+    attention = backbone.last_attention(images)[0, 0]
+    assert torch.equal(attention[2:, 2:].triu(1), torch.zeros(16, 16)) and not attention[2:, :2].any()
+    torch.testing.assert_close(attention.sum(-1), torch.ones(18))
+
+
+@torch.no_grad()
+def test_mean_pooling_with_and_without_a_cls_token():
+    images = torch.randn(2, 3, 16, 16)
+    for options in ({}, {"class_token": False}, {"class_token": False, "registers": 2}):
+        backbone = tiny(pool="mean", **options)
+        tokens = backbone.tokens(images, blocks=[0])
+        torch.testing.assert_close(backbone(images), tokens.patches.mean(1))
+        assert (tokens.cls is None) == (not options.get("class_token", True))
+        assert tokens.registers.shape == (2, options.get("registers", 0), 24) and tokens.patches.shape == (2, 16, 24)
+        assert (tokens.blocks[0][0] is None) == (tokens.cls is None)
+
+
+def test_no_cls_token_to_pool_is_said():
+    with pytest.raises(UserError, match=r"no CLS token: set backbone\.pool to mean"):
+        tiny(class_token=False)
+    with pytest.raises(UserError, match=r"no CLS token: set backbone\.pool to mean"):
+        Backbone(BackboneConfig(name="vit_base_patch16_siglip_224"))
+    with pytest.raises(UserError, match=r"backbone\.norm is for backbone\.name 'vit'"):
+        Backbone(BackboneConfig(name="vit_tiny_patch16_224", norm="post"))
+
+
+@torch.no_grad()
+def test_hidden_patches_are_the_mask_token():
+    backbone = tiny()
+    hidden = torch.zeros(1, 16, dtype=torch.bool)
+    hidden[0, 5] = True
+    images, token = torch.randn(1, 3, 16, 16), torch.randn(24)
+    x, _ = backbone.embed(images, hidden, token)
+    plain, _ = backbone.embed(images)
+    torch.testing.assert_close(x[0, 6], token + backbone.vit.pos_embed[0, 6])
+    assert torch.equal(x[0, [0, *range(1, 6), *range(7, 17)]], plain[0, [0, *range(1, 6), *range(7, 17)]])
+
+
+@torch.no_grad()
+def test_rows_of_the_attention():
+    backbone = tiny()
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(backbone.last_attention(images, slice(0, 1)), backbone.last_attention(images)[:, :, :1])

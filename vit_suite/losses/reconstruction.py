@@ -1,0 +1,26 @@
+"""How far a reconstruction is from the clean image. Axes: V views, B images, C channels, H x W pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reconstruction_l1(output: Tensor, clean: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean |output - clean| over the pixels that count (all when None), in the units of the normalised image.
+
+    Args:
+        output, clean: (V, B, C, H, W).
+        counted: (V, B, H, W) bool. Where nothing counts the loss is 0.
+    """
+    distance = (output.float() - clean).abs()
+    if counted is None:
+        return distance.mean()
+    counted = counted.unsqueeze(2)
+    return torch.where(counted, distance, 0).sum() / (counted.sum() * output.shape[2]).clamp(min=1)
+
+
+def psnr(output: Tensor, clean: Tensor, std: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images (..., C, H, W) that were divided by `std` (C,); the peak is 1."""
+    error = ((output.float() - clean) * std.view(-1, 1, 1)).square().mean()
+    return -10 * torch.log10(error)

@@ -1,0 +1,277 @@
+"""SiT: reconstruct corrupted images, tell their rotation, and tell them apart (Atito, Awais, Kittler 2021, arXiv 2104.03602).
+
+Version 1 (with rotation; code of July 2021) by default, version 3 (December 2022) by options, and on the same heads masked
+(`corruption: mask`) and causal (`order: causal`) patch prediction. Deliberate differences from the official code:
+
+- The contrastive token stands where a ViT has its CLS token and the rotation token after it, as a register, so that kNN, probes and
+  attention maps of this suite look at the contrastive token. The official order is the reverse; with the two rows of the position
+  embedding swapped the numbers are the same (tests/parity/test_sit.py).
+- Negatives come from all ranks; version 1 took a rank's own. With gradient accumulation they come from one micro-batch.
+- Masked prediction learns by L1 on pixels, as SiT's reconstruction does, not by visual words.
+
+Axes: V = 2 views, B images, C channels, S x S pixels, N patches, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit_suite import distributed
+from vit_suite.config import BackboneConfig, OptimConfig, SiTConfig, SiTOptimConfig, SiTViewsConfig
+from vit_suite.errors import UserError
+from vit_suite.losses.contrastive import info_nce, info_nce_logits, nt_xent_logits
+from vit_suite.losses.reconstruction import psnr, reconstruction_l1
+from vit_suite.losses.uncertainty import uncertainty_sum, uncertainty_weights
+from vit_suite.methods.base import Method, as_config
+from vit_suite.models.backbone import EXPLICIT, Backbone, check_image_size, known_patch_size
+from vit_suite.models.ema import assert_twins, copy_weights, ema_update
+from vit_suite.models.heads import ContrastiveHead, PatchDecoder, init_linear_
+from vit_suite.optim.schedules import cosine
+from vit_suite.views.corruption import Corrupted, corrupt
+from vit_suite.views.draw import Draw, alone
+from vit_suite.views.rotate import draw_turns, rotate
+
+TURNS = 4
+TASKS = {"rotation": 1.0, "contrastive": 1.0, "reconstruction": 0.5}
+"""The losses, and `a` of their uncertainty weights: 1 for classification, 0.5 for L1."""
+
+
+class Outputs(NamedTuple):
+    """What the network says of M views."""
+
+    embedding: Tensor | None
+    """(M, E) of the contrastive token."""
+    turns: Tensor | None
+    """(M, 4) logits of the rotation token."""
+    pixels: Tensor | None
+    """(M, C, S, S)."""
+
+
+class Network(nn.Module):
+    """Backbone and the heads that the options ask for. Register 0 is the rotation token where there is rotation."""
+
+    def __init__(self, backbone: BackboneConfig, method: SiTConfig):
+        super().__init__()
+        self.backbone = Backbone(backbone)
+        dim, cfg = self.backbone.dim, self.backbone.cfg
+        self.rotation_head = self.contrastive_head = self.decoder = self.mask_token = None
+        if method.rotation:
+            self.rotation_head = nn.Linear(dim, TURNS)
+            init_linear_(self.rotation_head)
+            nn.init.trunc_normal_(self.backbone.vit.reg_token, std=0.02)  # a token with a task starts as CLS does, not at 1e-6
+        if method.contrastive != "none":
+            self.contrastive_head = ContrastiveHead(dim, method.contrastive_dim, method.contrastive_head, method.hidden_dim)
+        if method.reconstruct != "none":
+            self.decoder = PatchDecoder(dim, cfg.channels, self.backbone.patch_size, method.decoder)
+        if method.corruption == "mask":
+            self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(dim), std=0.02))
+
+    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Outputs:
+        """Views (M, C, S, S), and the patches (M, N) that the mask token replaces."""
+        tokens = self.backbone.tokens(images, hidden=hidden, mask_token=self.mask_token)
+        pooled = tokens.patches.mean(1) if self.backbone.cfg.pool == "mean" else tokens.cls
+        pixels = None
+        if self.decoder is not None:
+            patches = tokens.patches
+            if self.backbone.cfg.causal:  # the token of patch i draws patch i + 1; nothing draws the first
+                patches = torch.cat([torch.zeros_like(patches[:, :1]), patches[:, :-1]], dim=1)
+            pixels = self.decoder(patches, tokens.grid)
+        return Outputs(
+            None if self.contrastive_head is None else self.contrastive_head(pooled),
+            None if self.rotation_head is None else self.rotation_head(tokens.registers[:, 0]),
+            pixels,
+        )
+
+
+class SiT(Method):
+    """SiT as a LightningModule. With `contrastive: info_nce` the EMA teacher is what is scored and exported, else the network itself.
+
+    Logged: loss; of each task its loss; rotation and contrastive accuracy in 0..1; PSNR in dB of the whole reconstruction; the factor
+    of each task where it is learned.
+    """
+
+    def __init__(
+        self,
+        method: SiTConfig | dict | None = None,
+        backbone: BackboneConfig | dict | None = None,
+        views: SiTViewsConfig | dict | None = None,
+        optim: OptimConfig | dict | None = None,
+        mean: list[float] = (0.485, 0.456, 0.406),
+        std: list[float] = (0.229, 0.224, 0.225),
+        seed: int = 0,
+        batch_size: int | None = None,
+    ):
+        method, views, optim = as_config(SiTConfig, method), as_config(SiTViewsConfig, views), as_config(SiTOptimConfig, optim)
+        check_options(method)
+        backbone = as_config(BackboneConfig, backbone)
+        super().__init__(optim, views, list(mean), list(std), seed, batch_size)
+        self.method = method
+        self.keep_hyperparameters(
+            method=method, backbone=backbone, views=views, optim=optim, mean=list(mean), std=list(std), seed=seed, batch_size=batch_size
+        )
+        backbone = network_config(backbone, method, views)
+        self.student = Network(backbone, method)
+        check_image_size([views.global_size], self.student.backbone.patch_size, "views.global_size")
+        self.teacher: Network | None = None
+        if method.contrastive == "info_nce":
+            # All heads, as in the official code, so that the two are twins; only the contrastive one is run.
+            self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method)
+            copy_weights(self.teacher, self.student)
+        present = {"rotation": method.rotation, "contrastive": method.contrastive != "none", "reconstruction": method.reconstruct != "none"}
+        self.tasks = [task for task in TASKS if present[task]]
+        learned = method.loss_weights != "fixed"
+        self.log_variances = nn.Parameter(torch.ones(len(self.tasks))) if learned else None
+        factors = [TASKS[task] for task in self.tasks]
+        if not learned:
+            factors = [method.reconstruction_weight if task == "reconstruction" else 1.0 for task in self.tasks]
+        self.register_buffer("factors", torch.tensor(factors), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(list(std)), persistent=False)
+
+    def trained(self) -> nn.Module:
+        learned = {} if self.log_variances is None else {"log_variances": self.log_variances}
+        return nn.ModuleDict({"student": self.student, "weights": nn.ParameterDict(learned)})
+
+    def evaluation_backbone(self) -> Backbone:
+        return (self.teacher or self.student).backbone
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for network in (self.student, self.teacher):
+            if network is not None:
+                network.backbone.set_fused_attention(self.device.type != "cpu")
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.teacher is not None and self.global_step == 0:
+            assert_twins(self.teacher, self.student)
+
+    def losses(
+        self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
+    ) -> dict[str, Tensor]:
+        """The weighted sum over the tasks for two clean views, which are turned and corrupted here."""
+        draw = draw or alone(len(crops[0]), self.seed)
+        clean = torch.stack(crops)  # (V, B, C, S, S)
+        turns = None
+        if self.method.rotation:
+            turns = draw_turns(draw, len(crops), clean.device)
+            clean = rotate(clean, turns)
+        corrupted = corrupt(self.method, clean, draw, self.student.backbone.patch_size)
+        hidden = None if corrupted.hidden is None else corrupted.hidden.flatten(0, 1)
+        output = self.student(corrupted.images.flatten(0, 1), hidden)
+        values, more = self.task_losses(output, clean, turns, corrupted)
+        losses = torch.stack([values[task] for task in self.tasks])
+        if self.log_variances is None:
+            total = (self.factors * losses).sum()
+        else:
+            form = self.method.loss_weights
+            total = uncertainty_sum(losses, self.log_variances, self.factors, form)
+            weights = uncertainty_weights(self.log_variances.detach(), self.factors, form)
+            more |= {f"weight_{task}": weight for task, weight in zip(self.tasks, weights, strict=True)}
+        return {"loss": total} | values | (more if logged else {})
+
+    def task_losses(
+        self, output: Outputs, clean: Tensor, turns: Tensor | None, corrupted: Corrupted
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss of each task, and what else is worth logging."""
+        values, more = {}, {}
+        if turns is not None:
+            label = turns.flatten()
+            values["rotation"] = F.cross_entropy(output.turns.float(), label)
+            more["rotation_accuracy"] = accuracy(output.turns, label)
+        if output.embedding is not None:
+            values["contrastive"], more["contrastive_accuracy"] = self.contrastive(output.embedding.unflatten(0, clean.shape[:2]), clean)
+        if output.pixels is not None:
+            pixels = output.pixels.unflatten(0, clean.shape[:2])
+            values["reconstruction"] = reconstruction_l1(pixels, clean, self.counted(corrupted))
+            more["psnr"] = psnr(pixels.detach(), clean, self.pixel_std)
+        return values, more
+
+    def contrastive(self, embedding: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of embeddings (2, B, E) of the corrupted views."""
+        temperature, offset = self.method.temperature, distributed.rank() * embedding.shape[1]
+        if self.teacher is None:
+            logits, positive = nt_xent_logits(*embedding, *map(distributed.gather_rows, embedding), temperature, offset)
+            return F.cross_entropy(logits, positive), accuracy(logits, positive)
+        with torch.no_grad():
+            keys = self.teacher.contrastive_head(self.teacher.backbone(clean.flatten(0, 1))).unflatten(0, clean.shape[:2])
+        pairs = [
+            info_nce_logits(query, distributed.gather_rows(key), temperature, offset)
+            for query, key in zip(embedding, keys.flip(0), strict=True)  # each view against the teacher's other one
+        ]
+        losses, hits = zip(*[(info_nce(*pair, temperature), accuracy(*pair)) for pair in pairs], strict=True)
+        return sum(losses), sum(hits) / len(hits)
+
+    def counted(self, corrupted: Corrupted) -> Tensor | None:
+        """(V, B, S, S) the pixels that the reconstruction counts; None for all."""
+        counted = corrupted.changed if self.method.reconstruct == "corrupted" else None
+        if self.method.order == "causal":  # nothing predicts the first patch
+            patch = self.student.backbone.patch_size
+            counted = torch.ones_like(corrupted.changed) if counted is None else counted.clone()
+            counted[..., :patch, :patch] = False
+        return counted
+
+    @torch.no_grad()
+    def reconstruct(self, clean: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
+        """What the network is shown of clean views (B, C, S, S), and what it makes of it; hidden patches are shown as 0."""
+        corrupted = corrupt(self.method, clean.unsqueeze(0), draw or alone(len(clean)), self.student.backbone.patch_size)
+        training = self.student.training
+        hidden = None if corrupted.hidden is None else corrupted.hidden[0]
+        output = self.student.eval()(corrupted.images[0], hidden).pixels
+        self.student.train(training)
+        shown = corrupted.images[0]
+        if hidden is not None:
+            side = clean.shape[-1] // self.student.backbone.patch_size
+            area = hidden.unflatten(1, (-1, side)).unsqueeze(1)
+            shown = torch.where(F.interpolate(area.float(), size=clean.shape[-2:]).bool(), 0, shown)
+        return shown, output
+
+    def after_step(self, step: int) -> None:
+        """The teacher of version 3, after the optimiser step."""
+        if self.teacher is not None:
+            momentum = cosine(step, self.max_steps, self.method.momentum_teacher, 1.0)
+            ema_update(self.teacher, self.student, momentum)
+
+
+def accuracy(logits: Tensor, label: Tensor) -> Tensor:
+    """Share of rows whose largest logit is the label's."""
+    return (logits.detach().argmax(-1) == label).float().mean()
+
+
+def network_config(backbone: BackboneConfig, method: SiTConfig, views: SiTViewsConfig) -> BackboneConfig:
+    """The backbone with its position grid, the rotation token and the order of its patches."""
+    if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
+        check_image_size([views.global_size], patch, "views.global_size")
+    if method.order == "causal" and method.contrastive == "none" and backbone.class_token:
+        raise UserError(
+            "method.order causal without a contrastive loss trains no CLS token: set backbone.class_token false and backbone.pool mean."
+        )
+    size = backbone.image_size or [views.global_size, views.global_size]
+    registers = backbone.registers
+    if method.rotation:
+        if backbone.pretrained:
+            raise UserError("backbone.pretrained: timm's weights have no rotation token; set method.rotation false.")
+        if registers is None and backbone.name != EXPLICIT:
+            with torch.device("meta"):  # how many the model has of its own
+                probe = Backbone(replace(backbone, image_size=size))
+            registers = probe.prefix_tokens - int(probe.has_cls)
+        registers = (registers or 0) + 1
+    return replace(backbone, image_size=size, registers=registers, causal=backbone.causal or method.order == "causal")
+
+
+def check_options(method: SiTConfig) -> None:
+    """UserError for options that exclude each other."""
+    if not (method.rotation or method.contrastive != "none" or method.reconstruct != "none"):
+        raise UserError("method.rotation is false, method.contrastive and method.reconstruct are none: nothing is left to learn from.")
+    if method.reconstruct == "corrupted" and method.corruption == "none":
+        raise UserError("method.reconstruct is corrupted, but method.corruption is none: no pixel would count.")
+    if method.corruption == "mask" and method.reconstruct == "none":
+        raise UserError("method.corruption mask has patches predicted, but method.reconstruct is none.")
+    if method.order == "causal" and method.reconstruct == "none":
+        raise UserError("method.order causal predicts the next patch, but method.reconstruct is none.")
+    if method.contrastive == "none" and method.contrastive_head == "mlp":
+        raise UserError("method.contrastive_head is mlp, but method.contrastive is none.")

@@ -1,0 +1,71 @@
+"""Reconstruction sheets: clean, corrupted and reconstructed images under each other, every few epochs, to watch SiT learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from vit_suite.data.source import ImageSource
+from vit_suite.files import write_atomically
+from vit_suite.hardware import autocast
+from vit_suite.views.draw import alone
+from vit_suite.views.evaluate import eval_view
+
+COLUMNS = 8
+SIDE = 64
+"""Least side in pixels of an image on the sheet; smaller ones are enlarged by a whole factor, pixel by pixel."""
+
+
+class ReconstructionSheets(pl.Callback):
+    """Writes `FOLDER/epoch_NNNN.png` of the same 8 images under the same corruption, so that epochs compare; loggers get it too.
+
+    Args:
+        folder: of the sheets.
+        source: where the images come from; its first 8 that decode.
+        image_size: side of a view in pixels.
+        every_epochs: epochs between two sheets; one is always drawn at the end.
+        precision: of the forward pass.
+    """
+
+    def __init__(self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: str):
+        self.folder, self.image_size, self.every_epochs, self.precision = Path(folder), image_size, every_epochs, precision
+        found = (source.get(index) for index in range(len(source)))
+        self.images = [image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        done = trainer.current_epoch + 1
+        last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+        if not trainer.is_global_zero or (done % self.every_epochs and not last):
+            return
+        sheet = self.sheet(module)
+        path = self.folder / f"epoch_{done:04d}.png"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # W&B
+                logger.log_image("reconstructions", [sheet], step=trainer.global_step)
+
+    def sheet(self, module: pl.LightningModule) -> Image.Image:
+        """Rows clean, corrupted, reconstructed."""
+        images = [image.to(module.device) for image in self.images]
+        clean = eval_view(images, self.image_size, module.mean, module.std)
+        with autocast(self.precision, module.device):
+            shown, output = module.reconstruct(clean, alone(len(clean), module.seed))
+        return draw_sheet([clean, shown, output.float()], module.mean, module.std)
+
+
+def draw_sheet(rows: list[Tensor], mean: list[float], std: list[float]) -> Image.Image:
+    """Normalised images (N, C, H, W) of each row as one picture; of other than 1 or 3 channels the first is shown."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    pixels = torch.cat([(row.cpu() * std + mean).clamp(0, 1) for row in rows])
+    if pixels.shape[1] not in (1, 3):
+        pixels = pixels[:, :1]
+    factor = max(1, -(-SIDE // pixels.shape[-1]))
+    pixels = pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    grid = make_grid(pixels, nrow=len(rows[0]), padding=2, pad_value=1.0)
+    return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
