@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.commands.pretrain import METHODS
+from vit_suite.models.backbone import Backbone
 from vit_suite.parsing import load_config
-from vit_suite.views.multicrop import validate_views
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(path.parents[1])))
 def test_config(path):
     cfg = load_config(path)
-    validate_views(cfg.views)
-    size = cfg.backbone.image_size or [cfg.views.global_size] * 2
-    cfg.backbone.image_size = size
-    backbone = Backbone(cfg.backbone)
-    check_image_size([cfg.views.local_size], backbone.patch_size)
+    sized = {"classes": 10} if cfg.method.name == "supervised" else {}
+    with torch.device("meta"):  # shapes without numbers: a ViT-B takes no time
+        method = METHODS[cfg.method.name](cfg.method, cfg.backbone, cfg.views, cfg.optim, **sized)
+    assert method.evaluation_backbone().depth == cfg.backbone.depth
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("command", "source", "expected", "cost"):
         assert any(line.startswith(f"#   {word}") for line in header), f"{path.name}: no '{word}' in the header"
@@ -28,8 +28,31 @@ def test_config(path):
 
 
 def test_the_papers_recipe_is_the_papers():
-    cfg = load_config(next(path for path in CONFIGS if path.stem == "imagenet_vit_small_p16"))
+    cfg = load("imagenet_vit_small_p16")
     assert (cfg.method.out_dim, cfg.method.momentum_teacher, cfg.method.center_momentum) == (65536, 0.996, 0.9)
     assert (cfg.method.warmup_teacher_temperature, cfg.method.teacher_temperature) == (0.04, 0.07)
     assert cfg.optim.lr * cfg.data.batch_size / 256 == pytest.approx(0.002)
     assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == 21665664  # ViT-S/16 without a classifier
+
+
+def load(name: str):
+    return load_config(next(path for path in CONFIGS if path.stem == name))
+
+
+def test_deits_recipe_is_deits():
+    cfg = load("imagenet_deit_small")
+    assert cfg.optim.lr * cfg.data.batch_size / 256 == pytest.approx(1e-3)  # 5e-4 x 1024 / 512
+    assert (cfg.optim.weight_decay, cfg.optim.clip, cfg.optim.warmup_epochs, cfg.trainer.max_epochs) == (0.05, 0, 5, 300)
+    assert (cfg.method.mixup, cfg.method.cutmix, cfg.method.label_smoothing, cfg.method.ema) == (0.8, 1.0, 0.1, 0.99996)
+    assert (cfg.views.randaugment_set, cfg.views.magnitude, cfg.views.magnitude_std, cfg.views.erase) == ("increasing", 9, 0.5, 0.25)
+    assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == 21665664
+
+
+def test_beyers_recipe_is_beyers():
+    cfg = load("imagenet_beyer_small")
+    peak = cfg.optim.lr * cfg.data.batch_size / 256
+    assert (peak, peak * cfg.optim.weight_decay) == (pytest.approx(1e-3), pytest.approx(1e-4))  # big_vision's lr and wd
+    assert (cfg.optim.clip, cfg.optim.clip_mode, cfg.method.mixup, cfg.method.cutmix, cfg.method.ema) == (1, "global", 0.2, 0, 0)
+    assert (cfg.views.randaugment, cfg.views.magnitude, cfg.views.randaugment_probability) == (2, 10, 1)
+    no_cls_nor_learned_positions = 21665664 - 384 - 197 * 384
+    assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == no_cls_nor_learned_positions

@@ -26,15 +26,30 @@ COMMANDS = {
         "vit_suite.config:PretrainConfig",
         "vit_suite.commands.pretrain:run",
     ),
+    "finetune": Command(
+        "Train a checkpoint's backbone on labels",
+        "vit_suite.config:FinetuneConfig",
+        "vit_suite.commands.finetune:run",
+    ),
     "knn": Command(
         "Score a backbone by weighted k nearest neighbours",
         "vit_suite.config:KNNConfig",
         "vit_suite.commands.knn:run",
     ),
+    "linear": Command(
+        "Score a backbone by linear heads on its frozen features",
+        "vit_suite.config:LinearConfig",
+        "vit_suite.commands.linear:run",
+    ),
     "attention": Command(
         "Show where a backbone looks: heat maps, overlays, masks",
         "vit_suite.config:AttentionConfig",
         "vit_suite.commands.attention:run",
+    ),
+    "localize": Command(
+        "Score where a backbone looks against masks or boxes",
+        "vit_suite.config:LocalizeConfig",
+        "vit_suite.commands.localize:run",
     ),
 }
 

@@ -18,7 +18,7 @@ def test_demo(vit_suite, tmp_path):
     said = vit_suite("demo", *words)
     assert said.status == 0, said.err
     pretrain, knn, masks = results(tmp_path / "demo")
-    assert [entry["task"] for entry in (pretrain, knn, masks)] == ["pretrain", "knn", "masks"]
+    assert [entry["task"] for entry in (pretrain, knn, masks)] == ["pretrain", "knn", "localize"]
     assert pretrain["metrics"]["steps"] == 2
     digest = load_backbone(tmp_path / "demo").sha256
     assert all(entry["sha256"] == digest and entry["protocol"] and entry["command"] for entry in (pretrain, knn, masks))
@@ -29,13 +29,14 @@ def test_demo(vit_suite, tmp_path):
         scores = [knn["metrics"][name][f"k{k}"]["top1"] for k in (10, 20, 100, 200)]
         assert all(0 < score < 100 for score in scores)
         assert [*name.split(), *(f"{score:.2f}" for score in scores)] in printed, rows
-    for name in ("trained", "untrained"):
-        metrics = masks["metrics"][name]
-        values = [value for key, value in metrics.items() if key not in ("head", "heads")]
-        assert all(0 < value < 100 for value in values) and metrics["head"] in range(3) and len(metrics["heads"]) == 3
-        assert [name, *(f"{value:.2f}" for value in values)] in printed
-    baselines = [key for key in masks["metrics"] if key not in ("trained", "untrained")]
-    assert baselines and all(f"{key.replace('_', ' ')} {masks['metrics'][key]:.2f}" in said.out for key in baselines)
+    found = masks["metrics"]
+    rows = {f"{prefix}{row}": one for name, prefix in (("trained", ""), ("untrained", "untrained: ")) for row, one in found[name].items()}
+    rows |= {"center box": found["center_box"], "whole image": found["whole_image"]}
+    assert len(rows) == 8 and rows["fixed head"]["head"] in range(3)
+    for name, metrics in rows.items():
+        scores = [metrics["jaccard"], metrics["pointing"]]
+        assert all(0 < score < 100 for score in scores)
+        assert any(words[: len(name.split()) + 2] == [*name.split(), *(f"{score:.2f}" for score in scores)] for words in printed), name
 
     pictures = sorted((tmp_path / "demo" / "images").glob("*.png"))
     assert len(pictures) == 16
@@ -48,7 +49,7 @@ def test_demo(vit_suite, tmp_path):
         assert command in said.out
     again = vit_suite("demo", *words)
     assert again.status == 0 and "is complete: 2 steps" in again.log
-    assert [entry["task"] for entry in results(tmp_path / "demo")] == ["pretrain", "knn", "masks", "knn", "masks"]
+    assert [entry["task"] for entry in results(tmp_path / "demo")] == ["pretrain", "knn", "localize", "knn", "localize"]
 
 
 def test_output_that_is_not_a_run(vit_suite, tmp_path):

@@ -181,8 +181,8 @@ def test_unlabelled_data(knn, photographs):
 
 def test_a_set_that_would_be_scored_on_itself(knn, photographs):
     data = ["--data.name", "folder", "--data.root", photographs / "train"]
-    refused(knn(data=data), "train would be scored on the images that vote", "split 'all'", "data.test_split")
-    refused(knn("--data.test_split", "train"), "scored on the images that vote, split 'train'")
+    refused(knn(data=data), "train would be scored on the images that it learns from", "split 'all'", "data.test_split")
+    refused(knn("--data.test_split", "train"), "scored on the images that it learns from, split 'train'")
 
 
 def test_channels_that_the_backbone_does_not_take(knn, tiny_run):
@@ -216,11 +216,11 @@ def test_checkpoints_that_are_none(vit_suite, tiny_run, photographs, tmp_path, c
     refused(load(tmp_path / "weights.bin"), "is not one of .ckpt, .safetensors, .pth")
     refused(load(tmp_path / "none.ckpt"), f"'{tmp_path}/none.ckpt' does not exist")
     content = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)
-    content["hyper_parameters"]["backbone"]["depth"] = 3
+    content["vit_suite"]["backbone"]["depth"] = 3
     del content["state_dict"]["teacher.backbone.vit.norm.bias"]
     torch.save(content, tmp_path / "other.ckpt")
     refused(load(tmp_path / "other.ckpt"), "does not fit the architecture", "depth 3", "13 missing, first 'blocks.2.norm1.weight'")
-    content["hyper_parameters"]["backbone"] |= {"depth": 2, "dim": 48}
+    content["vit_suite"]["backbone"] |= {"depth": 2, "dim": 48}
     torch.save(content, tmp_path / "wide.ckpt")
     shapes = "((1, 1, 24) in the file, (1, 1, 48) here)"
     refused(load(tmp_path / "wide.ckpt"), "1 missing, first 'norm.bias'", f"of another shape, first 'cls_token' {shapes}")

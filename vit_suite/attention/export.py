@@ -1,7 +1,10 @@
-"""Attention of every image of a folder tree as files: heat maps, overlays, masks, raw numbers, at each image's own resolution.
+"""Attention of every image of a folder, a list or a data set as files, at each image's own resolution, on one rank or many.
 
-Images decode in threads, images of one patch grid share a forward pass, and files are drawn and written in threads beside the model.
-Nothing grows with the number of images but the list of their names.
+The images are cut into blocks of neighbours. A block belongs to one rank and one thread, which decodes it, shows images of one patch
+grid to the backbone together, draws and writes; while one thread draws, others compute. What is computed together, and in how many
+threads (one), is settled by the list of images alone: so the files are the same, byte for byte, on any number of ranks and threads,
+although the last bits of a matrix product depend on its batch and its threads. Nothing grows with the number of images but a few dozen
+bytes for each.
 
 Axes: B images, C channels, H x W pixels of a file, gh x gw patches, h heads.
 """
@@ -10,40 +13,38 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from vit_suite.attention import maps, render
-from vit_suite.data.decode import DecodeError, Quarantine, decode
-from vit_suite.data.files import found_in, walk_images
+from vit_suite import distributed
+from vit_suite.attention.export_draw import FORMATS, MAPS, UPSAMPLING, Drawing
+from vit_suite.attention.export_inputs import FRAMES, Pictures, cut_frames, is_video, need_av, open_pictures
+from vit_suite.attention.export_merge import merge
+from vit_suite.attention.export_worker import Limits, Worker, cut, view_size
+from vit_suite.attention.manifest import NAME, discard_parts, part
+from vit_suite.attention.maps import require_cls
+from vit_suite.data.decode import DecodeError
+from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
-from vit_suite.evaluation.features import cores, prefetch
-from vit_suite.hardware import autocast, pick_precision
-from vit_suite.views.multicrop import normalise_
+from vit_suite.evaluation.features import cores, frozen
+from vit_suite.hardware import pick_precision
 
-FORMATS = {"png": "heat", "overlay": "overlay", "mask": "mask", "npz": "attention"}
-"""Format -> last part of the file name."""
-HEADS = ("all", "mean", "heads")
-UPSAMPLING = ("nearest", "bilinear")
+__all__ = ["FORMATS", "MAPS", "UPSAMPLING", "ExportSummary", "export_attention", "view_size"]
 
-WAITING_BYTES = 256 * 2**20
-"""Decoded pictures that wait for others of their grid; beyond it the fullest group runs as it is."""
-ATTENTION_BYTES = 512 * 2**20
-"""Largest attention matrix (B, h, T, T) in float32; a batch is cut to it, since T = 4096 takes 64 MiB a head and image."""
+RATE = 10.0
+"""Frames a second where no video says otherwise."""
 
 
 @dataclass
 class ExportSummary:
-    """What an export did."""
+    """What an export did: on rank 0 all of it, on others their share, without files."""
 
     output: Path
     images: int = 0
@@ -51,223 +52,144 @@ class ExportSummary:
     files: Counter = field(default_factory=Counter)
     """Files written, by format."""
     failures: list[DecodeError] = field(default_factory=list)
-    """Files that did not decode; they are listed in `quarantine`."""
+    """Files that did not decode; they are listed in `quarantine` and in the manifest."""
     quarantine: Path | None = None
     """quarantine.txt, when something failed."""
     shrunk: int = 0
     """Images shown to the backbone smaller than they are, because of the token limit."""
     coarse: int = 0
     """Images that the backbone saw as fewer than 16 patches; a `resize` would show more."""
+    artefacts: int = 0
+    """Patches that `clip_artefacts` replaced."""
     seconds: float = 0.0
+    model_share: float = 0.0
+    """Share of the time of this rank's threads that the forward pass took."""
 
     @property
     def images_per_second(self) -> float:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-@dataclass
-class _Job:
-    """One decoded image on its way."""
-
-    name: str
-    """Output path without endings, relative to the output folder."""
-    path: str
-    picture: np.ndarray
-    """uint8 (C, H, W), as decoded."""
-    view: Tensor
-    """uint8 (C, gh * patch, gw * patch), what the backbone sees before normalisation."""
-    shrunk: bool
-    """Whether the token limit made the view smaller."""
-
-
-@dataclass
-class _Drawing:
-    """What to draw of each image."""
-
-    output: Path
-    formats: Sequence[str]
-    threshold: float
-    heads: str
-    mode: Literal["nearest", "bilinear"]
-
-
 def export_attention(
     backbone: Any,
-    images: str | os.PathLike,
+    images: str | os.PathLike | ImageSource,
     output: str | os.PathLike,
     *,
     mean: Sequence[float],
     std: Sequence[float],
     formats: Sequence[str] = ("overlay", "mask"),
+    maps: Sequence[str] = ("heads", "mean"),
     threshold: float = 0.6,
-    heads: Literal["all", "mean", "heads"] = "all",
+    clip_artefacts: float | None = None,
     resize: int | None = None,
     max_tokens: int = 4096,
     batch_size: int = 16,
-    upsample: Literal["nearest", "bilinear"] = "nearest",
+    upsample: Literal["nearest", "bilinear", "guided"] = "nearest",
+    guided_radius: int | None = None,
+    guided_eps: float = 1e-3,
+    fps: float | None = None,
     device: torch.device | str | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExportSummary:
-    """Write what the CLS token of the last block looks at, for every image under `images` (a folder tree, or one file).
+    """Write what the CLS token looks at, for every image of `images`: a folder tree, an image, a list of paths, a video, or a data set.
 
-    backbone: anything with patch_size, heads, prefix_tokens and last_attention (vit_suite.models.backbone.Backbone).
+    backbone: vit_suite.models.backbone.Backbone (without rollout and clip_artefacts anything that `maps.attention_maps` takes).
     output: mirrors the tree: DIR/cat.jpg gives OUTPUT/cat_head0_overlay.png, ..., OUTPUT/cat_mean_mask.png, OUTPUT/cat_attention.npz
-        with DIR's subfolders; where names differ in the extension alone, it stays (cat.jpg_head0_..., cat.png_head0_...).
+        with DIR's subfolders; where names differ in the extension alone, it stays (cat.jpg_head0_..., cat.png_head0_...). Images of a
+        data set are SPLIT/INDEX. manifest.csv lists every file (vit_suite.attention.manifest).
     mean, std: of the backbone's channels, in 0..1; their number is the number of channels that files are converted to.
-    formats: png (heat map), overlay, mask (top `threshold` of the mass), npz (raw attention, grid, sizes).
-    heads: each head and the mean over heads (all), or one kind.
+    formats: png (heat map), overlay, mask (top `threshold` of the mass), labels (which head wins each pixel; palette index = head), npz
+        (the numbers: attention (h, gh, gw), mean, max, rollout, grid, sizes), coco (coco.json: all masks), gif and mp4 (the images as
+        frames, overlays in fixed colours).
+    maps: each head of the last block (heads), their mean, their max (each head at mass 1), the rollout over all blocks.
+    clip_artefacts: patches whose token after the last block is longer than so many times the image's median get the median of their
+        neighbours in every map (arXiv 2309.16588); npz tells which. None: nothing is clipped.
     resize: shorter side in pixels before the backbone, the image's own when None. Sides then go to the nearest multiple of the
         patch (the whole picture is seen, none cut off), and both shrink until there are at most `max_tokens` patches.
-    upsample: nearest repeats patches as the DINO release does; bilinear interpolates, and masks are then taken pixel by pixel.
-    device, precision: of the forward pass; the backbone's own device when None. workers: threads that decode, and that draw.
+    upsample: nearest repeats patches as the DINO release does; bilinear interpolates, guided then draws the map to the picture's edges
+        (window radius in pixels, a patch when None; eps); masks are then taken pixel by pixel.
+    fps: frames a second of gif and mp4; the video's own, else 10, when None.
+    device, precision: of the forward pass; the backbone's own device when None. workers: threads (the cores, at most 8, when None).
 
-    Every picture written has the size of its file (EXIF rotation applied). Files that do not decode are skipped, returned and listed
-    in OUTPUT/quarantine.txt. Raises UserError, before anything is written, for no images, an output folder that is not empty
-    (unless `overwrite`: files are replaced, others stay), an unknown format, or a backbone without CLS token; later only when not one
-    image decodes.
+    With a process group every rank takes its share, and rank 0 merges. Every picture written has the size of its file (EXIF rotation
+    applied). Files that do not decode are skipped, returned and listed in OUTPUT/quarantine.txt. Raises UserError, before anything is
+    written, for no images, an output folder that is not empty (unless `overwrite`: files are replaced, others stay), an unknown format,
+    or a backbone without CLS token; later only when not one image decodes.
     """
-    drawing = _Drawing(Path(output), tuple(dict.fromkeys(formats)), threshold, heads, upsample)
-    _check(backbone, drawing, resize, max_tokens, batch_size)
-    names = list_images(Path(images), drawing.output)
-    _check_output(drawing.output, overwrite)
+    unique = (tuple(dict.fromkeys(words)) for words in (formats, maps))
+    drawing = Drawing(Path(output), *unique, threshold, upsample, guided_radius, guided_eps)
+    _check(backbone, drawing, resize=resize, max_tokens=max_tokens, batch_size=batch_size, guided_radius=guided_radius)
+    if clip_artefacts is not None and not clip_artefacts > 1:
+        raise UserError(f"clip_artefacts is {clip_artefacts}; expected a multiple of the median norm, above 1")
+    started = time.monotonic()
+    pictures, rate = _open(images, drawing, len(mean), overwrite)
     device = torch.device(device) if device is not None else _device_of(backbone)
+    limits = Limits(resize, max_tokens, batch_size)
+    worker = Worker(backbone, drawing, pictures, limits, mean, std, clip_artefacts, device, pick_precision(precision, device))
+    blocks = cut(len(pictures), batch_size)[distributed.rank() :: distributed.world_size()]
     threads = min(8, workers or cores())
-    load = _loader(backbone.patch_size, len(mean), resize, max_tokens)
-    summary, started = ExportSummary(drawing.output), time.monotonic()
-    with _bar(len(names), progress) as bar, _Writer(threads, bar) as writer:
-        jobs = _decoded(prefetch(load, names.items(), ahead=min(batch_size, 2 * threads), workers=threads), summary, bar)
-        for batch in _batches(jobs, backbone, batch_size):
-            attention = _forward(backbone, batch, mean, std, device, precision)
-            for job, own in zip(batch, attention, strict=True):
-                summary.images += 1
-                summary.coarse += own[0].numel() < 16
-                summary.shrunk += job.shrunk
-                writer.submit(draw, drawing, job.name, job.path, job.picture, own)
-    if not summary.images:
-        raise UserError(f"none of the {len(names)} images under '{images}' decodes; the first: {summary.failures[0]}")
-    summary.files = writer.written
+    summary = ExportSummary(drawing.output)
+    drawing.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with part(drawing.output, distributed.rank()).open("w") as file, _alone(backbone), _bar(sum(map(len, blocks)), progress) as bar:
+            for lines in worker.run(blocks, threads, bar):
+                file.writelines(lines)
+    except BaseException:
+        discard_parts(drawing.output)
+        raise
+    distributed.barrier()
+    if distributed.rank() == 0:
+        merge(summary, drawing, pictures, backbone.heads, fps or rate, threads)
+    else:
+        summary.images = sum(map(len, blocks))
     summary.seconds = time.monotonic() - started
-    return _list_failures(summary, len(names))
+    summary.model_share = worker.model_seconds / max(worker.seconds, 1e-9)
+    return summary
 
 
-def list_images(images: Path, output: Path) -> dict[str, str]:
-    """{output name without endings: path} of every image under `images`, in sorted order; what lies in `output` is not input.
-
-    UserError when there is none.
-    """
-    if images.is_file():
-        return {images.stem: str(images)}
-    if not images.is_dir():
-        raise UserError(f"images '{images}' does not exist; expected a folder of images, or one image")
-    if output.exists() and output.resolve() == images.resolve():
-        raise UserError(f"output '{output}' is the images folder itself; name another, results must not mix with input")
-    inside = os.path.relpath(output.resolve(), images.resolve()) + os.sep
-    files = [name for name in walk_images(images) if not name.startswith(inside)]
-    if not files:
-        raise UserError(f"no images under '{images}': it holds {found_in(images)}")
-    return {name: str(images / file) for name, file in zip(output_names(files), files, strict=True)}
-
-
-def output_names(files: Sequence[str]) -> list[str]:
-    """Relative paths of images -> distinct names without extension; those that would be alike keep theirs.
-
-    Letter case does not distinguish: the output may lie on a disk that ignores it.
-    """
-    names = [os.path.splitext(file)[0] for file in files]
-    while True:  # a kept extension can meet another name (a.jpg beside a.png and a.jpg.png), so look again
-        seen = Counter(name.lower() for name in names)
-        alike = [i for i, name in enumerate(names) if seen[name.lower()] > 1 and name != files[i]]
-        if not alike:
-            break
-        for i in alike:
-            names[i] = files[i]
-    seen = Counter()
-    for i, name in enumerate(names):  # A.jpg and a.jpg differ in case alone: number them
-        seen[name.lower()] += 1
-        if seen[name.lower()] > 1:
-            names[i] = f"{name}~{seen[name.lower()]}"
-    return names
+def _open(images: Any, drawing: Drawing, channels: int, overwrite: bool) -> tuple[Pictures, float]:
+    """The pictures, and how many a second an animation shows. Nothing is written unless everything is in order on every rank."""
+    video, output = is_video(images), drawing.output
+    if video and Path(images).suffix.lower() != ".gif":
+        need_av(f"reading the video '{images}'")
+    pictures = None if video else open_pictures(images, output, channels)
+    _check_output(output, overwrite)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        (output / NAME).unlink(missing_ok=True)  # of an earlier export: it stands for a finished one
+    if not video:
+        return pictures, RATE
+    rate = cut_frames(Path(images), output / FRAMES) if distributed.rank() == 0 else RATE  # only rank 0 writes animations
+    distributed.barrier()
+    return open_pictures(output / FRAMES, output, channels), rate
 
 
-def view_size(size: Sequence[int], patch: int, resize: int | None, max_tokens: int) -> tuple[int, int]:
-    """(height, width) in pixels that the backbone sees of an image of `size`: multiples of `patch`, at most `max_tokens` patches."""
-    height, width = size
-    if resize is not None:
-        factor = resize / min(height, width)
-        height, width = height * factor, width * factor
-    rows, columns = (max(1, int(side / patch + 0.5)) for side in (height, width))
-    if rows * columns > max_tokens:
-        factor = (max_tokens / (rows * columns)) ** 0.5
-        rows = max(1, min(max_tokens, int(rows * factor)))
-        columns = max(1, min(int(columns * factor), max_tokens // rows))
-    return rows * patch, columns * patch
-
-
-def draw(drawing: _Drawing, name: str, path: str, picture: np.ndarray, attention: Tensor) -> Counter:
-    """Write the files of one image: picture uint8 (C, H, W), attention (h, gh, gw). Returns how many, by format."""
-    size = picture.shape[1:]
-    base = drawing.output / name
-    shown = render.as_picture(picture)
-    written: Counter = Counter()
-    for label, heat, mask in _maps(drawing, attention, size):
-        paths = {kind: base.with_name(f"{base.name}_{label}_{FORMATS[kind]}.png") for kind in ("png", "overlay", "mask")}
-        pictures = {
-            "png": lambda heat=heat: render.heat_map(heat),
-            "overlay": lambda heat=heat, mask=mask: render.overlay(shown, heat, mask),
-            "mask": lambda mask=mask: mask,
-        }
-        for kind in set(drawing.formats) - {"npz"}:
-            render.write_png(paths[kind], pictures[kind]())
-            written[kind] += 1
-    if "npz" in drawing.formats:
-        arrays = {"attention": attention.numpy(), "mean": attention.mean(0).numpy(), "grid": attention.shape[-2:]}
-        arrays |= {"image_size": size, "threshold": drawing.threshold, "path": path}
-        render.write_npz(base.with_name(f"{base.name}_{FORMATS['npz']}.npz"), **arrays)
-        written["npz"] += 1
-    return written
-
-
-def _maps(drawing: _Drawing, attention: Tensor, size: Sequence[int]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(label, map, mask) at `size` of each map that is asked for, one after the other: at 12 megapixels they do not all fit."""
-    chosen = [] if drawing.heads == "mean" else [(f"head{i}", head) for i, head in enumerate(attention)]
-    if drawing.heads != "heads":
-        chosen.append(("mean", maps.mean_map(attention[None])[0]))
-    for label, small in chosen:
-        heat = maps.upsample(small, tuple(size), drawing.mode)
-        if drawing.mode == "nearest":
-            mask = maps.upsample(maps.mass_mask(small, drawing.threshold), tuple(size))
-        else:
-            mask = maps.mass_mask(heat, drawing.threshold)
-        yield label, heat.numpy(), mask.numpy()
-
-
-def _check(backbone: Any, drawing: _Drawing, resize: int | None, max_tokens: int, batch_size: int) -> None:
-    formats, threshold = drawing.formats, drawing.threshold
-    chosen = (("format", formats, FORMATS), ("heads", [drawing.heads], HEADS), ("upsampling", [drawing.mode], UPSAMPLING))
+def _check(backbone: Any, drawing: Drawing, **numbers: int | None) -> None:
+    chosen = (("format", drawing.formats, FORMATS), ("map", drawing.maps, MAPS), ("upsampling", [drawing.mode], UPSAMPLING))
     for kind, words, known in chosen:
         for word in words:
             if word not in known:
                 raise unknown_name(kind, word, known)
-    if not formats:
-        raise UserError(f"no format to write; known: {', '.join(FORMATS)}")
-    maps.require_cls(backbone)
-    if not 0 < threshold <= 1:
-        raise UserError(f"threshold is {threshold}; expected a share of the mass above 0, at most 1")
-    for name, value in (("resize", resize), ("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if not words:
+            raise UserError(f"no {kind} to write; known: {', '.join(known)}")
+    require_cls(backbone)
+    if not 0 < drawing.threshold <= 1:
+        raise UserError(f"threshold is {drawing.threshold}; expected a share of the mass above 0, at most 1")
+    for name, value in numbers.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected a whole number from 1 up")
+    if "mp4" in drawing.formats:
+        need_av("format mp4")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file; expected a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise UserError(f"output '{output}' is not empty; name another folder, or give --overwrite to replace its files")
-        (output / "quarantine.txt").unlink(missing_ok=True)  # of an earlier export
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"output '{output}' is not empty; name another folder, or give --overwrite to replace its files")
 
 
 def _device_of(backbone: Any) -> torch.device:
@@ -275,104 +197,22 @@ def _device_of(backbone: Any) -> torch.device:
     return first.device if first is not None else torch.device("cpu")
 
 
-def _loader(patch: int, channels: int, resize: int | None, max_tokens: int) -> Callable[[tuple[str, str]], _Job | DecodeError]:
-    """What the decoding threads run: (output name, path) -> a job, or the reason why there is none."""
-
-    def load(item: tuple[str, str]) -> _Job | DecodeError:
-        try:
-            picture = decode(item[1], channels)
-        except DecodeError as error:
-            return error
-        size = view_size(picture.shape[1:], patch, resize, max_tokens)
-        shrunk = size != view_size(picture.shape[1:], patch, resize, 2**62)
-        return _Job(*item, picture, _resized(picture, size), shrunk)
-
-    return load
-
-
-def _resized(picture: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """uint8 (C, *size), bicubic and antialiased; untouched when it has that size."""
-    image = torch.from_numpy(np.array(picture, order="C"))
-    if tuple(image.shape[1:]) == size:
-        return image
-    return functional.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+@contextmanager
+def _alone(backbone: Any) -> Iterator[None]:
+    """One thread for each tensor operation, whatever the launcher set: a matrix product may round otherwise on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _bar(total: int, shown: bool):
-    """Progress in images that are drawn (or skipped), and their number a second."""
+    """Progress in images that are drawn (or skipped), and their number a second; on many ranks that of rank 0."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="attention", unit="image", disable=not shown)
-
-
-def _decoded(jobs, summary: ExportSummary, bar) -> Iterator[_Job]:
-    """The jobs that decoded; the others go to `summary.failures`."""
-    for job in jobs:
-        if isinstance(job, DecodeError):
-            summary.failures.append(job)
-            bar.update()
-        else:
-            yield job
-
-
-def _batches(jobs: Iterator[_Job], backbone: Any, batch_size: int) -> Iterator[list[_Job]]:
-    """Jobs of one view size together: as many as batch_size and the attention's memory allow, sooner when too many pictures wait."""
-    waiting: dict[tuple[int, int], list[_Job]] = {}
-    held = 0
-    for job in jobs:
-        size = tuple(job.view.shape[1:])
-        waiting.setdefault(size, []).append(job)
-        held += job.picture.nbytes
-        tokens = backbone.prefix_tokens + size[0] * size[1] // backbone.patch_size**2
-        full = max(1, min(batch_size, ATTENTION_BYTES // (4 * backbone.heads * tokens**2)))
-        crowded = held > WAITING_BYTES or sum(map(len, waiting.values())) > 8 * batch_size
-        if len(waiting[size]) >= full or crowded:
-            fullest = size if len(waiting[size]) >= full else max(waiting, key=lambda key: len(waiting[key]))
-            batch = waiting.pop(fullest)
-            held -= sum(one.picture.nbytes for one in batch)
-            yield batch
-    yield from waiting.values()
-
-
-def _forward(backbone, batch: list[_Job], mean, std, device: torch.device, precision) -> Tensor:
-    """CLS attention (B, h, gh, gw) float32 on the CPU."""
-    views = torch.stack([job.view for job in batch]).to(device).float().div_(255)
-    with autocast(pick_precision(precision, device), device):
-        return maps.attention_maps(backbone, normalise_(views, mean, std)).cpu()
-
-
-def _list_failures(summary: ExportSummary, total: int) -> ExportSummary:
-    if summary.failures:
-        summary.quarantine = summary.output / "quarantine.txt"
-        Quarantine(summary.quarantine, limit=1.0).report(summary.failures, "the images folder", total)
-    return summary
-
-
-class _Writer:
-    """Runs `draw` in threads; `submit` waits when too much is queued, and raises what a thread raised."""
-
-    def __init__(self, workers: int, bar) -> None:
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="draw")
-        self.limit = 2 * workers
-        self.bar = bar
-        self.pending: deque[Future] = deque()
-        self.written: Counter = Counter()
-
-    def submit(self, function, *arguments) -> None:
-        self.pending.append(self.pool.submit(function, *arguments))
-        while len(self.pending) > self.limit:
-            self._take()
-
-    def _take(self) -> None:
-        self.written += self.pending.popleft().result()
-        self.bar.update()
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            while self.pending and kind is None:
-                self._take()
-        finally:
-            self.pool.shutdown(cancel_futures=True)
+    ranks = distributed.world_size()
+    name = "attention" if ranks == 1 else f"attention (rank 0 of {ranks})"
+    return tqdm(total=total, desc=name, unit="image", disable=not shown or distributed.rank() != 0)

@@ -1,16 +1,18 @@
-"""Attention maps and masks from the attention of a vision transformer's last block: tensors in, tensors out.
+"""Attention maps and masks from the attention of a vision transformer: tensors in, tensors out.
 
 Source: facebookresearch/dino visualize_attention.py, main block. Its `w_featmap` counts rows and its `h_featmap` columns; here a grid
 is always (rows, columns). Deliberate deviations: batches, any number of prefix tokens (registers), sizes that are no multiple of the
-patch, bilinear upsampling beside the official nearest one.
+patch, bilinear upsampling beside the official nearest one. Beyond it: rollout (Abnar, Zuidema 2020, arXiv 2005.00928) and the artefacts
+of high norm (Darcet et al. 2023, arXiv 2309.16588).
 
 Axes: B images, h heads, T tokens = prefix tokens (CLS first, then registers) + gh x gw patches, row-major.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +21,67 @@ from torch.nn import functional
 from vit_suite.errors import UserError
 from vit_suite.evaluation.features import frozen
 
+CLS = slice(0, 1)
+"""The row of an attention matrix that is the CLS token's."""
+
+
+class Look(NamedTuple):
+    """What one forward pass shows."""
+
+    heads: Tensor
+    """(B, h, gh, gw) float32: the CLS token's attention in the last block."""
+    rollout: Tensor | None = None
+    """(B, gh, gw) float32: the CLS token's attention through all blocks."""
+    norms: Tensor | None = None
+    """(B, gh, gw) float32: L2 norm of the patch tokens after the last block, before the final norm."""
+
 
 def attention_maps(backbone: Any, images: Tensor) -> Tensor:
     """What the CLS token looks at in the last block: images (B, C, H, W), normalised -> (B, h, gh, gw) float32, without gradients.
 
-    backbone: anything with patch_size, prefix_tokens and last_attention (vit_suite.models.backbone.Backbone); a module runs in eval
-    mode and gets its own mode back. UserError for a backbone without a CLS token.
+    backbone: anything with patch_size, prefix_tokens, has_cls and last_attention (vit_suite.models.backbone.Backbone); a module runs in
+    eval mode and gets its own mode back. UserError for a backbone without a CLS token.
     """
     require_cls(backbone)
-    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
     with torch.no_grad(), frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
-        return cls_attention(backbone.last_attention(images), backbone.prefix_tokens, grid).float()
+        return look(backbone, images).heads
+
+
+def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = False) -> Look:
+    """The maps of images (B, C, H, W), normalised, from one forward pass. Gradients and train or eval mode are the caller's.
+
+    `rollout` holds an attention matrix (B, T, T) for each block; without it memory grows with T alone where the kernel of the blocks
+    allows it. For `rollout` and `norms` the backbone needs depth, embed, blocks and attention_of too.
+    """
+    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    prefix = backbone.prefix_tokens
+    if not (rollout or norms):
+        return Look(cls_attention(backbone.last_attention(images, CLS), prefix, grid).float())
+    x, _ = backbone.embed(images)
+    means: list[Tensor] = []
+    for index, after in enumerate(backbone.blocks(x)):
+        if rollout:
+            means.append(backbone.attention_of(index, x).mean(1))
+        if index == backbone.depth - 1:
+            heads = backbone.attention_of(index, x, CLS)
+        x = after
+    rolled = rolled_out(means)[:, prefix:].unflatten(-1, grid) if rollout else None
+    lengths = x[:, prefix:].float().norm(dim=-1).unflatten(-1, grid) if norms else None
+    return Look(cls_attention(heads, prefix, grid), rolled, lengths)
 
 
 def require_cls(backbone: Any) -> None:
     """UserError unless the backbone has a CLS token."""
-    if backbone.prefix_tokens < 1:
+    if not backbone.has_cls:
         raise UserError(
-            "this backbone has no CLS token, so there is no CLS attention to draw; use a model with one, such as "
-            "timm:vit_small_patch16_224 or a DINO checkpoint"
+            "this backbone has no CLS token, so there is no CLS attention to draw; find its objects with `vit-suite localize` (lost and "
+            "tokencut read patch tokens alone), or use a model with one, such as timm:vit_small_patch16_224 or a DINO checkpoint"
         )
 
 
 def cls_attention(attention: Tensor, prefix_tokens: int, grid: tuple[int, int]) -> Tensor:
-    """What the CLS token looks at: (B, h, T, T) softmaxed attention -> (B, h, gh, gw), the CLS row without the prefix columns.
+    """What the CLS token looks at: (B, h, T, T) softmaxed attention, or its first row (B, h, 1, T) -> (B, h, gh, gw), without the prefix
+    columns.
 
     Values are as the softmax gave them: a map sums to 1 minus what CLS gives to itself and to the registers.
     Raises ValueError when T is not prefix_tokens + gh * gw, or there is no CLS token (prefix_tokens < 1).
@@ -51,9 +90,49 @@ def cls_attention(attention: Tensor, prefix_tokens: int, grid: tuple[int, int]) 
     tokens = attention.shape[-1]
     if prefix_tokens < 1:
         raise ValueError("attention of the CLS token needs a CLS token: prefix_tokens is 0")
-    if attention.ndim != 4 or attention.shape[-2] != tokens or tokens != prefix_tokens + rows * columns:
+    if attention.ndim != 4 or attention.shape[-2] not in (1, tokens) or tokens != prefix_tokens + rows * columns:
         raise ValueError(f"attention {tuple(attention.shape)} does not fit {prefix_tokens} prefix tokens and a {rows}x{columns} grid")
     return attention[:, :, 0, prefix_tokens:].unflatten(-1, (rows, columns))
+
+
+def rolled_out(attentions: Sequence[Tensor]) -> Tensor:
+    """What reaches the CLS token through all blocks: mean over heads (B, T, T) of each block, first block first -> (B, T), rows sum to 1.
+
+    Attention rollout of Abnar and Zuidema: the product over blocks of 0.5 A + 0.5 I, the second for the residual connection. Only its
+    first row is computed, from the last block back.
+    """
+    row = torch.zeros_like(attentions[0][:, 0])
+    row[:, 0] = 1
+    with torch.autocast(row.device.type, enabled=False):  # shares as small as 1 / T are added up
+        for attention in reversed(attentions):
+            row = 0.5 * row + 0.5 * torch.einsum("bt,btu->bu", row, attention)
+    return row
+
+
+def artefacts(norms: Tensor, factor: float) -> Tensor:
+    """Patches that the network has turned into registers: norms (B, gh, gw) -> bool, True above `factor` times the image's median.
+
+    Darcet et al. find the norms of a picture's patches in two groups, the smaller one several times above the other, and cut between
+    them; where the cut lies depends on the model, its ratio to the median hardly.
+    """
+    return norms > factor * norms.flatten(-2).median(-1).values[..., None, None]
+
+
+def without_artefacts(maps: Tensor, found: Tensor) -> Tensor:
+    """maps (B, ..., gh, gw) whose patches in `found` (B, gh, gw) get the median of their neighbours (of 8, those that are none).
+
+    Where artefacts touch, the outermost are filled first. A picture of artefacts alone stays as it is.
+    """
+    found = found.view(len(found), *[1] * (maps.ndim - 3), *found.shape[1:]).expand_as(maps)
+    filled = maps.masked_fill(found, torch.nan)
+    for _ in range(max(maps.shape[-2:])):
+        missing = filled.isnan()
+        if not missing.any():
+            break
+        padded = functional.pad(filled, (1, 1, 1, 1), value=torch.nan)
+        median = padded.unfold(-2, 3, 1).unfold(-2, 3, 1).flatten(-2).nanmedian(-1).values
+        filled = torch.where(missing, median, filled)
+    return torch.where(filled.isnan(), maps, filled)
 
 
 def mass_mask(maps: Tensor, threshold: float = 0.6) -> Tensor:
@@ -85,7 +164,16 @@ def mean_map(maps: Tensor) -> Tensor:
 def max_map(maps: Tensor) -> Tensor:
     """(B, h, gh, gw) -> (B, gh, gw): largest value over heads, after each head is scaled to mass 1 (else a sharp head that gives
     much to its prefix tokens would never show)."""
-    return (maps / maps.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)).amax(1)
+    return _shares(maps).amax(1)
+
+
+def winning_head(maps: Tensor) -> Tensor:
+    """(..., h, H, W) -> int64 (..., H, W): the head that gives most of its mass to each pixel, the first of equals."""
+    return _shares(maps).argmax(-3)
+
+
+def _shares(maps: Tensor) -> Tensor:
+    return maps / maps.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def upsample(maps: Tensor, size: tuple[int, int], mode: Literal["nearest", "bilinear"] = "nearest") -> Tensor:
@@ -98,7 +186,7 @@ def upsample(maps: Tensor, size: tuple[int, int], mode: Literal["nearest", "bili
     rows, columns = maps.shape[-2:]
     height, width = size
     if mode == "nearest":
-        return maps[..., _nearest(rows, height, maps.device)[:, None], _nearest(columns, width, maps.device)]
+        return maps.index_select(-1, _nearest(columns, width, maps.device)).index_select(-2, _nearest(rows, height, maps.device))
     if mode != "bilinear":
         raise ValueError(f"upsampling mode must be nearest or bilinear, not {mode!r}")
     if not maps.is_floating_point():

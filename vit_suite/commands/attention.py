@@ -1,46 +1,79 @@
-"""`vit-suite attention`: maps, overlays and masks of every image in a folder."""
+"""`vit-suite attention`: maps, overlays and masks of every image of a folder, a list, a video or a data set, on one rank or many."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
+from vit_suite import distributed
 from vit_suite.attention.export import ExportSummary, export_attention
+from vit_suite.attention.maps import require_cls
 from vit_suite.commands.logs import speak
-from vit_suite.config import AttentionConfig
+from vit_suite.config import AttentionConfig, DataConfig
+from vit_suite.data.registry import open_test
+from vit_suite.data.source import ImageSource
+from vit_suite.errors import UserError
 from vit_suite.hardware import pick_device
-from vit_suite.weights.checkpoint import load_backbone
+from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 
 def run(cfg: AttentionConfig) -> None:
-    """Write where `cfg.checkpoint` looks in the images of `cfg.images`."""
+    """Write where `cfg.checkpoint` looks in the images of `cfg.images` or `cfg.data`."""
     speak()
-    loaded = load_backbone(cfg.checkpoint)
-    device = pick_device(cfg.accelerator)
-    summary = export_attention(
-        loaded.backbone.to(device),
-        cfg.images,
-        cfg.output,
-        mean=loaded.mean,
-        std=loaded.std,
-        formats=cfg.formats,
-        threshold=cfg.threshold,
-        heads=cfg.heads,
-        resize=cfg.resize,
-        max_tokens=cfg.max_tokens,
-        batch_size=cfg.batch_size,
-        upsample=cfg.upsample,
-        device=device,
-        precision=cfg.precision,
-        overwrite=cfg.overwrite,
-        progress=True,
-    )
-    print(sentence(summary))
+    with distributed.launched():
+        loaded = load_backbone(cfg.checkpoint)
+        require_cls(loaded.backbone)
+        device = pick_device(cfg.accelerator)
+        if device.type == "cuda":
+            device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        summary = export_attention(
+            loaded.backbone.to(device),
+            cfg.images or open_data(cfg, loaded),
+            cfg.output,
+            mean=loaded.mean,
+            std=loaded.std,
+            formats=cfg.formats,
+            maps=cfg.maps,
+            threshold=cfg.threshold,
+            clip_artefacts=cfg.clip_artefacts,
+            resize=cfg.resize,
+            max_tokens=cfg.max_tokens,
+            batch_size=cfg.batch_size,
+            upsample=cfg.upsample,
+            guided_radius=cfg.guided_radius,
+            guided_eps=cfg.guided_eps,
+            fps=cfg.fps,
+            device=device,
+            precision=cfg.precision,
+            workers=cfg.workers,
+            overwrite=cfg.overwrite,
+            progress=True,
+        )
+        if distributed.rank() == 0:
+            print(sentence(summary, cfg.clip_artefacts))
 
 
-def sentence(summary: ExportSummary) -> str:
+def open_data(cfg: AttentionConfig, loaded: LoadedBackbone) -> ImageSource:
+    """The scored split of `cfg.data`, with the channels that the backbone takes."""
+    if not cfg.data.name:
+        raise UserError("no images to look at: give --images FOLDER, or a data set with --data.name")
+    channels = loaded.backbone.cfg.channels
+    if cfg.data.channels not in (channels, DataConfig.channels):
+        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}.")
+    return open_test(replace(cfg.data, channels=channels), cfg.seed)
+
+
+def sentence(summary: ExportSummary, clip: float | None = None) -> str:
     """What was written, and what was left out."""
     files = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.files.items()))
-    lines = [f"{summary.images} images ({summary.images_per_second:.1f} a second): {files} in {summary.output}"]
+    speed = f"{summary.images_per_second:.1f} a second, {summary.model_share:.0%} of the time in the model"
+    lines = [f"{summary.images} images ({speed}): {files} in {summary.output}, listed in manifest.csv"]
     if summary.failures:
         lines.append(f"files that do not decode: {len(summary.failures)}, listed in {summary.quarantine}")
+    if clip is not None:
+        lines.append(f"{summary.artefacts} patches were artefacts (norm above {clip:g} times the median) and got their neighbours' median")
     if summary.shrunk:
         lines.append(f"{summary.shrunk} images were shrunk for the backbone; a larger --max_tokens shows more detail")
     if summary.coarse:

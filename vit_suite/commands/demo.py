@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from vit_suite.attention.export import export_attention
-from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, upsample
+from vit_suite.attention.localize import Localizer
 from vit_suite.commands.knn import Scorer, accuracies, accuracy_table
+from vit_suite.commands.localize import localize
 from vit_suite.commands.logs import speak
 from vit_suite.commands.pretrain import train
 from vit_suite.config import (
@@ -27,10 +27,9 @@ from vit_suite.config import (
 )
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
-from vit_suite.evaluation.localization import LocalizationScores, baseline_scores, best_center_box, choose_head, score_masks
+from vit_suite.data.truth import source_truths
 from vit_suite.hardware import pick_device
-from vit_suite.reports.results import append_result, table
-from vit_suite.views.evaluate import eval_view
+from vit_suite.reports.results import append_result
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 log = logging.getLogger("vit_suite")
@@ -94,40 +93,11 @@ def show_knn(loaded: LoadedBackbone, data: ImageDataModule, seed: int, folder: P
 
 
 def show_masks(loaded: LoadedBackbone, source: ImageSource, seed: int, folder: Path) -> None:
-    """Jaccard index of attention masks; the fixed head and the centre box are chosen on one half of the images, scored on the other."""
-    truth = torch.stack([source.mask(index) for index in range(len(source))])
-    half = len(source) // 2
-    box = best_center_box(truth[:half])
-    scores = {"trained": mask_scores(loaded, source, truth, half), "untrained": mask_scores(loaded.untrained(seed), source, truth, half)}
-    baselines = baseline_scores(truth[half:], box)
-    rows = [[name, *(value for _, value in score.items())] for name, score in scores.items()]
-    print(table(["mask Jaccard %", "best head", "fixed head", "mean map"], rows))
-    print("  without a model: " + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in baselines.items()) + "\n")
-    metrics = {name: dict(s.items()) | {"head": s.head, "heads": list(s.heads)} for name, s in scores.items()} | baselines
-    protocol = {
-        "data": source.title,
-        "scored": f"images {half} to {len(source) - 1}; fixed head and centre box chosen on the others",
-        "threshold": THRESHOLD,
-        "attention": "last block, CLS row, nearest upsampling",
-        "center_box": list(box),
-    }
-    append_result(folder / "results.json", "masks", metrics, protocol, loaded.sha256)
-
-
-@torch.no_grad()
-def mask_scores(loaded: LoadedBackbone, source: ImageSource, truth: torch.Tensor, half: int) -> LocalizationScores:
-    """Masks that hold the top 60% of each head's attention, against the true objects."""
-    device = next(loaded.backbone.parameters()).device
-    masks, means = [], []
-    for start in range(0, len(source), 256):
-        images = torch.stack([source.load(index) for index in range(start, min(start + 256, len(source)))])
-        views = eval_view(images, IMAGE, loaded.mean, loaded.std).to(device)
-        maps = attention_maps(loaded.backbone, views).cpu()  # (B, h, gh, gw)
-        masks.append(upsample(mass_mask(maps, THRESHOLD).float(), (IMAGE, IMAGE)) > 0.5)
-        means.append(upsample(mass_mask(mean_map(maps), THRESHOLD).float(), (IMAGE, IMAGE)) > 0.5)
-    heads, mean = torch.cat(masks), torch.cat(means)
-    head = choose_head(heads[:half], truth[:half])
-    return score_masks(heads[half:], truth[half:], mean[half:].squeeze(1), head)
+    """Attention masks against the true objects."""
+    localizer = Localizer(source, source_truths(source), ("attention",), (THRESHOLD,), device=pick_device())
+    found = localize(localizer, {"trained": loaded, "untrained": loaded.untrained(seed)}, seed)
+    print(f"{found.text()}\n")
+    append_result(folder / "results.json", "localize", found.metrics(), found.protocol(), loaded.sha256)
 
 
 def draw(loaded: LoadedBackbone, source: ImageSource, folder: Path) -> None:

@@ -4,75 +4,57 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 
+from vit_suite.commands.data_of import open_data, representation, results_path, view_size, view_text
 from vit_suite.commands.logs import speak
-from vit_suite.config import DataConfig, KNNConfig
+from vit_suite.config import KNNConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.resident import GIB
-from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features, extract_features, raw_pixel_features
+from vit_suite.evaluation.fewshot import Spread, draw_shots
 from vit_suite.evaluation.knn import KNNResult, knn_classify
 from vit_suite.hardware import pick_device, pick_precision
-from vit_suite.models.backbone import check_image_size
-from vit_suite.reports.results import append_result, read_results, table
+from vit_suite.reports.results import append_result, table
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 log = logging.getLogger("vit_suite")
+
+Shots = dict[int, list[KNNResult]]
+"""Number of shots -> a result for each draw."""
 
 
 def run(cfg: KNNConfig) -> None:
     """Score `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`."""
     speak()
     loaded = load_backbone(cfg.checkpoint)
-    size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
-    check_image_size(size, loaded.backbone.patch_size, "image_size")
-    path = results_path(cfg)
-    read_results(path)  # says now whether it can be appended to
-    data = open_data(cfg, loaded)
+    size, path = view_size(cfg, loaded), results_path(cfg)
+    data = open_data(cfg, loaded, "kNN")
     scorer = Scorer(data, cfg.k, cfg.temperature, size, cfg.batch_size, pick_device(cfg.accelerator), cfg.precision)
-    results = {"checkpoint": scorer.backbone(loaded)}
+    features = {"checkpoint": scorer.features(loaded)}
     if cfg.baselines:
-        results["untrained"] = scorer.backbone(loaded.untrained(cfg.seed))
+        features["untrained"] = scorer.features(loaded.untrained(cfg.seed))
         need = 4 * data.cfg.channels * size[0] * size[1] * (len(scorer.bank) + len(scorer.test)) / GIB
         if need <= cfg.data.memory_gb:
-            results["raw pixels"] = scorer.pixels()
+            features["raw pixels"] = scorer.pixel_features()
         else:
             log.info("raw pixels are left out: they take %.1f GiB, and data.memory_gb is %g", need, cfg.data.memory_gb)
-    print(f"{data.name}: top-1 % of {len(scorer.test)} images, bank of {len(scorer.bank)}, temperature {cfg.temperature}")
-    print(accuracy_table(results))
-    metrics = {name: accuracies(result) for name, result in results.items()}
+    bank = f"bank of {len(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
+    print(f"{data.name}: top-1 % of {len(scorer.test)} images, {bank}, temperature {cfg.temperature}")
     protocol = scorer.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
-    append_result(path, "knn", metrics, protocol, loaded.sha256)
+    if cfg.shots:
+        few = {name: scorer.few_shot(found, cfg.shots, cfg.draws, cfg.seed) for name, found in features.items()}
+        print(shots_table(few))
+        metrics = {name: shots_metrics(shots) for name, shots in few.items()}
+        protocol |= {"shots": cfg.shots, "draws": cfg.draws, "seed": cfg.seed, "spread": "mean and sample standard deviation over draws"}
+    else:
+        results = {name: scorer.vote(*found) for name, found in features.items()}
+        print(accuracy_table(results))
+        metrics = {name: accuracies(result) for name, result in results.items()}
+    append_result(path, "knn few-shot" if cfg.shots else "knn", metrics, protocol, loaded.sha256)
     print(f"appended to {path}")
-
-
-def results_path(cfg: KNNConfig) -> Path:
-    """The file the scores are appended to."""
-    folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
-    return Path(cfg.output) if cfg.output else folder / "results.json"
-
-
-def open_data(cfg: KNNConfig, loaded: LoadedBackbone) -> ImageDataModule:
-    """The images of `cfg.data` with the channels that the backbone takes; UserError when they cannot be scored."""
-    channels = loaded.backbone.cfg.channels
-    if cfg.data.channels not in (channels, DataConfig.channels):
-        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}.")
-    options = replace(cfg.data, channels=channels, batch_size=1)  # the global batch belongs to training; here one image fills it
-    if channels not in (1, 3):  # no data set has published statistics for these
-        options = replace(options, mean=options.mean or loaded.mean, std=options.std or loaded.std)
-    data = ImageDataModule(options, seed=cfg.seed)
-    if data.train_source.labels is None:
-        raise UserError(f"{data.name} has no labels, and kNN needs some: score on class folders or another labelled data set.")
-    if data.scored_on_itself:
-        raise UserError(
-            f"{data.name} would be scored on the images that vote, split '{data.test_source.split}': each would find itself. "
-            "Choose another split with data.train_split or data.test_split, or sort a folder into ROOT/train and ROOT/test."
-        )
-    return data
 
 
 class Scorer:
@@ -93,24 +75,45 @@ class Scorer:
         self.ks, self.temperature, self.image_size = list(ks), temperature, list(image_size)
         self.options = {"batch_size": batch_size, "device": device, "precision": pick_precision(precision, device), "progress": progress}
         self.mean, self.std = data.mean, data.std
+        self.representation = ""  # of the backbone that was scored last
 
-    def backbone(self, loaded: LoadedBackbone) -> KNNResult:
-        """Of the CLS token after the final norm."""
+    def features(self, loaded: LoadedBackbone) -> tuple[Features, Features]:
+        """Of bank and test: the backbone's representation, L2-normalised."""
         network = loaded.backbone.to(self.options["device"])
         network.set_fused_attention(self.options["device"].type != "cpu")
+        self.representation = representation(network)
         bank, test = (
             extract_features(network, source, self.image_size, loaded.mean, loaded.std, **self.options) for source in (self.bank, self.test)
         )
-        return self._vote(bank, test)
+        return bank, test
 
-    def pixels(self) -> KNNResult:
-        """Of the normalised pixels themselves: what a backbone has to beat."""
+    def pixel_features(self) -> tuple[Features, Features]:
+        """Of bank and test: the normalised pixels themselves, which a backbone has to beat."""
         options = {"batch_size": self.options["batch_size"]}
         bank, test = (raw_pixel_features(source, self.image_size, self.mean, self.std, **options) for source in (self.bank, self.test))
-        return self._vote(bank, test)
+        return bank, test
 
-    def _vote(self, bank: Features, test: Features) -> KNNResult:
+    def backbone(self, loaded: LoadedBackbone) -> KNNResult:
+        """The vote with a backbone's features."""
+        return self.vote(*self.features(loaded))
+
+    def pixels(self) -> KNNResult:
+        """The vote with raw pixels."""
+        return self.vote(*self.pixel_features())
+
+    def vote(self, bank: Features, test: Features) -> KNNResult:
+        """Of the whole bank."""
         return knn_classify(*bank[:2], *test[:2], ks=self.ks, temperature=self.temperature, device=self.options["device"])
+
+    def few_shot(self, features: tuple[Features, Features], shots: Sequence[int], draws: int, seed: int) -> Shots:
+        """Votes of banks of few images of each class; features are those of the whole sets. UserError as `draw_shots`."""
+        bank, test = features
+        drawn = {n: [draw_shots(bank.labels, n, draw, seed, self.bank.classes) for draw in range(draws)] for n in shots}
+
+        def part(rows: torch.Tensor) -> Features:
+            return bank._replace(features=bank.features[rows], labels=bank.labels[rows], indices=bank.indices[rows])
+
+        return {n: [self.vote(part(rows), test) for rows in banks] for n, banks in drawn.items()}
 
     def protocol(self) -> dict:
         """Everything that decides the score besides the weights."""
@@ -118,8 +121,8 @@ class Scorer:
             "data": self.bank.name,
             "bank": {"split": self.bank.split, "images": len(self.bank)},
             "test": {"split": self.test.split, "images": len(self.test)},
-            "features": "CLS token after the final norm, L2-normalised",
-            "view": f"shorter side to 256/224 of {self.image_size}, centre crop; images of that size as they are",
+            "features": f"{self.representation}, L2-normalised",
+            "view": view_text(self.image_size),
             "k": self.ks,
             "temperature": self.temperature,
             "vote": "exp(cosine / temperature)",
@@ -141,3 +144,31 @@ def accuracy_table(results: dict[str, KNNResult]) -> str:
     used = next(iter(results.values())).used_k
     header = ["kNN top-1 %", *(f"k={k}" if used[k] == k else f"k={k} (bank has {used[k]})" for k in ks)]
     return table(header, [[name, *(result.top1[k] for k in ks)] for name, result in results.items()])
+
+
+def spreads(results: Sequence[KNNResult]) -> dict[int, tuple[Spread, Spread]]:
+    """k -> (top-1, top-5) over draws."""
+    ks = results[0].top1
+    return {k: (Spread(tuple(r.top1[k] for r in results)), Spread(tuple(r.top5[k] for r in results))) for k in ks}
+
+
+def shots_metrics(shots: Shots) -> dict:
+    """{"shots5": {"k20": {"top1": {"mean", "std", "draws"}, "top5": ..., "used_k" where the bank was smaller}}}."""
+    return {
+        f"shots{n}": {
+            f"k{k}": {"top1": top1.as_dict(), "top5": top5.as_dict()} | ({"used_k": used} if (used := results[0].used_k[k]) != k else {})
+            for k, (top1, top5) in spreads(results).items()
+        }
+        for n, results in shots.items()
+    }
+
+
+def shots_table(few: dict[str, Shots]) -> str:
+    """A row for each result and number of shots, a column for each k; a bank smaller than k votes as a whole."""
+    rows = [
+        [f"{name}, {n} a class", *(str(top1) for top1, _ in spreads(results).values())]
+        for name, shots in few.items()
+        for n, results in shots.items()
+    ]
+    results = next(iter(next(iter(few.values())).values()))[0]
+    return table(["kNN top-1 %", *(f"k={k}" for k in results.top1)], rows)

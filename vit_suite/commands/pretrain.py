@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,23 +15,30 @@ from pytorch_lightning.loggers import Logger
 
 from vit_suite.commands import rundir
 from vit_suite.commands.logs import main_process, speak
-from vit_suite.config import PretrainConfig
+from vit_suite.commands.start import adopt
+from vit_suite.commands.supervised import check_test_labels, class_names, prepare_head, score_run
+from vit_suite.config import PretrainConfig, SiTConfig, SupervisedConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError, unknown_name
+from vit_suite.evaluation.classification import OnlineAccuracy
 from vit_suite.evaluation.online import OnlineKNN
 from vit_suite.hardware import pick_device, pick_precision
 from vit_suite.methods.base import Method
 from vit_suite.methods.dino import DINO
+from vit_suite.methods.sit import SiT
+from vit_suite.methods.supervised import SupervisedViT
 from vit_suite.reports.metrics import MetricsLogger
 from vit_suite.reports.results import append_result
+from vit_suite.reports.sheets import ReconstructionSheets
 from vit_suite.views.multicrop import ViewsInWorkers, pick_backend
-from vit_suite.weights.checkpoint import weights_sha256
+from vit_suite.weights.checkpoint import load_backbone, weights_sha256
 from vit_suite.weights.keeper import Keeper
 
 log = logging.getLogger("vit_suite")
 
-METHODS: dict[str, type[Method]] = {"dino": DINO}
+METHODS: dict[str, type[Method]] = {"dino": DINO, "sit": SiT, "supervised": SupervisedViT}
+Score = OnlineKNN | OnlineAccuracy
 
 
 def run(cfg: PretrainConfig) -> None:
@@ -44,6 +52,9 @@ def run(cfg: PretrainConfig) -> None:
 
 def train(cfg: PretrainConfig) -> bool:
     """Train, or resume; whether this process is the one that writes the results (rank 0)."""
+    start = load_backbone(cfg.method.start) if isinstance(cfg.method, SupervisedConfig) and cfg.method.start else None
+    if start:
+        cfg = adopt(cfg, start)
     folder = Path(cfg.run.output)
     main = main_process()
     checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
@@ -62,9 +73,12 @@ def train(cfg: PretrainConfig) -> bool:
         accumulate=cfg.trainer.accumulate,
     )
     method = build_method(cfg, data)
+    if isinstance(method, SupervisedViT):
+        prepare_head(method, start, checkpoint)
     data.setup("fit")
-    score = build_score(cfg, data, precision)
-    trainer = build_trainer(cfg, folder, score, precision, data.name, steps_before)
+    scores = build_scores(cfg, data, precision)
+    callbacks = build_callbacks(cfg, folder, data, scores, precision)
+    trainer = build_trainer(cfg, folder, callbacks, precision, steps_before)
     data.trainer = trainer
     data.plan()  # says now whether the global batch splits over the ranks
     if data.resident and cfg.views.backend == "workers":
@@ -83,8 +97,10 @@ def train(cfg: PretrainConfig) -> bool:
     if checkpoint and trainer.global_step == steps_before:
         log.info("%s is complete: %d steps, nothing left to train.", folder, steps_before)
         log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
+        if scores and isinstance(method, SupervisedViT) and trainer.is_global_zero:
+            score_run(cfg, method, data, precision, folder)
     elif trainer.is_global_zero:
-        summarise(cfg, folder, trainer, method, score, data, time.perf_counter() - started)
+        summarise(cfg, folder, trainer, method, scores, data, time.perf_counter() - started)
     return trainer.is_global_zero
 
 
@@ -93,37 +109,53 @@ def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:
     if cfg.method.name not in METHODS:
         raise unknown_name("method", cfg.method.name, METHODS)
     backbone = replace(cfg.backbone, channels=cfg.data.channels)
+    classes = {"classes": class_names(data)} if cfg.method.name == "supervised" else {}
     return METHODS[cfg.method.name](
-        cfg.method, backbone, cfg.views, cfg.optim, data.mean, data.std, seed=cfg.run.seed, batch_size=cfg.data.batch_size
+        cfg.method, backbone, cfg.views, cfg.optim, data.mean, data.std, seed=cfg.run.seed, batch_size=cfg.data.batch_size, **classes
     )
 
 
-def build_score(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> OnlineKNN | None:
-    """Online kNN, where it is wanted and the data has labels."""
+def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> list[Score]:
+    """Online scores, where they are wanted and the data has labels: kNN, and the accuracy of a supervised head. The last one decides
+    which checkpoint is the best."""
     if not cfg.evaluate.every_epochs:
-        return None
+        return []
     if data.train_source.labels is None:
         log.info("%s has no labels: no kNN during training; the best checkpoint is the last", data.name)
-        return None
+        return []
     try:
         itself = data.scored_on_itself
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}, or train without scores: --evaluate.every_epochs 0.") from error
     if itself:
-        log.info("%s has no split of its own to score: no kNN during training; the best checkpoint is the last", data.name)
-        return None
+        log.info("%s has no split of its own to score: no scores during training; the best checkpoint is the last", data.name)
+        return []
     size = [cfg.views.global_size, cfg.views.global_size]
-    return OnlineKNN(cfg.evaluate, data, size, precision)
+    scores: list[Score] = [OnlineKNN(cfg.evaluate, data, size, precision)]
+    if cfg.method.name == "supervised":
+        check_test_labels(data)
+        scores.append(OnlineAccuracy(cfg.evaluate, data, size, precision))
+    return scores
+
+
+def build_callbacks(
+    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[Score], precision: str
+) -> list[pl.Callback]:
+    """Checkpoints, scores and pictures of a run."""
+    monitor = scores[-1].metric if scores else None
+    keeper = Keeper(folder, cfg.checkpoint, monitor, method=cfg.method.name, data=data.name, seed=cfg.run.seed)
+    callbacks: list[pl.Callback] = [keeper, *scores]
+    if isinstance(cfg.method, SiTConfig) and cfg.method.sheet_every_epochs and cfg.method.reconstruct != "none":
+        sheets = folder / "reconstructions"
+        callbacks.append(ReconstructionSheets(sheets, data.test_source, cfg.views.global_size, cfg.method.sheet_every_epochs, precision))
+    return callbacks
 
 
 def build_trainer(
-    cfg: PretrainConfig, folder: Path, score: OnlineKNN | None, precision: str, data_name: str, steps_done: int = 0
+    cfg: PretrainConfig, folder: Path, callbacks: list[pl.Callback], precision: str, steps_done: int = 0
 ) -> pl.Trainer:
     """The Lightning trainer of a run that writes into `folder`, where `steps_done` steps have been done before."""
     options = cfg.trainer
-    callbacks: list[pl.Callback] = [Keeper(folder, cfg.checkpoint, method=cfg.method.name, data=data_name, seed=cfg.run.seed)]
-    if score:
-        callbacks.append(score)
     cuda = pick_device(options.accelerator).type == "cuda"
     if cuda and options.devices != "auto" and options.devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices is {options.devices}, but torch sees {torch.cuda.device_count()} GPUs here.")
@@ -171,20 +203,24 @@ def build_loggers(cfg: PretrainConfig, folder: Path, steps_done: int) -> list[Lo
 
 
 def summarise(
-    cfg: PretrainConfig, folder: Path, trainer: pl.Trainer, method: Method, score: OnlineKNN | None, data: ImageDataModule, seconds: float
+    cfg: PretrainConfig, folder: Path, trainer: pl.Trainer, method: Method, scores: Sequence[Score], data: ImageDataModule, seconds: float
 ) -> None:
     """Append the run to results.json."""
     steps, images = trainer.global_step, trainer.global_step * cfg.data.batch_size
     metrics: dict[str, object] = {"steps": steps, "epochs": trainer.current_epoch, "images": images, "seconds": round(seconds, 1)}
-    if score and score.history:
-        metrics["knn_top1"] = score.history[-1][1]
-        metrics["knn_top1_by_epoch"] = score.history
+    for score in scores:
+        if score.history:
+            name = score.metric.replace("/", "_")
+            metrics |= {name: score.history[-1][1], f"{name}_by_epoch": score.history}
+    if scores and isinstance(method, SupervisedViT):
+        metrics |= score_run(cfg, method, data, pick_precision(cfg.trainer.precision, method.device), folder)
     protocol = {
         "method": cfg.method.name,
         "data": data.name,
         "knn": asdict(cfg.evaluate),
         "config": "config.yaml",
     }
-    append_result(folder / "results.json", "pretrain", metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
-    last = f", kNN {score.history[-1][1]:.2f}%" if score and score.history else ""
+    task = "finetune" if isinstance(cfg.method, SupervisedConfig) and cfg.method.start else "pretrain"
+    append_result(folder / "results.json", task, metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
+    last = f", kNN {metrics['knn_top1']:.2f}%" if "knn_top1" in metrics else ""
     log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, folder)

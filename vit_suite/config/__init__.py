@@ -4,11 +4,13 @@ They stand here, apart from the code that uses them, so that `vit-suite pretrain
 torch (0.2 s instead of 5 s). Nothing below has a second default elsewhere: modules take these objects.
 """
 
-from vit_suite.config.attention import AttentionConfig
+from vit_suite.config.attention import AttentionConfig, SnapshotConfig
 from vit_suite.config.demo import DemoConfig
 from vit_suite.config.dino import DINOConfig
-from vit_suite.config.evaluate import KNNConfig
+from vit_suite.config.evaluate import KNNConfig, LinearConfig, ScoreConfig
+from vit_suite.config.finetune import FinetuneConfig, FinetuneViewsConfig
 from vit_suite.config.limits import Range
+from vit_suite.config.localize import LocalizeConfig
 from vit_suite.config.pretrain import METHODS, OPTIMS, VIEWS, PretrainConfig
 from vit_suite.config.shared import (
     BackboneConfig,
@@ -36,15 +38,21 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "EvaluateConfig",
+    "FinetuneConfig",
+    "FinetuneViewsConfig",
     "KNNConfig",
+    "LinearConfig",
+    "LocalizeConfig",
     "LoggerConfig",
     "OptimConfig",
     "PretrainConfig",
     "Range",
     "RunOptions",
+    "ScoreConfig",
     "SiTConfig",
     "SiTOptimConfig",
     "SiTViewsConfig",
+    "SnapshotConfig",
     "SupervisedConfig",
     "SupervisedOptimConfig",
     "SupervisedViewsConfig",

@@ -1,40 +1,70 @@
-"""Options of the commands that show and score where a backbone looks."""
+"""Options of the commands that show where a backbone looks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vit_suite.config.limits import Count, Share
+from vit_suite.config.limits import Count, Positive, Range, Share, Whole
+from vit_suite.config.shared import DataConfig
 
 
 @dataclass
 class AttentionConfig:
-    """Where the CLS token looks in each image of a folder: the last block's attention as heat maps, overlays and masks."""
+    """Where the CLS token looks in each image: attention as heat maps, overlays, masks, labels, numbers and animations.
+
+    Started by torchrun or srun, the processes share the images; the files are those of one process."""
 
     checkpoint: str
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
-    images: str
-    """Folder of images (searched through), or one image."""
+    images: str | None = None
+    """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of data.name to score."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(name=""))
     output: str = "attention"
-    """Folder the files are written to, in the tree of `images`."""
-    formats: list[Literal["png", "overlay", "mask", "npz"]] = field(default_factory=lambda: ["overlay", "mask"])
-    """Files an image: png = heat map, overlay = heat map on the image, mask = the top mass, npz = the raw numbers."""
+    """Folder the files are written to, in the tree of `images` (SPLIT/INDEX for a data set), listed in its manifest.csv."""
+    formats: list[Literal["png", "overlay", "mask", "labels", "npz", "coco", "gif", "mp4"]] = field(
+        default_factory=lambda: ["overlay", "mask"]
+    )
+    """png = heat map, overlay = heat map on the image, mask = the top mass, labels = the head that wins each pixel (palette index = head),
+    npz = the numbers, coco = one coco.json of all masks, gif and mp4 = the images as frames of an animation in fixed colours."""
+    maps: list[Literal["heads", "mean", "max", "rollout"]] = field(default_factory=lambda: ["heads", "mean"])
+    """Each head of the last block, their mean, their max (each head at mass 1), the rollout over all blocks (arXiv 2005.00928)."""
     threshold: Share = 0.6
     """Share of the attention's mass that a mask keeps."""
-    heads: Literal["all", "mean", "heads"] = "all"
-    """Which maps: each head and their mean (all), the mean alone, or each head alone."""
+    clip_artefacts: Annotated[float, Range(above=1)] | None = None
+    """Patches whose token after the last block is longer than so many times the image's median (artefacts of networks without registers,
+    arXiv 2309.16588; 2 is a good start) get the median of their neighbours in every map; nothing is clipped when not given."""
     resize: Count | None = None
     """Shorter side in pixels an image is resized to before the backbone; its own size when not given."""
     max_tokens: Count = 4096
     """Larger images are shrunk until they have at most so many patches."""
     batch_size: Count = 16
     """Images in a forward pass; only images of one size share one."""
-    upsample: Literal["nearest", "bilinear"] = "nearest"
-    """From patches to pixels; nearest is the DINO release's."""
+    upsample: Literal["nearest", "bilinear", "guided"] = "nearest"
+    """From patches to pixels: nearest is the DINO release's; guided draws the bilinear map to the image's edges (He et al. 2010)."""
+    guided_radius: Count | None = None
+    """Window radius of `guided` in pixels; the side of a patch in the image when not given."""
+    guided_eps: Positive = 1e-3
+    """Variance of the brightness (0..1) below which a window of `guided` counts as flat."""
+    fps: Positive | None = None
+    """Frames a second of gif and mp4; the video's own, or 10 for images, when not given."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the forward pass; auto = bf16 where the hardware multiplies it natively. The softmax is fp32."""
+    workers: Count | None = None
+    """Threads that decode, compute, draw and write, each its own images; the process's cores, at most 8, when not given."""
+    seed: Whole = 0
+    """Of generated data, and of the draw behind data.test_length."""
     overwrite: bool = False
     """Replace files that stand in `output`."""
+
+
+@dataclass
+class SnapshotConfig:
+    """Attention on the same images every few epochs, in RUN/attention: one watches it emerge."""
+
+    every_epochs: Whole = 0
+    """Epochs between two pictures; one is drawn before training and one at the end too, then all side by side. 0 turns them off."""
+    images: Count = 8
+    """Scored images that are drawn, class by class."""

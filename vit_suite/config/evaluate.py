@@ -3,34 +3,77 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vit_suite.config.limits import Count, Positive, Whole
+from vit_suite.config.limits import Count, Positive, Range, Whole
 from vit_suite.config.shared import DataConfig
 
 
 @dataclass
-class KNNConfig:
-    """Weighted kNN of a backbone's CLS token: the training split votes on the test split."""
+class ScoreConfig:
+    """What every score of a frozen backbone shares."""
 
     checkpoint: str
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
     data: DataConfig = field(default_factory=DataConfig)
-    k: list[Count] = field(default_factory=lambda: [10, 20, 100, 200])
-    """Neighbours; one score each."""
-    temperature: Positive = 0.07
-    """Temperature of the vote, exp(similarity / temperature)."""
     batch_size: Count = 256
-    """Images in a forward pass."""
+    """Images in a forward pass; for linear also in an optimiser step of the heads."""
     image_size: Count | None = None
     """Side in pixels of the centre crop; the one stored with the weights when not given."""
+    shots: list[Count] = field(default_factory=list)
+    """Few-shot: use only so many labelled images of each class (1 5 10: one score each) instead of all."""
+    draws: Count = 5
+    """Few-shot: so many random choices of those images; mean and standard deviation over them are shown."""
     seed: Whole = 0
-    """Seed of generated data, and of the draw behind data.length."""
+    """Seed of few-shot draws, held-out images, heads and their batches; of generated data; of the draw behind data.length."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; auto = bf16 where the hardware multiplies it natively. Similarities are fp32."""
+    """Of the backbone's forward pass; auto = bf16 where the hardware multiplies it natively. What follows it is fp32."""
     baselines: bool = False
     """Also score the same backbone untrained, and raw pixels: what the number is read beside."""
     output: str | None = None
     """File the scores are appended to; results.json in the run directory when the checkpoint is one, else in this folder."""
+
+
+@dataclass
+class KNNConfig(ScoreConfig):
+    """Weighted kNN of a backbone's representation: the training split votes on the test split."""
+
+    k: list[Count] = field(default_factory=lambda: [10, 20, 100, 200])
+    """Neighbours; one score each."""
+    temperature: Positive = 0.07
+    """Temperature of the vote, exp(similarity / temperature)."""
+
+
+@dataclass
+class LinearConfig(ScoreConfig):
+    """Linear evaluation: heads on the frozen backbone. One pass over the images feeds a sweep of learning rates x blocks x pooling;
+    the winner is chosen on held-out images of the training split, and it alone is scored, once, on the test split.
+    """
+
+    protocol: Literal["sweep", "dino", "sit"] = "sweep"
+    """Where lr, blocks, pool, epochs and augment come from when not given. sweep = 7 rates x 1 and 4 blocks x every pooling, 30 epochs;
+    dino = the paper's: 1e-3, CLS of 4 blocks (dim 768 and wider: of 1 block, with the mean of the patches), augmented, 100 epochs;
+    sit = the first version's: AdamW 5e-4, a head on each of its two tokens, augmented, 501 epochs."""
+    lr: list[Positive] | None = None
+    """Learning rates for a batch of 256, scaled by batch_size / 256; a head each."""
+    blocks: list[Count] | None = None
+    """How many of the last blocks a head sees; a head each."""
+    pool: list[Literal["cls", "mean", "cls_mean", "tokens"]] | None = None
+    """What a head sees of each block: the CLS token, the mean of the patches, or of the last block both (cls_mean) beside the CLS tokens of
+    the others; tokens = a head on each of CLS and registers of the last block, averaged (SiT). What the backbone has when not given."""
+    head: Literal["linear", "mlp"] = "linear"
+    """linear, or two layers with tanh between them (SiT)."""
+    hidden_dim: Count = 1024
+    """Width of the hidden layer of `mlp`."""
+    epochs: Count | None = None
+    """Passes over the training images; the learning rate falls to 0 along half a cosine."""
+    augment: bool | None = None
+    """Crop and flip training images at random, anew each epoch: a forward pass an epoch instead of one in all."""
+    holdout: Annotated[float, Range(above=0, most=0.5)] = 0.1
+    """Share of the training split, class by class, that chooses the winner; none is held out when there is nothing to choose."""
+    shot_steps: Count = 500
+    """Few-shot: optimiser steps instead of epochs, which would be one or two batches each."""
+    memory_gb: Positive = 8.0
+    """Limit in GiB for the features that are kept (16 bits a number)."""

@@ -153,7 +153,7 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Weighted kNN on the teacher's CLS token during training."""
+    """Scores during training: weighted kNN of the representation, and the top-1 of a supervised head on the same test images."""
 
     every_epochs: Whole = 1
     """Epochs between two scores; 0 turns them off."""

@@ -27,7 +27,10 @@ class SupervisedConfig:
     cutmix_share: Share = 0.5
     """Share of mixed batches that take cutmix where both are on."""
     ema: Share = 0.99996
-    """Momentum of the average of the weights that is scored and exported; 0 scores the weights themselves."""
+    """Momentum of the average of the weights that is scored and exported, reached from below: at most (1 + step) / (10 + step);
+    0 scores the weights themselves."""
+    start: str | None = None
+    """Checkpoint whose backbone training starts from: a run directory, .ckpt, .safetensors, .pth or timm:NAME (finetune sets it)."""
 
 
 @dataclass
@@ -52,8 +55,12 @@ class SupervisedViewsConfig(CropConfig):
     """Probability of solarisation."""
     randaugment: Whole = 2
     """RandAugment operations an image; 0 turns it off."""
+    randaugment_set: Literal["increasing", "original"] = "increasing"
+    """increasing = timm's, all operations change more with more magnitude (DeiT); original = TensorFlow's, with Cutout (Beyer)."""
+    randaugment_probability: Share = 0.5
+    """Probability that a drawn operation is applied (timm and DeiT 0.5; the paper and Beyer 1)."""
     magnitude: Annotated[float, Range(0, 10)] = 9.0
-    """Strength of RandAugment operations, 0 to 10 (timm's scale)."""
+    """Strength of RandAugment operations, 0 to 10."""
     magnitude_std: NotNegative = 0.5
     """Standard deviation of the strength from one draw to the next."""
     erase: Share = 0.25

@@ -50,8 +50,11 @@ def extract_features(
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     workers: int | None = None,
     progress: bool = False,
+    unit: bool = True,
 ) -> Features:
     """CLS features of every image of `source` (an ImageSource) under the deterministic evaluation view.
+
+    `unit`: L2-normalise them; without it they are what `backbone` (any module, a classifier too) returns, in fp32.
 
     The backbone runs in eval mode without gradients, and every module gets its own mode back afterwards. `device`: where the forward
     pass runs; the backbone's own when not given. Images held in one tensor are sliced; others decode in `workers` threads (the cores,
@@ -65,11 +68,11 @@ def extract_features(
 
     def forward(images: Tensor) -> Tensor:
         with autocast(precision, device):
-            features = backbone(images.to(device))
-        return functional.normalize(features.float(), dim=1)
+            features = backbone(images.to(device)).float()
+        return functional.normalize(features, dim=1) if unit else features
 
     with frozen(backbone):
-        return _collect(source, image_size, mean, std, forward, device, batch_size, workers, "features" if progress else None)
+        return collect(source, image_size, mean, std, forward, device, batch_size, workers, "features" if progress else None)
 
 
 def raw_pixel_features(
@@ -88,7 +91,7 @@ def raw_pixel_features(
         return functional.normalize(images.float().flatten(1), dim=1)
 
     desc = "raw pixels" if progress else None
-    return _collect(source, image_size, mean, std, flatten, torch.device("cpu"), batch_size, workers, desc)
+    return collect(source, image_size, mean, std, flatten, torch.device("cpu"), batch_size, workers, desc)
 
 
 @contextmanager
@@ -126,28 +129,44 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _collect(source, size, mean, std, embed, device, batch_size, workers, desc) -> Features:
-    """Run `embed` over every batch of evaluation views; drop and report what does not decode."""
+def collect(
+    source: Any,
+    size: int | Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    embed: Callable[[Tensor], Tensor],
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int | None = None,
+    desc: str | None = None,
+) -> Features:
+    """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `device`; drop and report what does not decode.
+
+    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none.
+    """
     if len(source) == 0:
         raise UserError(f"{_title(source)} holds no images")
-    rows, indices, failures = [], [], []
+    rows, indices, failures = None, [], []
     bar = _bar(len(source), desc)
     for found, images, failed in _batches(source, batch_size, workers):
         failures += failed
         if found:
             images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
-            rows.append(embed(eval_view(images, size, mean, std)).cpu())
+            embedded = embed(eval_view(images, size, mean, std))
+            if rows is None:  # once for the whole set: joining batches at the end would hold it twice
+                rows = torch.empty(len(source), *embedded.shape[1:], dtype=embedded.dtype)
+            rows[len(indices) : len(indices) + len(found)] = embedded.cpu()
             indices += found
         bar.update(len(found) + len(failed))
     bar.close()
     quarantine = getattr(source, "quarantine", None)
     if failures and quarantine is not None:
         quarantine.report(failures, _title(source), len(source))
-    if not rows:
+    if rows is None:
         raise UserError(f"none of the {len(source)} images of {_title(source)} decodes; the first: {failures[0]}")
     index = torch.tensor(indices, dtype=torch.int64)
     labels = torch.full_like(index, -1) if source.labels is None else source.labels.cpu()[index].long()
-    return Features(torch.cat(rows), labels, index, failures)
+    return Features(rows[: len(index)], labels, index, failures)
 
 
 def _batches(source, batch_size: int, workers: int | None) -> Iterator[tuple[list[int], Any, list[DecodeError]]]:

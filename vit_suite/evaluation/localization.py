@@ -1,128 +1,248 @@
-"""How well attention masks cover the objects of images: Jaccard index, with the baselines that make it readable.
+"""How well masks, boxes and points find the objects of images, with the baselines that make such a score readable.
 
-DINO (arXiv 2104.14294, section 4.2.2) scores VOC12 by thresholding each head's attention at the top share of its mass and taking, for
-every truth mask, the best head. The truth thus chooses the head, which flatters any model; so three numbers stand side by side:
+Truth is a mask (Jaccard index; pixels can be left out, as VOC's borders are) or boxes (IoU of the box around the mask's largest region
+with the truth box it fits best; CorLoc: the share of images where that reaches 0.5), and for both the pointing game: whether the
+maximum of the map lies on an object (Zhang et al. 2016, without their tolerance of 15 pixels).
 
-- best head: the official number, the mean over images of the largest Jaccard index of any head;
-- fixed head: one head for all images, chosen on OTHER images (`choose_head`);
-- mean map: the mask of the mean over heads; nothing is chosen.
+DINO (arXiv 2104.14294, section 4.2.2) lets the truth choose the head of every image, which flatters any model, so three rows stand
+side by side:
 
-and two baselines that need no model: the whole image, and a centred box whose shape was chosen on other images.
+- best head: the paper's; the truth chooses the head of each image;
+- fixed head: one head for all images;
+- mean map: the mean over heads.
 
-Axes: B images, h heads, H x W pixels. Masks are bool; making them from attention is vit_suite.attention.maps.
+What a row needs to be told (threshold, fixed head) is chosen on OTHER images than the scored ones. Beside them stand a centred box of
+the best fixed size, which is chosen on the scored images themselves and so an upper bound for any fixed centred box, and the whole image.
+
+Deviations from published protocols: objects of all classes are one mask (there is no published code of DINO's score; the re-implementation
+of Naseer et al. 2021 scores class by class and averages); images without an object are left out.
+
+Axes: N images, M maps (heads, then their mean), T thresholds, H x W pixels, gh x gw cells of a mask, K truth boxes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
+
+from vit_suite.evaluation.regions import largest_region, mask_boxes
+
+HIT = 0.5
+"""IoU from which a box counts as found (CorLoc)."""
+STEPS = 20
+"""Sizes of the centred box that are tried, a side."""
+
+# Truth --------------------------------------------------------------------------------------------------------------------------
 
 
 def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union: bool (..., H, W) twice, broadcast against each other -> float64 (...), in 0..1.
+    """Intersection over union of masks with one truth: bool (..., gh, gw), int8 (H, W) of 1 object, 0 ground, -1 left out -> float64 (...).
 
-    Two empty masks agree: 1. Raises ValueError when the pixels do not match or a mask is not bool (0/255 bytes would count as sizes).
+    Cells cover the pixels whose centre they hold (attention.maps.upsample, nearest). Two empty masks agree: 1. ValueError when a mask
+    is not bool (0/255 bytes would count as sizes).
     """
-    if masks.dtype != torch.bool or truth.dtype != torch.bool:
-        raise ValueError(f"Jaccard needs bool masks, not {masks.dtype} and {truth.dtype}")
-    if masks.shape[-2:] != truth.shape[-2:]:
-        raise ValueError(f"masks of {tuple(masks.shape[-2:])} pixels cannot be scored against a truth of {tuple(truth.shape[-2:])}")
-    shared = (masks & truth).sum((-2, -1)).double()
-    either = (masks | truth).sum((-2, -1)).double()
-    return torch.where(either > 0, shared / either.clamp_min(1), torch.ones_like(either))
+    if masks.dtype != torch.bool:
+        raise ValueError(f"Jaccard needs bool masks, not {masks.dtype}")
+    # Counting the pixels of each cell once makes a mask cost gh x gw products, not H x W.
+    grid = masks.shape[-2:]
+    objects, counted = _in_cells(truth == 1, grid), _in_cells(truth >= 0, grid)
+    chosen = masks.double().flatten(-2)
+    shared = chosen @ objects
+    either = chosen @ counted + objects.sum() - shared
+    return torch.where(either > 0, shared / either.clamp_min(1), 1.0)
 
 
-@dataclass(frozen=True)
-class LocalizationScores:
-    """Mean Jaccard index over images, in percent."""
-
-    images: int
-    best_head: float
-    """The truth chooses the head of each image: an upper bound, the number of the DINO paper."""
-    heads: tuple[float, ...]
-    """Each head alone, for all images."""
-    fixed_head: float | None = None
-    """The head that was chosen on other images."""
-    head: int | None = None
-    """Which one that is, counted from 0."""
-    mean_map: float | None = None
-    """The mask of the mean over heads."""
-
-    def items(self) -> Iterator[tuple[str, float]]:
-        """(name, percent) of what was measured."""
-        for name in ("best_head", "fixed_head", "mean_map"):
-            if getattr(self, name) is not None:
-                yield name, getattr(self, name)
+def _in_cells(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """bool (H, W) -> float64 (gh * gw,): how many pixels of each cell are set."""
+    counts = pixels.double()
+    for dim, cells in enumerate(grid):
+        side = pixels.shape[dim]
+        place = (2 * torch.arange(side) + 1) * cells // (2 * side)
+        shape = [cells, counts.shape[1]] if dim == 0 else [counts.shape[0], cells]
+        counts = counts.new_zeros(shape).index_add_(dim, place, counts)
+    return counts.flatten()
 
 
-def score_masks(masks: Tensor, truth: Tensor, mean_masks: Tensor | None = None, head: int | None = None) -> LocalizationScores:
-    """Score the masks (B, h, H, W) of every head against `truth` (B, H, W).
+def overlap(masks: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
+    """How well each mask (..., gh, gw) fits the truth of an image of `size` (H, W), in 0..1: (...) float64.
 
-    `mean_masks` (B, H, W): masks of the mean map. `head`: the fixed head, from `choose_head` on other images.
+    truth int8 (H, W): the Jaccard index. truth float (K, 4) in pixels: IoU of the box around the mask's largest region with the truth
+    box that it fits best.
     """
-    scores = jaccard(masks, truth[:, None])  # (B, h)
-    if len(scores) == 0:
-        raise ValueError("no images to score")
-    heads = tuple((100 * scores.mean(0)).tolist())
-    return LocalizationScores(
-        images=len(scores),
-        best_head=float(100 * scores.amax(1).mean()),
-        heads=heads,
-        fixed_head=None if head is None else heads[head],
-        head=head,
-        mean_map=None if mean_masks is None else float(100 * jaccard(mean_masks, truth).mean()),
-    )
+    if not truth.is_floating_point():
+        return jaccard(masks, truth)
+    (height, width), (rows, columns) = size, masks.shape[-2:]
+    cell = torch.tensor([width / columns, height / rows] * 2)
+    boxes = mask_boxes(largest_region(masks)) * cell
+    return box_iou(boxes.view(-1, 4).double(), truth.double()).amax(1).view(masks.shape[:-2])
 
 
-def choose_head(masks: Tensor, truth: Tensor) -> int:
-    """The head with the highest mean Jaccard index over these images (the first of equals): masks (B, h, H, W), truth (B, H, W).
+def on_object(cells: Tensor, grid: tuple[int, int], truth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether the centres of these cells (...), row-major, lie on an object (truth int8 (H, W)) or in a box (float (K, 4)): bool (...)."""
+    y = (cells // grid[1] + 0.5) * size[0] / grid[0]
+    x = (cells % grid[1] + 0.5) * size[1] / grid[1]
+    if not truth.is_floating_point():
+        return truth[y.long(), x.long()] == 1
+    x, y = x.unsqueeze(-1), y.unsqueeze(-1)
+    x0, y0, x1, y1 = truth.unbind(1)
+    return ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).any(-1)
 
-    Give it images that are not scored afterwards.
+
+# Without a model ----------------------------------------------------------------------------------------------------------------
+
+
+def center_overlaps(truth: Tensor, size: tuple[int, int], steps: int = STEPS) -> Tensor:
+    """`overlap` of centred boxes of 1/steps .. steps/steps of the height and of the width: (steps, steps); the last is the whole image.
+
+    For a mask the boxes are rounded to whole pixels.
     """
-    return int(jaccard(masks, truth[:, None]).mean(0).argmax())
+    (height, width), shares = size, torch.arange(1, steps + 1) / steps
+    if truth.is_floating_point():
+        down, across = (side * shares.double() / 2 for side in size)
+        ends = torch.cartesian_prod(down, across)  # (steps^2, 2) half heights and widths
+        middle = torch.tensor([width / 2, height / 2], dtype=torch.float64)
+        boxes = torch.cat((middle - ends.flip(1), middle + ends.flip(1)), 1)
+        return box_iou(boxes, truth.double()).amax(1).view(steps, steps)
+    (top, bottom), (left, right) = (_middle(side, shares) for side in size)
+    objects, counted = (_box_sums(pixels, top, bottom, left, right) for pixels in (truth == 1, truth >= 0))
+    return objects / (counted + (truth == 1).sum() - objects).clamp_min(1)
 
 
-def center_box(size: tuple[int, int], shares: tuple[float, float]) -> Tensor:
-    """bool (H, W): a centred box of `shares` of the height and of the width (0..1), rounded to pixels; (1, 1) is the whole image."""
-    mask = torch.zeros(size, dtype=torch.bool)
-    (top, bottom), (left, right) = (_middle(side, share) for side, share in zip(size, shares, strict=True))
-    mask[top:bottom, left:right] = True
-    return mask
-
-
-def _middle(side: int, share: float) -> tuple[int, int]:
-    length = max(1, min(side, round(side * share)))
+def _middle(side: int, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last (exclusive) pixel of centred stretches of a side."""
+    length = (side * shares).round().long().clamp(1, side)
     start = (side - length) // 2
     return start, start + length
 
 
-def best_center_box(truth: Tensor, steps: int = 20) -> tuple[float, float]:
-    """(height share, width share) of the centred box with the highest mean Jaccard index on `truth` (B, H, W); sizes are tried in
-    `steps` steps a side. Give it images that are not scored afterwards, the ones `choose_head` gets."""
-    size = tuple(truth.shape[-2:])
-    # Sums over any box from one cumulative table: steps^2 boxes cost no more than one pass over the pixels.
-    table = torch.nn.functional.pad(truth.double().cumsum(-2).cumsum(-1), (1, 0, 1, 0))  # (B, H + 1, W + 1)
-    total = table[:, -1, -1]
-    best, chosen = -1.0, (1.0, 1.0)
-    for row in range(1, steps + 1):
-        for column in range(1, steps + 1):
-            shares = (row / steps, column / steps)
-            (top, bottom), (left, right) = (_middle(side, share) for side, share in zip(size, shares, strict=True))
-            inside = table[:, bottom, right] - table[:, top, right] - table[:, bottom, left] + table[:, top, left]
-            score = float((inside / (total + (bottom - top) * (right - left) - inside)).mean())
-            if score > best:
-                best, chosen = score, shares
-    return chosen
+def _box_sums(pixels: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """bool (H, W) -> (len(top), len(left)): pixels set in each box, from one cumulative table."""
+    table = torch.nn.functional.pad(pixels.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    strips = table[bottom] - table[top]
+    return strips[:, right] - strips[:, left]
 
 
-def baseline_scores(truth: Tensor, box: tuple[float, float]) -> dict[str, float]:
-    """Mean Jaccard index in percent of two masks that look at nothing: {"whole_image", "center_box"}.
+def covered(truth: Tensor, size: tuple[int, int]) -> float:
+    """Share of the image that is object (of pixels that count) or in a box: how often a point anywhere wins the pointing game."""
+    if not truth.is_floating_point():
+        return float((truth == 1).sum() / (truth >= 0).sum().clamp_min(1))
+    x, y = (torch.arange(side) + 0.5 for side in reversed(size))
+    x0, y0, x1, y1 = (end.view(-1, 1) for end in truth.unbind(1))
+    columns, rows = ((first <= at) & (at < last) for first, at, last in ((x0, x, x1), (y0, y, y1)))
+    return float((rows.unsqueeze(2) & columns.unsqueeze(1)).any(0).double().mean())
 
-    truth (B, H, W); `box` from `best_center_box` on other images.
+
+# Scores -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What one method found in N images."""
+
+    overlaps: Tensor
+    """float64 (N, M, T)."""
+    hits: Tensor
+    """bool (N, M): the pointing game."""
+    thresholds: tuple[float, ...] | None = None
+    """Of the T masks; None for a method that has none (T is 1)."""
+    heads: bool = False
+    """Whether the maps are heads, and behind them their mean."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the table, in percent."""
+
+    overlap: float
+    """Mean Jaccard index or mean box IoU."""
+    found: float
+    """Share of images whose overlap reaches 0.5: of boxes, CorLoc."""
+    pointing: float
+    """Pointing game."""
+    threshold: float | None = None
+    """The one of the best mean overlap on the choosing images."""
+    head: int | None = None
+    """Likewise, counted from 0."""
+    pointing_head: int | None = None
+    """The head that points best on the choosing images."""
+    sweep: tuple[float, ...] | None = None
+    """Mean overlap at every threshold; a fixed head is chosen for each."""
+
+    def named(self, kind: Literal["masks", "boxes"]) -> dict[str, float | int | list | None]:
+        """As results.json has it: without what does not apply; CorLoc belongs to boxes."""
+        named = {("jaccard" if kind == "masks" else "box_iou") if k == "overlap" else k: v for k, v in asdict(self).items()}
+        corloc = named.pop("found")
+        return {k: v for k, v in named.items() if v is not None} | ({"corloc": corloc} if kind == "boxes" else {})
+
+
+def score(found: Found, choosing: Tensor) -> dict[str, Score]:
+    """Rows by name: best head, fixed head, mean map for heads, else one named "" (the method itself).
+
+    `choosing` bool (N,): the images that choose thresholds and heads; the others are scored. ValueError when one part is empty.
     """
-    size = tuple(truth.shape[-2:])
-    shapes = {"whole_image": (1.0, 1.0), "center_box": box}
-    return {name: float(100 * jaccard(center_box(size, shares).to(truth.device), truth).mean()) for name, shares in shapes.items()}
+    if not 0 < int(choosing.sum()) < len(choosing):
+        raise ValueError(f"{len(choosing)} images cannot be split into some that choose and some that are scored")
+    if not found.heads:
+        return {"": _row(found, choosing, found.overlaps[:, 0], found.hits[:, 0])}
+    overlaps, hits = found.overlaps[:, :-1], found.hits[:, :-1]
+    heads = overlaps[choosing].mean(0).argmax(0)  # (T,)
+    fixed = torch.stack([overlaps[:, head, t] for t, head in enumerate(heads.tolist())], 1)
+    pointing_head = int(hits[choosing].double().mean(0).argmax())
+    return {
+        "best head": _row(found, choosing, overlaps.amax(1), hits.any(1)),
+        "fixed head": _row(found, choosing, fixed, hits[:, pointing_head], heads.tolist(), pointing_head),
+        "mean map": _row(found, choosing, found.overlaps[:, -1], found.hits[:, -1]),
+    }
+
+
+def _row(
+    found: Found, choosing: Tensor, overlaps: Tensor, hits: Tensor, heads: list[int] | None = None, pointing_head: int | None = None
+) -> Score:
+    """overlaps (N, T), hits (N,); `heads`: one for each threshold."""
+    at = int(overlaps[choosing].mean(0).argmax())
+    means = 100 * overlaps[~choosing].mean(0)
+    return Score(
+        overlap=float(means[at]),
+        found=_percent(overlaps[~choosing, at] >= HIT),
+        pointing=_percent(hits[~choosing]),
+        threshold=found.thresholds[at] if found.thresholds else None,
+        head=heads[at] if heads else None,
+        pointing_head=pointing_head,
+        sweep=tuple(means.tolist()) if found.thresholds else None,
+    )
+
+
+def _percent(values: Tensor) -> float:
+    return float(100 * values.double().mean())
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Scores of what looks at nothing."""
+
+    center_box: Score
+    """The centred box of the best fixed size for each score, chosen on the scored images; it points at the centre."""
+    sizes: dict[str, tuple[float, float]]
+    """(height, width) shares of that box for the mean overlap, and for the share that is found."""
+    whole_image: Score
+    """It points anywhere."""
+
+
+def baselines(overlaps: Tensor, center_hits: Tensor, shares: Tensor) -> Baselines:
+    """overlaps (N, steps, steps) of `center_overlaps`, center_hits bool (N,), shares (N,) of `covered`; all of scored images."""
+    steps = overlaps.shape[1]
+    means, found = overlaps.mean(0), (overlaps >= HIT).double().mean(0)
+
+    def size(scores: Tensor) -> tuple[float, float]:
+        row, column = divmod(int(scores.argmax()), steps)
+        return (row + 1) / steps, (column + 1) / steps
+
+    return Baselines(
+        Score(100 * float(means.max()), 100 * float(found.max()), _percent(center_hits)),
+        {"overlap": size(means), "found": size(found)},
+        Score(100 * float(means[-1, -1]), 100 * float(found[-1, -1]), _percent(shares)),
+    )

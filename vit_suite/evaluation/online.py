@@ -20,6 +20,8 @@ class OnlineKNN(pl.Callback):
     Every rank scores the same images, so all agree on the best checkpoint without talking.
     """
 
+    metric = "knn/top1"
+
     def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
         self.cfg, self.precision = cfg, precision
         self.image_size = list(image_size)
@@ -34,13 +36,11 @@ class OnlineKNN(pl.Callback):
         self.history = [tuple(entry) for entry in state_dict["history"]]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        done = trainer.current_epoch + 1
-        last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
-        if done % self.cfg.every_epochs and not last:
+        if not due(trainer, self.cfg.every_epochs):
             return
         score = self.score(module)
-        self.history.append((done, score))
-        module.log("knn/top1", score, prog_bar=True, sync_dist=True)
+        self.history.append((trainer.current_epoch + 1, score))
+        module.log(self.metric, score, prog_bar=True, sync_dist=True)
 
     def score(self, module: pl.LightningModule) -> float:
         """Top-1 in percent of the module's evaluation backbone."""
@@ -51,3 +51,9 @@ class OnlineKNN(pl.Callback):
         result = knn_classify(*bank[:2], *test[:2], ks=[self.cfg.k], temperature=self.cfg.temperature, device=module.device)
         return result.top1[self.cfg.k]
 
+
+def due(trainer: pl.Trainer, every_epochs: int) -> bool:
+    """Whether the epoch that ends is to be scored: one of every so many, and the last."""
+    done = trainer.current_epoch + 1
+    last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+    return not done % every_epochs or last

@@ -8,8 +8,7 @@ Deviations from the authors' code:
 - The other image is the partner's CLEAN view; there it is whatever image the loop over the batch has left in that place so far.
 - Blur of a block smaller than its kernel reflects as often as it takes; there it fails.
 - `replace_area` 0 replaces nothing and `drop_area` 0 drops nothing; `gmml` then does the other to every view.
-- Blocks are chosen among a fixed number of drawn ones ("slots"); there they are drawn until the area is reached. How many slots:
-  `slots_of_sum` and `slots_of_union`, enough but for about one view in a million, which then is a little less corrupted.
+- Blocks are chosen among a fixed number of drawn ones (blocks.py); there they are drawn until the area is reached.
 - Noise is a window, at a random place, of one field a step of four views' length: cheap, and the same on every number of ranks.
 - `colour`, off by default, is not in their code.
 
@@ -18,7 +17,6 @@ Axes: V views, B images, n <= V * B of them at a time, C channels, H x W pixels,
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -26,23 +24,31 @@ from torch import Tensor
 
 from vit_suite.config.sit import SiTConfig
 from vit_suite.errors import UserError
+from vit_suite.views.blocks import (
+    GMML_SIDE,
+    Axis,
+    Plane,
+    integers,
+    mask_of_one,
+    mask_of_sum,
+    mask_of_union,
+    plane_of_gmml,
+    plane_of_many,
+    plane_of_one,
+    reached,
+    slots_of_sum,
+    slots_of_union,
+)
 from vit_suite.views.draw import Draw
 from vit_suite.views.resample import full_precision, send
 
-CPU_CHUNK = 1 << 18
-"""Elements of views worked on at a time on a CPU (1 MiB)."""
+CPU_CHUNK = 1 << 20
+"""Elements of views and blocks worked on at a time on a CPU (4 MiB). Views/s of 32 px in `blocks` and in `gmml` at 2^16 .. 2^20, one
+core of a busy machine: 3,799 and 6,806; 6,110 and 9,693; 8,660 and 11,815; 11,366 and 14,981; 12,638 and 16,747."""
 DEVICE_CHUNK = 1 << 27
 """The same on a GPU (512 MiB), where it only bounds memory."""
-TOLERANCE = 0.05
-"""Share of a side that a block's corner keeps from the far border, and the least side of a grey or blurred block (v1)."""
-GMML_SIDE = 0.3
-"""Sides of gmml's blocks are below this share of the view's."""
 REACH = 7
 """Largest radius of a blur, in pixels: kernels of 3 to 15 taps."""
-GROUP = 16
-"""Slots whose powers of two add up without rounding in fp32."""
-MOST_SLOTS = 2048
-"""Slots of gmml at most: an area close to the whole view would take any number."""
 ONE, BLUR = 4, 6
 """Uniform numbers that a block takes (top, height, left, width), and a blurred one (kernel, sigma too)."""
 
@@ -56,148 +62,6 @@ class Corrupted(NamedTuple):
     """(V, B, H, W) bool, pixels that the reconstruction of corrupted pixels counts."""
     hidden: Tensor | None
     """(V, B, N) bool, patches in raster order that the network replaces by its mask token; None unless `mask`."""
-
-
-class Axis(NamedTuple):
-    """How blocks lie along one axis: start from whole numbers 0 .. starts - 1, side from least .. most - 1, in pixels of `size`."""
-
-    size: int
-    starts: int
-    least: int
-    most: int
-    align: int = 1
-    """Start and side become multiples of it (start down, side to the nearest, halves to even)."""
-
-    def extent(self, start: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """First pixel, and the one after the last, cut at the border, from whole numbers in floats of any one shape."""
-        start = (start / self.align).floor() * self.align
-        side = (torch.minimum(side, self.size - start) / self.align).round() * self.align
-        return start, (start + side).clamp(max=self.size)
-
-    def drawn(self, start: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from uniform numbers in [0, 1)."""
-        return self.extent(integers(start, 0, self.starts), integers(side, self.least, self.most))
-
-    def every(self) -> tuple[Tensor, Tensor]:
-        """First pixel and the one after the last of all equally likely blocks, each (starts * sides,)."""
-        start = torch.arange(max(self.starts, 1)).double()
-        side = torch.arange(self.least, max(self.most, self.least + 1)).double()
-        return self.extent(*(grid.flatten() for grid in torch.meshgrid(start, side, indexing="ij")))
-
-    def inside(self, start: Tensor, stop: Tensor) -> Tensor:
-        """(..., size) bool, pixels from start to before stop (...)."""
-        pixels = torch.arange(self.size, device=start.device, dtype=start.dtype)
-        return (pixels >= start.unsqueeze(-1)) & (pixels < stop.unsqueeze(-1))
-
-
-class Plane(NamedTuple):
-    """How blocks lie on a view."""
-
-    down: Axis
-    across: Axis
-
-    def drawn(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Top, bottom, left, right (...), bottom and right exclusive, from uniform (..., 4)."""
-        top, height, left, width = uniform.unbind(-1)
-        return (*self.down.drawn(top, height), *self.across.drawn(left, width))
-
-    def area(self) -> tuple[float, float]:
-        """Mean of a block's area, and of its square, in pixels."""
-        lengths = [stop - start for start, stop in (self.down.every(), self.across.every())]
-        return tuple((lengths[0] ** power).mean().item() * (lengths[1] ** power).mean().item() for power in (1, 2))
-
-    def covered(self) -> Tensor:
-        """(H, W) probability that a block covers the pixel."""
-        return torch.outer(*(axis.inside(*axis.every()).double().mean(0) for axis in self))
-
-
-def integers(uniform: Tensor, least: int, above: int) -> Tensor:
-    """Whole numbers, as floats, equally likely in [least, above) from uniform ones; `least` when that range is empty."""
-    count = max(above - least, 1)
-    return (uniform * count).floor().clamp(max=count - 1) + least  # the largest numbers below 1 would round up to count
-
-
-def plane_of_one(height: int, width: int) -> Plane:
-    """The grey, the blurred and the recoloured block: sides from 5% to the whole view."""
-    tolerances = [max(1, int(TOLERANCE * size)) for size in (height, width)]
-    return Plane(*(Axis(size, size - far, far, size) for size, far in zip((height, width), tolerances, strict=True)))
-
-
-def plane_of_many(height: int, width: int, side: tuple[float, ...]) -> Plane:
-    """The blocks of noise and of another image of `blocks`. side: [least, most] as shares; a block has at least one pixel."""
-    return Plane(*(Axis(size, size - max(1, int(TOLERANCE * size)), max(1, int(side[0] * size)), int(side[1] * size))
-                   for size in (height, width)))
-
-
-def plane_of_gmml(height: int, width: int, align: int) -> Plane:
-    """The blocks of `gmml`. The last row and column of `align` pixels are reached only by blocks that start before them."""
-    return Plane(*(Axis(size, size - align, align, int(GMML_SIDE * size), align) for size in (height, width)))
-
-
-@functools.lru_cache(maxsize=64)
-def slots_of_sum(plane: Plane, area: float) -> int:
-    """Blocks to draw so that their areas add up to `area` pixels: the fewest whose expected sum is that and 5 deviations."""
-    mean, square = plane.area()
-    spread = 5 * (square - mean**2) ** 0.5
-    return int(((spread + (spread**2 + 4 * mean * area) ** 0.5) / (2 * mean)) ** 2) + 1  # m mean - spread sqrt(m) = area
-
-
-@functools.lru_cache(maxsize=64)
-def slots_of_union(plane: Plane, area: float) -> int:
-    """Blocks to draw so that their union has `area` pixels: the fewest, in whole groups, whose expected union is 5 deviations more.
-
-    A block adds at most its area a, and on average the share q of it that the others leave free, so the union's variance is about
-    m q E[a^2] (Efron and Stein).
-    """
-    missed, (_, square) = 1 - plane.covered(), plane.area()
-    for count in range(GROUP, MOST_SLOTS, GROUP):
-        free = (missed**count).mean().item()
-        if (1 - free) * missed.numel() - 5 * (count * free * square) ** 0.5 >= area:
-            return count
-    return MOST_SLOTS
-
-
-def mask_of_sum(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
-    """(n, H, W) bool of blocks taken in turn while the sum of the areas so far, overlaps counted twice, is below the budget.
-
-    uniform: (n, M, 4). budget: (n,) pixels.
-    """
-    top, bottom, left, right = plane.drawn(uniform)  # (n, M)
-    areas = (bottom - top) * (right - left)
-    used = areas.cumsum(-1) - areas < budget.unsqueeze(-1)
-    rows = plane.down.inside(top, torch.where(used, bottom, top))  # (n, M, H)
-    return torch.bmm(rows.float().transpose(1, 2), plane.across.inside(left, right).float()) > 0
-
-
-def mask_of_union(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
-    """(n, H, W) bool of blocks taken in turn while the pixels covered so far, each counted once, are below the budget.
-
-    uniform: (n, M, 4), M in whole groups. budget: (n,) pixels. First of all, which is the first block to cover a pixel: slot k of a
-    group adds 2^-k to its pixels, 16 powers add up exactly, and the exponent of the sum is that of the first. How many pixels each
-    slot is the first to cover then says how far the slots are used.
-    """
-    count, slots = uniform.shape[:2]
-    top, bottom, left, right = plane.drawn(uniform)
-    weight = torch.exp2(-torch.arange(GROUP, device=uniform.device, dtype=torch.float32)).view(-1, 1)
-    first = torch.full((count, plane.down.size, plane.across.size), slots, dtype=torch.int32, device=uniform.device)
-    for begin in range(slots - GROUP, -1, -GROUP):
-        part = slice(begin, begin + GROUP)
-        rows = plane.down.inside(top[:, part], bottom[:, part]) * weight  # (n, 16, H)
-        powers = torch.bmm(rows.transpose(1, 2), plane.across.inside(left[:, part], right[:, part]).float())
-        exponent = powers.view(torch.int32) >> 23  # IEEE 754: 127 for 2^0; 0 where no block of the group is
-        first = torch.where(exponent > 0, begin + 127 - exponent, first)
-    flat = first.flatten(1).long()
-    new = torch.zeros(count, slots + 1, dtype=torch.int32, device=uniform.device)
-    new.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
-    new = new[:, :slots]
-    used = (new.cumsum(-1) - new < budget.unsqueeze(-1)).sum(-1)  # slots, for the areas before them only grow
-    return first < used.view(-1, 1, 1)
-
-
-def mask_of_one(plane: Plane, uniform: Tensor) -> Tensor:
-    """(n, H, W) bool of one block each. uniform: (n, 4)."""
-    top, bottom, left, right = plane.drawn(uniform)
-    return plane.down.inside(top, bottom).unsqueeze(2) & plane.across.inside(left, right).unsqueeze(1)
 
 
 def paste(x: Tensor, mask: Tensor, content: Tensor) -> Tensor:
@@ -374,10 +238,10 @@ def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int
         return
     if cfg.align > int(GMML_SIDE * side):
         raise UserError(f"method.align: expected at most {int(GMML_SIDE * side)}, 30% of a view of {side} pixels, got {cfg.align}.")
-    reached = (plane_of_gmml(height, width, cfg.align).covered() > 0).double().mean().item()
+    most = reached(plane_of_gmml(height, width, cfg.align))
     for key in ("drop_area", "replace_area"):
-        if getattr(cfg, key) > reached:
-            raise UserError(f"method.{key}: blocks of method.align {cfg.align} reach {reached:.0%} of a view of {height}x{width} pixels, "
+        if getattr(cfg, key) > most:
+            raise UserError(f"method.{key}: blocks of method.align {cfg.align} reach {most:.0%} of a view of {height}x{width} pixels, "
                             f"not {getattr(cfg, key):.0%}.")
 
 

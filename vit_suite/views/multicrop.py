@@ -154,12 +154,17 @@ class MultiCrop:
     def _group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
         views = crop_resize_views(images, drawn.boxes, drawn.flip, size)
         x = views.flatten(0, 1)  # (V * B, C, S, S)
-        colour.jitter_(x, drawn.factors, drawn.order, drawn.jitter)
-        colour.greyscale_(x, drawn.grey)
-        colour.blur_(x, drawn.sigma, drawn.blur)
-        colour.solarise_(x, drawn.solarise)
+        recolour_(x, drawn)
         normalise_(x, self.mean, self.std)
         return list(views.unbind(0))
+
+
+def recolour_(x: Tensor, drawn: ViewParameters) -> None:
+    """Jitter, grey, blur and solarise x (N, C, S, S) in 0..1, in place; `drawn` has first axes N."""
+    colour.jitter_(x, drawn.factors, drawn.order, drawn.jitter)
+    colour.greyscale_(x, drawn.grey)
+    colour.blur_(x, drawn.sigma, drawn.blur)
+    colour.solarise_(x, drawn.solarise)
 
 
 def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

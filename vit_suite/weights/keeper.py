@@ -17,16 +17,19 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from vit_suite.config import CheckpointConfig
 from vit_suite.weights.checkpoint import save_backbone
+from vit_suite.weights.head import save_head
 
 
 class Keeper(Checkpoint):
-    """Writes `FOLDER/checkpoints/{last,best,epoch_NNNN}.ckpt` and `FOLDER/backbone.{safetensors,json}`.
+    """Writes `FOLDER/checkpoints/{last,best,epoch_NNNN}.ckpt` and `FOLDER/backbone.{safetensors,json}`, of a supervised
+    method `FOLDER/head.safetensors` too.
 
-    `best` follows the logged metric `monitor` (higher is better) at the ends of epochs that logged it. `meta` goes into backbone.json.
+    `best` follows the logged metric `monitor` (higher is better; None: there is no best) at the ends of epochs that logged it.
+    `meta` goes into backbone.json.
     Lightning calls a `Checkpoint` after all other callbacks, so scores of the same epoch are there.
     """
 
-    def __init__(self, folder: str | Path, cfg: CheckpointConfig, monitor: str = "knn/top1", **meta: object):
+    def __init__(self, folder: str | Path, cfg: CheckpointConfig, monitor: str | None = None, **meta: object):
         self.folder, self.cfg, self.monitor, self.meta = Path(folder), cfg, monitor, meta
         self.best: float | None = None
         self.saved_at = time.monotonic()
@@ -61,7 +64,7 @@ class Keeper(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         done = trainer.current_epoch + 1
-        score = trainer.callback_metrics.get(self.monitor)
+        score = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         # A score of an earlier epoch stays in callback_metrics, and was compared then: it is not above the best.
         if score is not None and (self.best is None or float(score) > self.best):
             self.best = float(score)
@@ -96,7 +99,10 @@ class Keeper(Checkpoint):
             self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
     def export(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write the backbone that is evaluated (the teacher's for DINO)."""
+        """Write the backbone that is evaluated (the teacher's for DINO), and its head where there is one."""
         if trainer.is_global_zero:
             at = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-            save_backbone(module.evaluation_backbone(), self.folder, module.mean, module.std, **at, **self.meta)
+            digest = save_backbone(module.evaluation_backbone(), self.folder, module.mean, module.std, **at, **self.meta)
+            head = module.evaluation_head()
+            if head is not None:
+                save_head(head, module.classes, self.folder, digest)

@@ -1,0 +1,109 @@
+"""How much of an attention export is the model: overlay and mask of each head and the mean of 1,000 images of 64 x 64, on this CPU.
+
+    python scripts/bench_attention.py [--images 1000] [--threads N] [--precision fp32] [--output FILE.json]
+
+Prints for each ViT: images a second of the whole export (decode, look, draw, write) and of the forward pass alone in as many threads;
+the second over the first is the share of the whole time that the model would take by itself (`bound`). `in model` is the share of the
+threads' time that they spent in the forward pass during the export, waiting for each other included. Both should be 70% or more.
+
+The time depends on the disk too: an export writes two files for each head and two for the mean of every image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vit_suite.attention.export import export_attention
+from vit_suite.attention.maps import look
+from vit_suite.config import BackboneConfig
+from vit_suite.data.shapes import ShapesSource
+from vit_suite.evaluation.features import cores
+from vit_suite.hardware import autocast, pick_precision
+from vit_suite.models.backbone import Backbone
+from vit_suite.reports.results import table
+
+MODELS = {
+    "ViT-S/8 (dim 384, depth 12)": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 8},
+    "ViT-S/16 (dim 384, depth 12)": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
+    "ViT-Ti/8 (dim 192, depth 12)": {"dim": 192, "depth": 12, "heads": 3, "patch_size": 8},
+    "configs/dino/cifar10_cpu (dim 128, depth 4, patch 8)": {"dim": 128, "depth": 4, "heads": 4, "patch_size": 8},
+}
+SIDE, BATCH = 64, 16
+MEAN, STD = [0.5] * 3, [0.25] * 3
+CPU = torch.device("cpu")
+
+
+def write_images(folder: Path, count: int) -> None:
+    """Generated photographs' stand-ins as JPEG."""
+    source = ShapesSource("test", count, (SIDE, SIDE), 3, 0)
+    for index in range(count):
+        Image.fromarray(source.load(index).permute(1, 2, 0).numpy()).save(folder / f"{index:05}.jpg", quality=90)
+
+
+def alone(backbone: Backbone, count: int, threads: int, precision: str) -> float:
+    """Images a second of nothing but the forward pass, batches in threads as in an export."""
+    batches = [torch.randn(min(BATCH, count - start), 3, SIDE, SIDE) for start in range(0, count, BATCH)]
+
+    @torch.no_grad()
+    def forward(images: torch.Tensor) -> None:
+        with autocast(precision, CPU):
+            look(backbone, images)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(forward, batches[:threads]))
+        started = time.perf_counter()
+        list(pool.map(forward, batches))
+        return count / (time.perf_counter() - started)
+
+
+def measure(name: str, images: Path, count: int, threads: int, precision: str) -> dict:
+    """One export, and the model alone before and after it: the machine's speed may drift."""
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneConfig(image_size=[SIDE, SIDE], drop_path=0.0, **MODELS[name])).eval()
+    before = alone(backbone, count, threads, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"precision": precision, "batch_size": BATCH, "workers": threads}
+        summary = export_attention(backbone, images, Path(folder) / "out", mean=MEAN, std=STD, **options)
+    model = (before + alone(backbone, count, threads, precision)) / 2
+    files = sum(summary.files.values()) // count
+    return {
+        "model": name,
+        "files an image": files,
+        "export images/s": summary.images_per_second,
+        "model alone images/s": model,
+        "bound": summary.images_per_second / model,
+        "in model": summary.model_share,
+    }
+
+
+def main() -> None:
+    """Parses the options, measures, prints, and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000, help="images (default: 1000)")
+    parser.add_argument("--threads", type=int, default=min(8, cores()), help="threads (default: the cores, at most 8)")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the forward pass (default: auto)")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # an export uses one for each of its own threads
+    precision = pick_precision(options.precision, CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), options.images)
+        rows = [measure(name, Path(folder), options.images, options.threads, precision) for name in MODELS]
+    print(
+        f"{options.images} images of {SIDE} x {SIDE}, overlay and mask, {options.threads} threads, {precision}, torch {torch.__version__}"
+    )
+    print(table(list(rows[0]), [[f"{value:.0%}" if key in ("bound", "in model") else value for key, value in row.items()] for row in rows]))
+    if options.output:
+        options.output.write_text(json.dumps({"threads": options.threads, "precision": precision, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""`vit-suite linear`: tables, results.json, a frozen backbone, an unread test split, protocols, and what cannot be probed."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.commands.conftest import results, save_pictures
+from vit_suite.commands import linear as command
+from vit_suite.config import BackboneConfig, LinearConfig
+from vit_suite.data.shapes import ShapesSource
+from vit_suite.data.source import FileSource
+from vit_suite.errors import UserError
+from vit_suite.evaluation import fewshot, linear
+from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.linear import linear_probe
+from vit_suite.evaluation.linear_heads import Recipe
+from vit_suite.evaluation.linear_inputs import Feature
+from vit_suite.evaluation.linear_protocols import resolve
+from vit_suite.models.backbone import Backbone
+from vit_suite.weights.checkpoint import load_backbone, save_backbone, weights_sha256
+
+SHAPES = ["--data.name", "shapes", "--data.image_size", 32, "--data.length", 100, "--data.test_length", 40, "--precision", "fp32"]
+SWEEP = ["--lr", 0.01, 0.3, "--epochs", 4, "--batch_size", 32]
+
+
+@pytest.fixture
+def probe(vit_suite, tiny_run, tmp_path):
+    """Probes the tiny run on `shapes`, into scores.json; the words win over those."""
+
+    def call(*words, checkpoint=tiny_run, data=SHAPES, sweep=SWEEP):
+        return vit_suite("linear", "--checkpoint", checkpoint, "--output", tmp_path / "scores.json", *data, *sweep, *words)
+
+    return call
+
+
+def test_table_and_entry(probe, tiny_run, tmp_path):
+    said = probe()
+    assert said.status == 0, said.err
+    (entry,) = results(tmp_path / "scores.json")
+    scores = entry["metrics"]["checkpoint"]
+    lines = said.out.splitlines()
+    assert lines[0] == "shapes: linear heads on 100 images of train, scored on 40 of test"
+    assert lines[1].split() == ["protocol", "sweep", "top-1", "%", "top-5", "%", "lr", "blocks", "pool"]
+    row = ["checkpoint", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['lr']:g}", str(scores["blocks"]), scores["pool"]]
+    assert lines[3].split() == row
+    assert lines[5].split() == ["held", "out,", "top-1", "%", "lr", "0.01", "lr", "0.3"]
+    names = [line.split("  ")[0] for line in lines[7:13]]
+    assert names == [f"{pool}, {blocks}" for pool in ("cls", "mean", "cls_mean") for blocks in ("1 block", "2 blocks")]
+    assert lines[-1] == f"appended to {tmp_path}/scores.json"
+    assert len(scores["held_out"]) == 12 and scores["trained_on"] == 100
+    best = max(scores["held_out"], key=lambda one: (one["top1"], -one["loss"]))
+    assert {key: best[key] for key in ("lr", "pool", "blocks")} == {key: scores[key] for key in ("lr", "pool", "blocks")}
+    protocol = entry["protocol"]
+    assert entry["task"] == "linear" and entry["sha256"] == load_backbone(tiny_run).sha256
+    assert protocol["train"] == {"split": "train", "images": 100} and protocol["test"] == {"split": "test", "images": 40}
+    assert protocol["recipe"]["lr"] == [0.01, 0.3] and protocol["recipe"]["epochs"] == 4 and protocol["holdout"] == 0.1
+    assert protocol["data"] == "shapes" and protocol["trained_on"]["method"] == "dino" and protocol["data_options"]["length"] == 100
+    assert "trained again on all" in protocol["retrained"] and "read once" in protocol["choice"]
+
+
+def test_numbers_are_those_of_a_probe_from_python(probe, tiny_run, tmp_path):
+    """CLS of the last block, one rate: what backbone(images) gives, without the command's parts."""
+    assert probe("--lr", 0.3, "--blocks", 1, "--pool", "cls", "--epochs", 20).status == 0
+    loaded = load_backbone(tiny_run)
+    sources = (ShapesSource(split, length, (32, 32), 3, 0) for split, length in (("train", 100), ("test", 40)))
+    train, test = (extract_features(loaded.backbone, s, 32, loaded.mean, loaded.std, precision="fp32", unit=False) for s in sources)
+    expected = linear_probe(train, test, Recipe((0.3,), 20, 32))
+    scores = results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]
+    assert scores["held_out"] == []  # nothing to choose, nothing held out
+    assert scores["top1"] == pytest.approx(expected.top1, abs=2.6)  # 16 bits: one image may sit on the fence
+
+
+@pytest.mark.parametrize("words", [[], ["--augment", "true"], ["--shots", 2], ["--head", "mlp", "--hidden_dim", 8]])
+def test_the_backbone_is_frozen_bit_for_bit(probe, tiny_run, monkeypatch, words):
+    """Weights and buffers, gradients, what wants gradients, and the mode of every module, though it was left in training mode."""
+    loaded = load_backbone(tiny_run)
+    vit = loaded.backbone.vit
+    vit.register_buffer("running", torch.randn(3))
+    vit.blocks[0].train()
+    vit.cls_token.requires_grad_(False)
+    state = {**dict(vit.named_parameters()), **dict(vit.named_buffers())}
+    modes = [part.training for part in loaded.backbone.modules()]
+    wants = [parameter.requires_grad for parameter in vit.parameters()]
+    before, numbers = weights_sha256(state), {name: tensor.data_ptr() for name, tensor in state.items()}
+    monkeypatch.setattr(command, "load_backbone", lambda _: loaded)
+    said = probe(*words)
+    assert said.status == 0, said.err
+    after = {**dict(vit.named_parameters()), **dict(vit.named_buffers())}
+    assert weights_sha256(after) == before and {name: tensor.data_ptr() for name, tensor in after.items()} == numbers
+    assert all(parameter.grad is None for parameter in vit.parameters())
+    assert [parameter.requires_grad for parameter in vit.parameters()] == wants
+    assert [part.training for part in loaded.backbone.modules()] == modes
+
+
+@pytest.mark.parametrize("words", [[], ["--augment", "true"], ["--shots", 2], ["--lr", 0.3, "--blocks", 1, "--pool", "cls"]])
+def test_no_test_image_is_read_before_the_choice(probe, monkeypatch, words):
+    events = []
+    load = ShapesSource.load
+    monkeypatch.setattr(ShapesSource, "load", lambda self, index: events.append(self.split) or load(self, index))
+    for module in (linear, fewshot):
+        choose = module.choose
+        monkeypatch.setattr(module, "choose", lambda scores, choose=choose: events.append("choice") or choose(scores))
+        fit = module.fit
+        monkeypatch.setattr(module, "fit", lambda *given, fit=fit: (fit(*given), events.append("heads"))[0])
+    assert probe(*words).status == 0
+    first = events.index("test")
+    assert events.count("test") == 40 and "train" in events[:first] and "heads" in events[:first]
+    assert "choice" not in events[first:] and ("choice" in events[:first]) == ("cls" not in words)
+
+
+def test_wrong_test_labels_change_no_choice(probe, monkeypatch, tmp_path):
+    assert probe().status == 0
+    label = ShapesSource.label
+    monkeypatch.setattr(ShapesSource, "label", lambda self, index: label(self, index))
+    init = ShapesSource.__init__
+
+    def scrambled(self, *given, **named):
+        init(self, *given, **named)
+        if self.split == "test":
+            self.labels = (self.labels + 1) % 10
+
+    monkeypatch.setattr(ShapesSource, "__init__", scrambled)
+    assert probe().status == 0
+    first, second = (entry["metrics"]["checkpoint"] for entry in results(tmp_path / "scores.json"))
+    assert first["held_out"] == second["held_out"] and first["top1"] != second["top1"]
+    assert (first["lr"], first["pool"], first["blocks"]) == (second["lr"], second["pool"], second["blocks"])
+
+
+@pytest.mark.parametrize("words", [[], ["--augment", "true"], ["--shots", 2, 4]])
+def test_a_seed_repeats_and_another_does_not(probe, tmp_path, words):
+    for seed in (0, 0, 1):
+        assert probe("--seed", seed, *words).status == 0
+    first, second, third = (entry["metrics"] for entry in results(tmp_path / "scores.json"))
+    assert first == second != third
+
+
+def test_augmented_views_differ_from_epoch_to_epoch(probe, monkeypatch, tmp_path):
+    """The crops of an epoch are its own, so 6 epochs see 6 different views; without augmentation the backbone runs once an image."""
+    passes = []
+    tokens = Backbone.tokens
+    monkeypatch.setattr(Backbone, "tokens", lambda self, images, *rest: passes.append(images.clone()) or tokens(self, images, *rest))
+    assert probe("--epochs", 6).status == 0
+    assert sum(map(len, passes)) == 140  # train and test
+    passes.clear()
+    assert probe("--epochs", 6, "--augment", "true").status == 0
+    assert sum(map(len, passes)) == 6 * 64 + 10 + 40  # 2 batches of 32 of the 90 an epoch, 10 held out, test
+    views = torch.stack([images.flatten(1).sum(1).sort().values for images in passes if len(images) == 32])
+    assert len(views.unique(dim=0)) >= 12
+    entry = results(tmp_path / "scores.json")[-1]
+    assert "the head trained without them is scored" in entry["protocol"]["retrained"]
+    assert entry["metrics"]["checkpoint"]["trained_on"] == 90
+
+
+def test_baselines(probe, tmp_path):
+    said = probe("--baselines", "--memory_gb", 0.001)
+    assert [line.split("  ")[0] for line in said.out.splitlines()[3:6]] == ["checkpoint", "untrained", "raw pixels"]
+    metrics = results(tmp_path / "scores.json")[0]["metrics"]
+    assert metrics.keys() == {"checkpoint", "untrained", "raw pixels"} and metrics["raw pixels"]["pool"] == "pixels"
+    assert all(len(one["held_out"]) == (2 if name == "raw pixels" else 12) for name, one in metrics.items())
+    said = probe("--baselines", "--memory_gb", 0.00005)
+    assert said.status == 0 and "raw pixels" not in said.out and "raw pixels are left out: they take 0.0 GiB" in said.log
+
+
+def test_transfer_to_photographs_of_many_sizes(probe, photographs, tmp_path):
+    """Pretrained on generated images, probed on files that the workers decode, with crops and without."""
+    data = ["--data.name", "folder", "--data.root", photographs, "--data.workers", 0, "--baselines"]
+    for augment in ("false", "true"):
+        said = probe("--augment", augment, "--epochs", 20, "--batch_size", 8, data=data)
+        assert said.status == 0 and "animals: linear heads on 24 images of train, scored on 12 of test" in said.out, said.err
+    for entry in results(tmp_path / "scores.json"):
+        assert entry["metrics"]["raw pixels"]["top1"] == 100  # dark against bright
+        assert entry["protocol"]["trained_on"]["data"] == "shapes" and entry["protocol"]["data"] == "animals"
+
+
+def test_few_shot_tables_and_entries(probe, vit_suite, tiny_run, tmp_path):
+    said = probe("--shots", 1, 4, "--draws", 3, "--baselines", "--shot_steps", 20)
+    assert said.status == 0 and "on 3 draws from the 100 images of train" in said.out, said.err
+    entry = results(tmp_path / "scores.json")[0]
+    assert entry["task"] == "linear few-shot" and entry["protocol"]["shots"] == [1, 4] and entry["protocol"]["draws"] == 3
+    one = entry["metrics"]["checkpoint"]["shots4"]
+    assert len(one["top1"]["draws"]) == 3 and one["top1"]["mean"] == pytest.approx(sum(one["top1"]["draws"]) / 3)
+    assert f"checkpoint, 4 a class  {one['top1']['mean']:.2f} ± {one['top1']['std']:.2f}" in said.out
+    assert entry["protocol"]["recipe"]["steps"] == 20 and "held out, 1 a class" in said.out
+    words = ["--checkpoint", tiny_run, *SHAPES, "--k", 5, 20, "--output", tmp_path / "scores.json", "--shots", 1, 4, "--draws", 3]
+    said = vit_suite("knn", *words, "--baselines")
+    assert said.status == 0 and "bank of 100: 3 draws from each class" in said.out, said.err
+    entry = results(tmp_path / "scores.json")[1]
+    scores = entry["metrics"]["raw pixels"]["shots1"]
+    assert entry["task"] == "knn few-shot" and scores["k20"]["used_k"] == 10 and "used_k" not in scores["k5"]
+    assert f"raw pixels, 1 a class  {scores['k5']['top1']['mean']:.2f} ± {scores['k5']['top1']['std']:.2f}" in said.out
+    assert len(entry["metrics"]["checkpoint"]["shots4"]["k20"]["top5"]["draws"]) == 3
+
+
+# Protocols ----------------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_backbone(**options) -> Backbone:
+    return Backbone(BackboneConfig(patch_size=8, dim=24, depth=2, heads=3, image_size=[16, 16], **options))
+
+
+def test_dino_takes_cls_of_four_blocks_or_for_wide_networks_one_with_the_mean():
+    def features(dim, depth=12, has_cls=True):
+        shape = SimpleNamespace(dim=dim, depth=depth, has_cls=has_cls, prefix_tokens=int(has_cls))
+        return resolve(LinearConfig("c", protocol="dino"), shape)
+
+    protocol, found = features(384)
+    assert found == [Feature("cls", 4)] and features(768)[1] == [Feature("cls_mean", 1)] and features(192, 2)[1] == [Feature("cls", 2)]
+    assert features(384, has_cls=False)[1] == [Feature("mean", 4)]
+    assert protocol.augment and protocol.recipe.lr == (1e-3,) and protocol.recipe.epochs == 100 and protocol.recipe.optimiser == "sgd"
+
+
+def test_sit_wants_a_second_token_and_its_own_optimiser():
+    protocol, found = resolve(LinearConfig("c", protocol="sit", head="mlp"), tiny_backbone(registers=1))
+    assert found == [Feature("tokens", 1)] and protocol.recipe == Recipe((5e-4,), 501, 256, "adamw", 5e-4, 5, 5e-6, hidden_dim=1024)
+    with pytest.raises(UserError, match=r"protocol sit: .* the backbone of 'c' has 1 \(backbone.registers is 0\); use --protocol dino or"):
+        resolve(LinearConfig("c", protocol="sit"), tiny_backbone())
+    with pytest.raises(UserError, match="protocol sit trains with AdamW, which takes one learning rate at a time, not 2"):
+        resolve(LinearConfig("c", protocol="sit", lr=[1e-3, 1e-2]), tiny_backbone(registers=1))
+
+
+def test_what_is_given_wins_over_the_protocol():
+    cfg = LinearConfig("c", protocol="dino", lr=[0.1, 0.1, 0.2], blocks=[1], pool=["mean"], epochs=3, augment=False, batch_size=64)
+    protocol, found = resolve(cfg, tiny_backbone())
+    assert found == [Feature("mean", 1)] and not protocol.augment
+    assert protocol.recipe == Recipe((0.1, 0.2), 3, 64)
+    assert resolve(LinearConfig("c"), tiny_backbone(class_token=False, pool="mean"))[1] == [Feature("mean", 1), Feature("mean", 2)]
+    assert Feature("tokens", 1) in resolve(LinearConfig("c"), tiny_backbone(registers=1))[1]
+
+
+@pytest.mark.parametrize("protocol", ["dino", "sit"])
+def test_published_protocols_run(probe, tmp_path, protocol):
+    save_backbone(tiny_backbone(registers=1), tmp_path / "sit", [0.5] * 3, [0.25] * 3, method="sit")
+    said = probe("--protocol", protocol, checkpoint=tmp_path / "sit", sweep=["--epochs", 6, "--batch_size", 32])
+    assert said.status == 0, said.err
+    entry = results(tmp_path / "scores.json")[0]
+    scores = entry["metrics"]["checkpoint"]
+    assert scores["held_out"] == [] and scores["trained_on"] == 100 and scores["pool"] == {"dino": "cls", "sit": "tokens"}[protocol]
+    assert "last epoch instead of the best on test" in entry["protocol"]["protocol"] and "random resized crop" in entry["protocol"]["augment"]
+
+
+def test_the_edge_of_the_sweep_is_said(probe):
+    said = probe("--lr", 1e-6, 1e-5, 0.3, "--epochs", 20, "--pool", "cls")
+    assert "the winner's lr 0.3 is the largest of the sweep: a larger one may score higher" in said.log
+
+
+def test_a_rate_that_diverges_is_shown_and_kept_as_json(probe, tmp_path):
+    said = probe("--lr", 0.1, "3e38", "--batch_size", 256)
+    assert said.status == 0 and "diverged" in said.out, said.err
+    text = (tmp_path / "scores.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    rows = json.loads(text)[0]["metrics"]["checkpoint"]["held_out"]
+    assert all((row["loss"] is None) == (row["lr"] > 1) for row in rows)
+
+
+# Real images --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.skipif("VIT_SUITE_DATA" not in os.environ, reason="VIT_SUITE_DATA names no real images")
+def test_raw_pixels_of_cifar10_score_above_chance(probe, tmp_path):
+    data = ["--data.name", "cifar10", "--data.length", 2000, "--data.test_length", 500, "--baselines"]
+    said = probe("--lr", 1e-3, 3e-3, "--epochs", 10, "--pool", "cls", "--blocks", 1, data=data)
+    assert said.status == 0, said.err
+    assert 20 < results(tmp_path / "scores.json")[0]["metrics"]["raw pixels"]["top1"] < 45
+
+
+# What cannot be probed ----------------------------------------------------------------------------------------------------------------
+
+
+def refused(said, *parts):
+    assert said.status == 2 and said.out == "" and said.err.strip().count("\n") == 0 and "vit-suite: error: " in said.err, said.err
+    for part in parts:
+        assert part in said.err
+
+
+def test_wrong_options(probe):
+    refused(probe("--pool", "tokens"), "pool tokens: the backbone of", "has no registers besides its CLS token; it has tokens for cls, mean")
+    refused(probe("--blocks", 4), "blocks 4: the backbone of", "has 2")
+    refused(probe("--pool", "clss"), "--pool: expected any of cls, mean, cls_mean, tokens", "'clss'")
+    refused(probe("--lr", 0), "--lr: expected list of float (above 0)", "got '0'")
+    refused(probe("--protocol", "dinov2"), "--protocol: expected one of sweep, dino, sit, got 'dinov2'")
+    refused(probe("--holdout", 0), "--holdout: expected float", "got '0'")
+    refused(probe("--image_size", 30), "image_size 30x30 is not divisible by the patch size 8")
+    refused(probe("--shots", 2, "--augment", "true"), "shots: few-shot heads train on features that are extracted once; add --augment false")
+
+
+def test_a_class_with_fewer_images_than_shots(probe, vit_suite, tiny_run, tmp_path):
+    for label, count in (("ant", 12), ("bee", 4)):
+        save_pictures(tmp_path / "few" / "train" / label, count)
+        save_pictures(tmp_path / "few" / "test" / label, 3, seed=50)
+    data = ["--data.name", "folder", "--data.root", tmp_path / "few"]
+    refused(probe("--shots", 1, 5, data=data), "shots 5 is more than class 'bee' has labelled training images besides those held out: 4")
+    words = ["--checkpoint", tiny_run, *data, "--shots", 5, "--output", tmp_path / "scores.json"]
+    said = vit_suite("knn", *words)
+    assert said.status == 2 and "shots 5 is more than class 'bee' has labelled training images: 4." in said.err
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_labels_that_are_missing(probe, photographs, tmp_path):
+    refused(probe(data=["--data.name", "flat", "--data.root", photographs / "train"]), "no labels, and linear evaluation needs some")
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    paths = sorted(photographs.rglob("*.jpg"))
+    (folder / "train.txt").write_text("".join(f"{path}\t{path.parent.name}\n" for path in paths))
+    (folder / "test.txt").write_text("".join(f"{path}\n" for path in paths))
+    refused(probe(data=["--data.name", "list", "--data.root", folder]), "has no labels to score against", "data.test_split")
+    refused(probe("--data.test_split", "train"), "would be scored on the images that it learns from, split 'train'")
+
+
+def test_features_that_do_not_fit_into_memory(probe, monkeypatch):
+    monkeypatch.setattr(FileSource, "load", None)
+    refused(probe("--memory_gb", 1e-6), "features of 100 training images x 4 x 24 numbers take 0.0 GiB", "--augment true")
+
+
+def test_a_view_that_is_not_square_has_no_crops(probe, tmp_path):
+    backbone = Backbone(BackboneConfig(patch_size=8, dim=24, depth=1, heads=3, image_size=[16, 32]))
+    save_backbone(backbone, tmp_path / "wide", [0.5] * 3, [0.25] * 3)
+    refused(probe("--augment", "true", checkpoint=tmp_path / "wide"), "crops are square, and the view is 16x32", "--augment false")

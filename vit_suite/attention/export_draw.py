@@ -1,0 +1,168 @@
+"""The files of one picture: which there are, and how they are drawn.
+
+Axes: n maps of a picture, h heads, gh x gw patches, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_suite.attention import render
+from vit_suite.attention.coco import annotation
+from vit_suite.attention.guided import guided_filter
+from vit_suite.attention.maps import mass_mask, upsample, winning_head
+from vit_suite.attention.palette import head_colours
+from vit_suite.attention.png import write_png
+
+FORMATS = {
+    "png": "heat.png",
+    "overlay": "overlay.png",
+    "mask": "mask.png",
+    "labels": "labels.png",
+    "npz": "attention.npz",
+    "coco": "",
+    "gif": "",
+    "mp4": "",
+}
+"""Format -> last part of the file name; none where one file holds all pictures."""
+MAPPED = ("png", "overlay", "mask")
+"""Formats with a file for each map."""
+ANIMATED = ("gif", "mp4")
+MAPS = ("heads", "mean", "max", "rollout")
+UPSAMPLING = ("nearest", "bilinear", "guided")
+PIXELS = 2**21
+"""Pixels of maps that are drawn together; at 12 megapixels not even two would fit."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What to draw of each picture."""
+
+    output: Path
+    formats: Sequence[str]
+    maps: Sequence[str]
+    threshold: float
+    mode: Literal["nearest", "bilinear", "guided"]
+    guided_radius: int | None
+    guided_eps: float
+
+    def labels(self, heads: int) -> list[str]:
+        """The maps of a picture by the name they have in file names: head0, ..., mean, max, rollout."""
+        chosen = [f"head{i}" for i in range(heads)] if "heads" in self.maps else []
+        return chosen + [name for name in MAPS[1:] if name in self.maps]
+
+    def fine(self, small: Tensor, picture: np.ndarray) -> Tensor:
+        """Maps (n, gh, gw) of a picture uint8 (C, H, W) at its size: (n, H, W)."""
+        size = tuple(picture.shape[1:])
+        if self.mode == "nearest":
+            return upsample(small, size)
+        heat = upsample(small, size, "bilinear")
+        if self.mode == "bilinear":
+            return heat
+        radius = self.guided_radius or max(1, round(size[0] / small.shape[-2]))
+        return guided_filter(heat, torch.from_numpy(picture.mean(0, dtype=np.float32) / 255), radius, self.guided_eps)
+
+    def shades(self, small: Tensor, picture: np.ndarray, limits: render.Limits | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Of maps (n, gh, gw) the levels of colour, uint8 (n, H, W), and the masks of the top mass, bool (n, H, W).
+
+        Of patches where each is one colour, else of pixels.
+        """
+        if self.mode == "nearest":  # a patch is 64 pixels and more, so that it pays to enlarge what is ready
+            level = torch.from_numpy(render.levels(small.numpy(), limits))
+            both = upsample(torch.cat([level, mass_mask(small, self.threshold).byte()]), tuple(picture.shape[1:])).numpy()
+            return both[: len(small)], both[len(small) :].view(bool)
+        fine = self.fine(small, picture)
+        return render.levels(fine.numpy(), limits), mass_mask(fine, self.threshold).numpy()
+
+
+class File(NamedTuple):
+    """A file of one picture."""
+
+    kind: str
+    label: str
+    """Of its map; empty when it is about all."""
+    name: str
+    """Relative to the output folder."""
+
+
+def files_of(drawing: Drawing, name: str, heads: int) -> Iterator[File]:
+    """The files of the picture `name`, as `draw` writes them."""
+    for label in drawing.labels(heads):
+        for kind in MAPPED:
+            if kind in drawing.formats:
+                yield File(kind, label, f"{name}_{label}_{FORMATS[kind]}")
+    for kind in ("labels", "npz"):
+        if kind in drawing.formats:
+            yield File(kind, "", f"{name}_{FORMATS[kind]}")
+
+
+def draw(drawing: Drawing, name: str, path: str, picture: np.ndarray, heads: Tensor, small: Tensor, extra: dict[str, Any]) -> dict:
+    """Write the files of one picture, uint8 (C, H, W). `heads` (h, gh, gw): the maps of all heads; `small` (n, gh, gw): of
+    `drawing.labels`; `extra`: further arrays for the npz.
+
+    Returns what files about all pictures will need: COCO annotations and the maps of an animation.
+    """
+    labels = drawing.labels(len(heads))
+    paths = {(kind, label): os.path.join(drawing.output, file) for kind, label, file in files_of(drawing, name, len(heads))}
+    shown = render.as_picture(picture)
+    step = max(1, PIXELS // (picture.shape[1] * picture.shape[2]))
+    needs_maps, annotations = {*MAPPED, "coco"} & set(drawing.formats), []
+    for start in range(0, len(labels), step) if needs_maps else ():
+        part, here = slice(start, start + step), labels[start : start + step]
+        level, masks = drawing.shades(small[part], picture)
+        pictures = {
+            "png": lambda level=level: render.heat_map(level),
+            "overlay": lambda level=level, masks=masks: render.overlay(shown, level, masks),
+            "mask": lambda masks=masks: masks,
+        }
+        for kind in needs_maps - {"coco"}:
+            for label, pixels in zip(here, pictures[kind](), strict=True):
+                write_png(paths[kind, label], pixels)
+        if "coco" in drawing.formats:
+            annotations += [{"head": column(label)} | annotation(mask) for label, mask in zip(here, masks, strict=True)]
+    if "labels" in drawing.formats:
+        write_png(paths["labels", ""], _winners(drawing, heads, picture), head_colours(len(heads)))
+    if "npz" in drawing.formats:
+        named = {label: one.numpy() for label, one in zip(labels, small, strict=True) if not label.startswith("head")}
+        sizes = {"grid": heads.shape[-2:], "image_size": picture.shape[1:], "threshold": drawing.threshold, "path": path}
+        render.write_npz(paths["npz", ""], attention=heads.numpy(), **named, **extra, **sizes)
+    kept: dict[str, Any] = {"annotations": annotations} if "coco" in drawing.formats else {}
+    return kept | ({"maps": packed(small)} if set(ANIMATED) & set(drawing.formats) else {})
+
+
+def column(label: str) -> str:
+    """A label as manifest and COCO file show it: a head is its number."""
+    return label.removeprefix("head")
+
+
+def packed(maps: Tensor) -> dict[str, Any]:
+    """float32 maps as JSON that `unpacked` reads."""
+    return {"shape": list(maps.shape), "data": base64.b64encode(maps.contiguous().numpy().tobytes()).decode()}
+
+
+def unpacked(stored: dict[str, Any]) -> Tensor:
+    """What `packed` was given."""
+    return torch.frombuffer(bytearray(base64.b64decode(stored["data"])), dtype=torch.float32).view(stored["shape"])
+
+
+def _winners(drawing: Drawing, heads: Tensor, picture: np.ndarray) -> np.ndarray:
+    """uint8 (H, W): the head that wins each pixel."""
+    if drawing.mode == "nearest":
+        return upsample(winning_head(heads), tuple(picture.shape[1:])).numpy().astype(np.uint8)
+    most = torch.full(picture.shape[1:], -1.0)
+    winner = np.zeros(picture.shape[1:], np.uint8)
+    for index, head in enumerate(heads):  # one after the other, as memory for a photograph goes
+        fine = drawing.fine(head[None], picture)[0]
+        share = fine / fine.sum().clamp_min(torch.finfo(fine.dtype).tiny)
+        winner[(share > most).numpy()] = index
+        most = torch.maximum(most, share)
+    return winner

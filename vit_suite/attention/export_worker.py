@@ -1,0 +1,232 @@
+"""From a block of images to their files: decode, look, draw, write, in one thread; blocks in threads beside each other.
+
+Axes: B images, C channels, H x W pixels of a file, gh x gw patches, h heads, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vit_suite.attention.export_draw import Drawing, draw
+from vit_suite.attention.export_inputs import Pictures
+from vit_suite.attention.maps import artefacts, look, max_map, mean_map, without_artefacts
+from vit_suite.data.decode import DecodeError
+from vit_suite.hardware import autocast
+from vit_suite.views.multicrop import normalise_
+
+WAITING_BYTES = 64 * 2**20
+"""Decoded pictures of a block that wait for others of their grid; beyond it the fullest group runs as it is."""
+ATTENTION_BYTES = 256 * 2**20
+"""Attention matrices (B, h, T, T) in float32 of a batch: T = 4096 takes 64 MiB a head and image. A single image may exceed it."""
+AT_ONCE_BYTES = 4 * ATTENTION_BYTES
+"""The same of all batches that run at a time."""
+BLOCKS = 32
+"""Least number of blocks that images are cut into, so that ranks and threads all have work."""
+COARSE = 16
+"""Fewer patches than these show little."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of what the backbone sees at a time."""
+
+    resize: int | None
+    max_tokens: int
+    batch_size: int
+
+
+@dataclass
+class _Job:
+    """One decoded image on its way."""
+
+    index: int
+    picture: np.ndarray
+    """uint8 (C, H, W), as decoded."""
+    view: Tensor
+    """uint8 (C, gh * patch, gw * patch), what the backbone sees before normalisation."""
+
+
+def cut(images: int, batch_size: int) -> list[range]:
+    """Blocks of neighbouring images: 1 to 4 batches each; less where there are few images, so that each thread has a block."""
+    size = max(1, images // BLOCKS)
+    if size > batch_size:
+        size = min(4, size // batch_size) * batch_size
+    return [range(start, min(start + size, images)) for start in range(0, images, size)]
+
+
+def view_size(size: Sequence[int], patch: int, resize: int | None, max_tokens: int) -> tuple[int, int]:
+    """(height, width) in pixels that the backbone sees of an image of `size`: multiples of `patch`, at most `max_tokens` patches."""
+    height, width = size
+    if resize is not None:
+        factor = resize / min(height, width)
+        height, width = height * factor, width * factor
+    rows, columns = (max(1, int(side / patch + 0.5)) for side in (height, width))
+    if rows * columns > max_tokens:
+        factor = (max_tokens / (rows * columns)) ** 0.5
+        rows = max(1, min(max_tokens, int(rows * factor)))
+        columns = max(1, min(int(columns * factor), max_tokens // rows))
+    return rows * patch, columns * patch
+
+
+class Worker:
+    """Exports blocks of pictures; `model_seconds` of `seconds` went into the forward pass, summed over threads."""
+
+    def __init__(
+        self,
+        backbone: Any,
+        drawing: Drawing,
+        pictures: Pictures,
+        limits: Limits,
+        mean: Sequence[float],
+        std: Sequence[float],
+        clip: float | None,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.backbone, self.drawing, self.pictures, self.limits = backbone, drawing, pictures, limits
+        self.mean, self.std, self.clip, self.device, self.precision = mean, std, clip, device, precision
+        self.rollout = "rollout" in drawing.maps
+        self.budget = _Budget(AT_ONCE_BYTES if device.type == "cpu" else 0)
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.seconds = self.model_seconds = 0.0
+
+    def run(self, blocks: Sequence[range], threads: int, bar: Any) -> Iterator[list[str]]:
+        """The records of each block, one JSON line an image; blocks run in `threads`, what one raises is raised here."""
+        self.bar = bar
+        pending: deque[Future] = deque()
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="attention")
+        try:
+            for block in blocks:
+                pending.append(pool.submit(self.block, block))
+                if len(pending) > 4 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            self.stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+    def block(self, indices: range) -> list[str]:
+        """Write the files of these pictures; their records, in no order."""
+        started, records = time.perf_counter(), []
+        with torch.no_grad():  # a thread has its own switch
+            for batch in self._batches(indices, records):
+                if self.stopped.is_set():
+                    break
+                for job, (heads, small, extra) in zip(batch, self._maps(batch), strict=True):
+                    records.append(self._record(job, extra) | self._draw(job, heads, small, extra))
+                self._count(len(batch))
+        with self.lock:
+            self.seconds += time.perf_counter() - started
+        return [json.dumps(record) + "\n" for record in records]
+
+    def _count(self, images: int) -> None:
+        with self.lock:
+            self.bar.update(images)
+
+    def _draw(self, job: _Job, heads: Tensor, small: Tensor, extra: dict[str, Any]) -> dict[str, Any]:
+        return draw(self.drawing, self.pictures.names[job.index], self.pictures.paths[job.index], job.picture, heads, small, extra)
+
+    def _record(self, job: _Job, extra: dict[str, Any]) -> dict[str, Any]:
+        height, width = job.picture.shape[1:]
+        rows, columns = (side // self.backbone.patch_size for side in job.view.shape[1:])
+        shrunk = tuple(job.view.shape[1:]) != view_size((height, width), self.backbone.patch_size, self.limits.resize, 2**62)
+        found = int(extra["artefacts"].sum()) if extra else 0
+        counts = {"shrunk": int(shrunk), "coarse": int(rows * columns < COARSE), "artefacts": found}
+        return {"index": job.index, "height": height, "width": width, **counts}
+
+    def _batches(self, indices: range, records: list[dict]) -> Iterator[list[_Job]]:
+        """Jobs of one view size together: as many as batch_size and the attention's memory allow, sooner when too many pictures wait.
+
+        Files that do not decode go to `records`.
+        """
+        waiting: dict[tuple[int, int], list[_Job]] = {}
+        held = 0
+        for index in indices:
+            try:
+                job = self._load(index)
+            except DecodeError as error:
+                records.append({"index": index, "path": error.path, "error": error.reason})
+                self._count(1)
+                continue
+            size = tuple(job.view.shape[1:])
+            waiting.setdefault(size, []).append(job)
+            held += job.picture.nbytes
+            full = len(waiting[size]) >= max(1, min(self.limits.batch_size, ATTENTION_BYTES // self._bytes(size)))
+            if full or held > WAITING_BYTES:
+                batch = waiting.pop(size if full else max(waiting, key=lambda key: len(waiting[key])))
+                held -= sum(one.picture.nbytes for one in batch)
+                yield batch
+        yield from waiting.values()
+
+    def _bytes(self, size: Sequence[int]) -> int:
+        """Of one image's attention matrices: a block's, and with rollout the mean of each block's."""
+        tokens = self.backbone.prefix_tokens + size[0] * size[1] // self.backbone.patch_size**2
+        return 4 * tokens**2 * (self.backbone.heads + (self.backbone.depth if self.rollout else 0))
+
+    def _load(self, index: int) -> _Job:
+        picture = self.pictures.load(index)
+        size = view_size(picture.shape[1:], self.backbone.patch_size, self.limits.resize, self.limits.max_tokens)
+        view = torch.from_numpy(np.array(picture, order="C"))
+        if tuple(view.shape[1:]) != size:
+            view = functional.interpolate(view[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+        return _Job(index, picture, view)
+
+    def _maps(self, batch: list[_Job]) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """For each job all heads (h, gh, gw), the maps that are drawn (n, gh, gw), and for the npz what was clipped."""
+        looked = self._look(batch)
+        heads, rollout, found = looked.heads, looked.rollout, None
+        if self.clip is not None:
+            found = artefacts(looked.norms, self.clip)
+            heads = without_artefacts(heads, found)
+            rollout = None if rollout is None else without_artefacts(rollout, found)
+        kinds = {"heads": lambda: heads, "mean": lambda: mean_map(heads)[:, None], "max": lambda: max_map(heads)[:, None]}
+        kinds["rollout"] = lambda: rollout[:, None]
+        small = torch.cat([make() for kind, make in kinds.items() if kind in self.drawing.maps], dim=1)
+        for i in range(len(batch)):
+            yield heads[i], small[i], {} if found is None else {"artefacts": found[i].numpy()}
+
+    def _look(self, batch: list[_Job]):
+        """One forward pass; its maps on the CPU."""
+        views = torch.stack([job.view for job in batch])
+        with self.budget.take(len(batch) * self._bytes(views.shape[-2:])):
+            started = time.perf_counter()
+            images = normalise_(views.to(self.device).float().div_(255), self.mean, self.std)
+            with autocast(self.precision, self.device):
+                looked = look(self.backbone, images, self.rollout, norms=self.clip is not None)
+            looked = looked._make(None if part is None else part.cpu() for part in looked)
+            with self.lock:
+                self.model_seconds += time.perf_counter() - started
+        return looked
+
+
+class _Budget:
+    """Bytes that threads may take at a time; one thread alone may take any number, so with a limit of 0 there is one at a time."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken, self.changed = limit, 0, threading.Condition()
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.taken or self.taken + count <= self.limit)
+            self.taken += count
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= count
+                self.changed.notify_all()

@@ -1,0 +1,164 @@
+"""What a backbone finds in images whose objects are known: attention, LOST and TokenCut, image by image, against truth.
+
+Images are seen whole, at their own size or with a given shorter side (attention.export.view_size); those of one patch grid share a forward
+pass. Nothing is kept of an image but its numbers.
+
+Axes: B images of a pass, N images, M maps, T thresholds, gh x gw patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vit_suite.attention.discovery import DISCOVERERS, last_keys
+from vit_suite.attention.export import view_size
+from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, require_cls
+from vit_suite.data.decode import DecodeError
+from vit_suite.data.source import ImageSource
+from vit_suite.data.truth import Truths
+from vit_suite.errors import UserError
+from vit_suite.evaluation.features import prefetch
+from vit_suite.evaluation.localization import Baselines, Found, baselines, center_overlaps, covered, on_object, overlap
+from vit_suite.hardware import autocast, pick_precision
+from vit_suite.models.backbone import Backbone
+from vit_suite.views.multicrop import normalise_
+
+METHODS = ("attention", *DISCOVERERS)
+WAITING = 512
+"""Images that wait for others of their grid; beyond it the fullest group runs as it is."""
+
+
+@dataclass
+class Looked:
+    """What a pass over the images left behind."""
+
+    found: dict[str, Found] = field(default_factory=dict)
+    """By method."""
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Image of the source -> its (H, W), in the order of the rows of `found`."""
+    empty: int = 0
+    """Images without an object, which are left out."""
+    failures: list[DecodeError] = field(default_factory=list)
+    """Images that do not decode."""
+
+
+@dataclass
+class Localizer:
+    """One backbone after another on the same images under the same protocol."""
+
+    source: ImageSource
+    truths: Truths
+    methods: Sequence[str] = METHODS
+    thresholds: Sequence[float] = (0.6,)
+    """Shares of the attention's mass that a mask keeps."""
+    shorter: int | None = None
+    """Side in pixels of the shorter side that the backbone sees; the image's own when None."""
+    max_tokens: int = 4096
+    batch_size: int = 64
+    device: torch.device | str = "cpu"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    progress: bool = False
+
+    def look(self, backbone: Backbone, mean: Sequence[float], std: Sequence[float]) -> Looked:
+        """What each method finds with this backbone; mean and std are those of its channels, in 0..1.
+
+        UserError for attention without a CLS token, and when no image is left.
+        """
+        if "attention" in self.methods:
+            require_cls(backbone)
+        looked = Looked()
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {method: [] for method in self.methods}
+        for batch in self._batches(backbone.patch_size, looked):
+            views = torch.stack([job.view for job in batch]).to(self.device).float().div_(255)
+            with autocast(pick_precision(self.precision, torch.device(self.device)), torch.device(self.device)):
+                for method, (masks, cells) in self._masks(backbone, normalise_(views, mean, std)).items():
+                    grid = masks.shape[-2:]
+                    for job, own_masks, own_cells in zip(batch, masks, cells, strict=True):
+                        overlaps = overlap(own_masks, job.truth, job.size)
+                        parts[method].append((overlaps, on_object(own_cells, grid, job.truth, job.size)))
+            looked.sizes.update((job.index, job.size) for job in batch)
+        if not looked.sizes:
+            raise UserError(f"none of the {len(self.source)} images of {self.source.title} decodes and shows an object.")
+        order = torch.tensor(list(looked.sizes)).argsort()  # batches by grid come in another order
+        looked.sizes = dict(sorted(looked.sizes.items()))
+        for method, rows in parts.items():
+            overlaps, hits = (torch.stack(column)[order] for column in zip(*rows, strict=True))
+            heads = method == "attention"
+            looked.found[method] = Found(overlaps, hits, tuple(self.thresholds) if heads else None, heads)
+        return looked
+
+    def _masks(self, backbone: Backbone, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """{method: (masks bool (B, M, T, gh, gw), cells (B, M) that the maps point at)}, on the CPU."""
+        found = {}
+        if "attention" in self.methods:
+            heads = attention_maps(backbone, images).cpu()
+            maps = torch.cat((heads, mean_map(heads).unsqueeze(1)), 1)  # (B, M, gh, gw)
+            found["attention"] = torch.stack([mass_mask(maps, share) for share in self.thresholds], 2), maps.flatten(2).argmax(-1)
+        others = [method for method in self.methods if method != "attention"]
+        if others:
+            keys = last_keys(backbone, images)
+            grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+            with torch.autocast(images.device.type, enabled=False):
+                for method in others:
+                    masks, _, seeds = (part.cpu() for part in DISCOVERERS[method](keys, grid))
+                    found[method] = masks[:, None, None], seeds[:, None]
+        return found
+
+    def _batches(self, patch: int, looked: Looked) -> Iterator[list[_Job]]:
+        """Images that show an object, those of one view size together; the others are counted."""
+        from tqdm import tqdm
+
+        waiting: dict[tuple[int, ...], list[_Job]] = {}
+        jobs = prefetch(lambda index: self._load(index, patch), range(len(self.source)), ahead=2 * self.batch_size)
+        for job in tqdm(jobs, total=len(self.source), desc="localize", unit="image", leave=False, disable=not self.progress):
+            if isinstance(job, DecodeError):
+                looked.failures.append(job)
+            elif job is None:
+                looked.empty += 1
+            else:
+                group = waiting.setdefault(tuple(job.view.shape), [])
+                group.append(job)
+                full = len(group) >= self.batch_size
+                if full or sum(map(len, waiting.values())) > WAITING:
+                    yield waiting.pop(tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size])))
+        yield from waiting.values()
+
+    def _load(self, index: int, patch: int) -> _Job | DecodeError | None:
+        """None for an image without an object."""
+        try:
+            image = self.source.load(index)
+        except DecodeError as error:
+            return error
+        truth = self.truths.load(index)
+        if not (len(truth) if truth.is_floating_point() else bool((truth == 1).any())):
+            return None
+        own = tuple(image.shape[1:])
+        size = view_size(own, patch, self.shorter, self.max_tokens)
+        if own != size:
+            image = functional.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+        return _Job(index, image, truth, own)
+
+
+def without_model(truths: Truths, sizes: Mapping[int, tuple[int, int]]) -> Baselines:
+    """Scores of the centred box and of the whole image on these images: {image of the source: its (H, W)}."""
+    rows = []
+    for index, size in sizes.items():
+        truth = truths.load(index)
+        center = on_object(torch.zeros(1, dtype=torch.long), (1, 1), truth, size)[0]
+        rows.append((center_overlaps(truth, size), center, torch.tensor(covered(truth, size), dtype=torch.float64)))
+    return baselines(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+class _Job(NamedTuple):
+    index: int
+    view: Tensor
+    """uint8 (C, gh * patch, gw * patch)."""
+    truth: Any
+    size: tuple[int, int]
+    """(H, W) of the image."""

@@ -1,0 +1,65 @@
+"""PNG files, written for speed: an export makes fourteen of an image, and Pillow took longer over them than the model over the image.
+
+64 x 64 overlay on one core: Pillow 163 us (level 1), here 13; 500 x 375: Pillow 15 ms, here 9, for 10% more bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+
+import numpy as np
+
+_GREY, _RGB, _INDEXED = 0, 2, 3
+_AS_IT_IS, _UP = 0, 2
+"""Row filters: none, and each byte less the byte above it."""
+STORED = 16 * 2**10
+"""Colour pictures up to so many bytes are not compressed: 12 KiB of photograph would become 9, four disk blocks three, in 7 times the
+time."""
+
+
+def write_png(path: str | os.PathLike, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
+    """uint8 (H, W, 3) or (H, W); a bool mask (H, W), which becomes 0 and 255; or with `palette` uint8 (K, 3) indices (H, W) into it.
+
+    The folder is made where it is missing. Neither moved into place nor synced: of an export of 10,000 images, 100,000 files, that would
+    take longer than the model. What tells a finished export is its manifest.
+    """
+    data = encode_png(pixels, palette)
+    with os.fdopen(_create(path), "wb", buffering=0) as file:
+        file.write(data)
+
+
+def _create(path: str | os.PathLike) -> int:
+    """A new file for writing. One that stands there is removed first: ext4 starts writing out a file that is emptied instead (10 times
+    slower)."""
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        except FileExistsError:
+            os.unlink(path)
+
+
+def encode_png(pixels: np.ndarray, palette: np.ndarray | None = None) -> bytes:
+    """A PNG file in memory; see `write_png`. ValueError for pixels of another shape or type."""
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.size == 0 or (palette is not None and pixels.ndim == 3):
+        raise ValueError(f"a PNG takes uint8 or bool (H, W) or uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
+    height, width = pixels.shape[:2]
+    colour = _RGB if pixels.ndim == 3 else _INDEXED if palette is not None else _GREY
+    rows = pixels.reshape(height, -1)
+    stored = colour == _RGB and pixels.nbytes <= STORED
+    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = _AS_IT_IS if stored else _UP
+    filtered[:, 1:] = rows
+    if not stored:
+        filtered[1:, 1:] -= rows[:-1]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))]
+    if palette is not None:
+        chunks.append((b"PLTE", palette.tobytes()))
+    chunks += [(b"IDAT", zlib.compress(filtered, 0 if stored else 1)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))) for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

@@ -1,0 +1,65 @@
+"""What the commands that score a frozen backbone share: its images, the size they are seen at, the file for the scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vit_suite.config import DataConfig, ScoreConfig
+from vit_suite.data.module import ImageDataModule
+from vit_suite.data.registry import open_test
+from vit_suite.errors import UserError
+from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.reports.results import read_results
+from vit_suite.weights.checkpoint import LoadedBackbone
+
+
+def results_path(cfg: ScoreConfig) -> Path:
+    """The file the scores are appended to; UserError now, not after the work, when it cannot be."""
+    folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
+    path = Path(cfg.output) if cfg.output else folder / "results.json"
+    read_results(path)
+    return path
+
+
+def view_size(cfg: ScoreConfig, loaded: LoadedBackbone) -> list[int]:
+    """[height, width] in pixels of the view that is scored."""
+    size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
+    check_image_size(size, loaded.backbone.patch_size, "image_size")
+    return list(size)
+
+
+def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataModule:
+    """The images of `cfg.data` with the channels that the backbone takes; UserError when they cannot be scored.
+
+    Of the test split only the list of files and labels is read.
+    """
+    channels = loaded.backbone.cfg.channels
+    if cfg.data.channels not in (channels, DataConfig.channels):
+        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}.")
+    options = replace(cfg.data, channels=channels, batch_size=1)  # the global batch belongs to training; here one image fills it
+    if channels not in (1, 3):  # no data set has published statistics for these
+        options = replace(options, mean=options.mean or loaded.mean, std=options.std or loaded.std)
+    data = ImageDataModule(options, seed=cfg.seed)
+    if data.train_source.labels is None:
+        raise UserError(f"{data.name} has no labels, and {task} needs some: score on class folders or another labelled data set.")
+    test = open_test(options, cfg.seed)
+    if test.split == data.train_source.split:
+        raise UserError(
+            f"{data.name} would be scored on the images that it learns from, split '{test.split}': each would find itself. "
+            "Choose another split with data.train_split or data.test_split, or sort a folder into ROOT/train and ROOT/test."
+        )
+    if test.labels is None or bool((test.labels < 0).all()):
+        raise UserError(f"{test.title} has no labels to score against: choose another split with data.test_split.")
+    return data
+
+
+def view_text(size: list[int]) -> str:
+    """The evaluation view, for results.json."""
+    return f"shorter side to 256/224 of {size}, centre crop; images of that size as they are"
+
+
+def representation(backbone: Backbone) -> str:
+    """What a backbone answers with, for results.json."""
+    what = "CLS token" if backbone.cfg.pool == "cls" else "mean of the patch tokens"
+    return f"{what} after the final norm"

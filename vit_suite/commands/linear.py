@@ -1,0 +1,228 @@
+"""`vit-suite linear`: heads on a frozen backbone, chosen on held-out training images; tables on the screen, all of it in results.json."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from torch import Tensor
+
+from vit_suite.commands.data_of import open_data, results_path, view_size, view_text
+from vit_suite.commands.logs import speak
+from vit_suite.config import LinearConfig, SupervisedViewsConfig
+from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
+from vit_suite.data.module import ImageDataModule
+from vit_suite.data.order import EpochPlan
+from vit_suite.data.resident import GIB, to_device
+from vit_suite.data.source import ImageSource, ResidentSource
+from vit_suite.errors import UserError
+from vit_suite.evaluation.features import Features
+from vit_suite.evaluation.fewshot import ShotResult, Spread, few_shot_probe
+from vit_suite.evaluation.linear import ProbeResult, linear_probe, linear_probe_on_batches, split
+from vit_suite.evaluation.linear_heads import Batches, HeadScore, Setting
+from vit_suite.evaluation.linear_inputs import Feature, Subject, backbone_subject, pixel_subject
+from vit_suite.evaluation.linear_protocols import Protocol, resolve
+from vit_suite.hardware import pick_device, pick_precision
+from vit_suite.reports.results import append_result, table
+from vit_suite.views.draw import alone
+from vit_suite.views.multicrop import MultiCrop, ViewsInWorkers, pick_backend
+from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
+
+log = logging.getLogger("vit_suite")
+
+Result = ProbeResult | dict[int, ShotResult]
+
+
+def run(cfg: LinearConfig) -> None:
+    """Probe `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`."""
+    speak()
+    loaded = load_backbone(cfg.checkpoint)
+    size, path = view_size(cfg, loaded), results_path(cfg)
+    protocol, features = resolve(cfg, loaded.backbone)
+    if protocol.augment and size[0] != size[1]:
+        raise UserError(f"augment: random crops are square, and the view is {size[0]}x{size[1]}; give --image_size or --augment false.")
+    data = open_data(cfg, loaded, "linear evaluation")
+    prober = Prober(cfg, data, size, protocol)
+    results = {"checkpoint": prober.backbone(loaded, features)}
+    if cfg.baselines:
+        results["untrained"] = prober.backbone(loaded.untrained(cfg.seed), features)
+        pixels = pixel_subject(data.cfg.channels, size, data.mean, data.std)
+        if prober.gib(pixels) <= cfg.memory_gb:
+            results["raw pixels"] = prober.probe(pixels)
+        else:
+            log.info("raw pixels are left out: they take %.1f GiB, and memory_gb is %g", prober.gib(pixels), cfg.memory_gb)
+    print(report(results, prober))
+    metrics = {name: as_metrics(result) for name, result in results.items()}
+    entry = prober.describe() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
+    append_result(path, "linear few-shot" if cfg.shots else "linear", metrics, entry, loaded.sha256)
+    print(f"appended to {path}")
+
+
+class Prober:
+    """The same heads under the same protocol on one backbone after another. Test images are decoded when a winner is to be scored."""
+
+    def __init__(self, cfg: LinearConfig, data: ImageDataModule, size: list[int], protocol: Protocol):
+        self.cfg, self.data, self.size, self.protocol = cfg, data, size, protocol
+        self.device = pick_device(cfg.accelerator)
+        self.precision = pick_precision(cfg.precision, self.device)
+        if isinstance(data.train_source, ResidentSource) and self.device.type == "cuda":
+            to_device(data.train_source, self.device)
+        self.train = data.bank()
+        self.classes = max(len(self.train.classes), int(self.train.labels.max()) + 1)
+        self.choosing = False  # whether images were held out for the last subject
+
+    def backbone(self, loaded: LoadedBackbone, features: Sequence[Feature]) -> Result:
+        """Of a backbone's tokens."""
+        network = loaded.backbone.to(self.device)
+        network.set_fused_attention(self.device.type != "cpu")
+        return self.probe(backbone_subject(network, features, loaded.mean, loaded.std, self.precision))
+
+    def probe(self, subject: Subject) -> Result:
+        """UserError when the features do not fit `memory_gb`, and for what the heads cannot be trained on."""
+        recipe, cfg = self.protocol.recipe, self.cfg
+        self.choosing = len(subject.columns) * len(recipe.lr) > 1
+        self._check_memory(subject)
+        if self.protocol.augment:
+            return self._augmented(subject)
+        train = self._extract(subject, self.train)
+        common = {"columns": subject.columns, "holdout": cfg.holdout, "device": self.device}
+        if cfg.shots:
+            few = {"shots": cfg.shots, "draws": cfg.draws, "names": self.train.classes, "progress": True}
+            return few_shot_probe(train, lambda: self._test(subject), recipe, **few, **common)
+        return linear_probe(train, lambda: self._test(subject), recipe, **common, classes=self.classes, progress=True)
+
+    def _augmented(self, subject: Subject) -> ProbeResult:
+        inner, held = self.train, None
+        if self.choosing:
+            rows, held_rows = split(self.train.labels, self.cfg.holdout, self.cfg.seed)
+            inner, held = self.train.subset(rows), self._extract(subject, self.train.subset(held_rows))
+        recipe = self.protocol.recipe
+        batches, count = self._batches(subject, inner, min(recipe.batch_size, len(inner)))
+        options = {"shape": subject.shape, "classes": self.classes, "images": len(inner), "device": self.device, "progress": True}
+        return linear_probe_on_batches(batches, count, held, lambda: self._test(subject), recipe, subject.columns, **options)
+
+    def _batches(self, subject: Subject, source: ImageSource, size: int) -> tuple[Batches, int]:
+        """(batches, batches an epoch) of parts of randomly cropped and flipped images (the only colours are the image's own)."""
+        seed, device = self.cfg.seed, self.device
+        config = SupervisedViewsConfig(global_size=self.size[0], randaugment=0, erase=0.0)
+        views = MultiCrop(config, subject.mean, subject.std)
+        plan = EpochPlan(len(source), size, seed)
+        if isinstance(source, ResidentSource):
+            loader = ResidentLoader(source, plan)
+        else:
+            ready = ViewsInWorkers(views, seed, size) if pick_backend(config, device.type, ragged=True) == "workers" else None
+            workers = auto_workers(self.data.cfg.workers, False)
+            loader = FileLoader(source, plan, workers, self.data.quarantine, device.type == "cuda", ready)
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            loader.set_epoch(epoch)
+            for step, (images, labels, _) in enumerate(loader):
+                if isinstance(images, Tensor) or images[0].ndim == 3:
+                    images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+                    images = views(images, alone(len(images), seed, epoch, step))
+                yield subject.embed(images[0]), labels.to(device)
+
+        return batches, len(loader)
+
+    def _extract(self, subject: Subject, source: ImageSource) -> Features:
+        return subject.extract(source, self.size, self.device, self.cfg.batch_size, progress=True)
+
+    def _test(self, subject: Subject) -> Features:
+        return self._extract(subject, self.data.test())
+
+    def gib(self, subject: Subject) -> float:
+        """Memory of the features that are kept."""
+        kept = 1.0 if not self.protocol.augment else self.cfg.holdout * self.choosing
+        return subject.bytes(round(kept * len(self.train))) / GIB
+
+    def _check_memory(self, subject: Subject) -> None:
+        if (need := self.gib(subject)) > self.cfg.memory_gb:
+            rows = f"{len(self.train)} training images x {subject.shape[0]} x {subject.shape[1]} numbers"
+            remedy = "ask for fewer blocks or poolings, a larger memory_gb" + ("." if self.protocol.augment else ", or --augment true.")
+            raise UserError(f"features of {rows} take {need:.1f} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}")
+
+    def describe(self) -> dict:
+        """Everything that decides the score besides the weights."""
+        protocol, data, recipe = self.protocol, self.data, self.protocol.recipe
+        test = data.test()
+        choice = "winner on the held-out training images by top-1, then cross-entropy; test is read once, after the choice"
+        retrained = "the head trained without them is scored" if protocol.augment else "the winner is trained again on all training images"
+        few = {"shots": self.cfg.shots, "draws": self.cfg.draws, "spread": "mean and sample standard deviation over draws"}
+        few["retrained"] = "the winner's heads, which never see the held-out images, are scored"
+        return {
+            "protocol": protocol.says,
+            "data": self.train.name,
+            "train": {"split": self.train.split, "images": len(self.train)},
+            "test": {"split": test.split, "images": len(test)},
+            "view": view_text(self.size),
+            "augment": "random resized crop of 8 to 100% of the area, flip" if protocol.augment else "none: features are extracted once",
+            "features": "tokens after the final norm, not normalised further, kept in 16 bits",
+            "blocks": list(protocol.blocks),
+            "pool": list(protocol.pools),
+            "head": self.cfg.head,
+            "recipe": asdict(recipe),
+            "holdout": self.cfg.holdout,
+            "choice": choice,
+            "retrained": retrained,
+            "precision": self.precision,
+        } | (few if self.cfg.shots else {})
+
+
+# What is shown and kept ---------------------------------------------------------------------------------------------------------------
+
+
+def as_metrics(result: Result) -> dict:
+    """A result as plain numbers."""
+    if isinstance(result, dict):
+        return {
+            f"shots{n}": {"top1": one.top1.as_dict(), "top5": one.top5.as_dict(), **one.setting._asdict(), "held_out": _rows(one.held_out)}
+            for n, one in result.items()
+        }
+    scores = {"top1": result.top1, "top5": result.top5, **result.setting._asdict()}
+    return scores | {"trained_on": result.trained_on, "held_out": _rows(result.held_out)}
+
+
+def _rows(scores: Sequence[HeadScore]) -> list[dict]:
+    """JSON has no nan: a diverged head's loss is null."""
+    finite = [one.loss if math.isfinite(one.loss) else None for one in scores]
+    return [one.setting._asdict() | {"top1": one.top1, "top5": one.top5, "loss": loss} for one, loss in zip(scores, finite, strict=True)]
+
+
+def report(results: dict[str, Result], prober: Prober) -> str:
+    """Title, a row for each result, and the held-out scores that the checkpoint's winner was chosen from."""
+    rows, tables = [], []
+    for name, result in results.items():
+        for label, one in [(f", {n} a class", one) for n, one in result.items()] if isinstance(result, dict) else [("", result)]:
+            rows.append([f"{name}{label}", *(str(s) if isinstance(s, Spread) else s for s in (one.top1, one.top5)), *_cells(one.setting)])
+            if name == "checkpoint" and one.held_out:
+                tables.append(sweep_table(one.held_out, f"held out{label}, top-1 %"))
+                warn_of_edge(one.held_out, one.setting)
+    cfg, train, test = prober.cfg, prober.train, prober.data.test()
+    images = f"{cfg.draws} draws from the {len(train)} images" if cfg.shots else f"{len(train)} images"
+    title = f"{train.name}: {cfg.head} heads on {images} of {train.split}, scored on {len(test)} of {test.split}"
+    columns = [f"protocol {cfg.protocol}", "top-1 %", "top-5 %", "lr", "blocks", "pool"]
+    return "\n\n".join([f"{title}\n{table(columns, rows)}", *tables])
+
+
+def _cells(setting: Setting) -> list[str]:
+    return [f"{setting.lr:g}", str(setting.blocks), setting.pool]
+
+
+def sweep_table(scores: Sequence[HeadScore], title: str) -> str:
+    """A row for each input, a column for each learning rate."""
+    rates = list(dict.fromkeys(one.setting.lr for one in scores))
+    rows = []
+    for feature in dict.fromkeys(one.setting.feature for one in scores):
+        cells = [one.top1 if math.isfinite(one.loss) else "diverged" for one in scores if one.setting.feature == feature]
+        rows.append([f"{feature.pool}, {feature.blocks} block{'s' * (feature.blocks != 1)}", *cells])
+    return table([title, *(f"lr {rate:g}" for rate in rates)], rows)
+
+
+def warn_of_edge(scores: Sequence[HeadScore], winner: Setting) -> None:
+    """Say when the best learning rate may lie beyond those that were tried."""
+    rates = {one.setting.lr for one in scores}
+    if len(rates) > 1 and winner.lr in (min(rates), max(rates)):
+        which, more = ("smallest", "smaller") if winner.lr == min(rates) else ("largest", "larger")
+        log.warning("the winner's lr %g is the %s of the sweep: a %s one may score higher (--lr)", winner.lr, which, more)

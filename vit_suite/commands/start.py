@@ -1,0 +1,36 @@
+"""Training that starts from a checkpoint: the checkpoint decides the architecture and how images are normalised."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from vit_suite.config import BackboneConfig, DataConfig, PretrainConfig
+from vit_suite.errors import UserError
+from vit_suite.weights.checkpoint import LoadedBackbone
+
+UNSAID = {"mlp_ratio": 4.0, "registers": 0}
+"""What a checkpoint means where it says None."""
+FREE = ("drop_path", "image_size", "channels")
+"""Options of the backbone that fine-tuning chooses, or that follow other options."""
+
+
+def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
+    """`cfg` with the architecture, channels and statistics of `loaded`; positions at the size of the views.
+
+    Raises:
+        UserError: an option of the backbone, or data.channels, was given and contradicts the checkpoint.
+    """
+    theirs, source = loaded.backbone.cfg, loaded.source
+    for name in (field.name for field in fields(BackboneConfig) if field.name not in FREE):
+        given, had = getattr(cfg.backbone, name), getattr(theirs, name)
+        had = UNSAID.get(name) if had is None else had
+        if given != getattr(BackboneConfig, name) and given != had and name != "pretrained":
+            raise UserError(f"backbone.{name} is {given}, but the backbone of '{source}' has {had}: leave it out, the checkpoint decides.")
+    if cfg.backbone.pretrained:
+        raise UserError(f"backbone.pretrained asks for timm's weights, but training starts from '{source}': leave it out.")
+    if cfg.data.channels not in (theirs.channels, DataConfig.channels):
+        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{source}' takes {theirs.channels}.")
+    size = cfg.backbone.image_size or [cfg.views.global_size] * 2
+    backbone = replace(theirs, drop_path=cfg.backbone.drop_path, image_size=size, pretrained=False)
+    mean, std = cfg.data.mean or loaded.mean, cfg.data.std or loaded.std
+    return replace(cfg, backbone=backbone, data=replace(cfg.data, channels=theirs.channels, mean=mean, std=std))

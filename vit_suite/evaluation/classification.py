@@ -1,0 +1,94 @@
+"""Scores of a classifier: top-1, top-5, calibration, confusion; and the callback that takes them during training.
+
+Axes: N images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from vit_suite.config import EvaluateConfig
+from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import UserError
+from vit_suite.evaluation.calibration import expected_calibration_error, negative_log_likelihood
+from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.online import due
+
+
+class Classification(NamedTuple):
+    """Scores of N images; percentages 0..100, the calibration error 0..1, the likelihood in nats."""
+
+    top1: float
+    top5: float
+    calibration_error: float
+    nll: float
+    confusion: Tensor
+    """int64 (K, K): images of class `row` that were taken for class `column`."""
+    images: int
+
+
+def top_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Share in percent of images whose label is among the k largest logits (N, K); all K where there are fewer."""
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return 100 * float((best == labels.unsqueeze(1)).any(1).float().mean())
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """int64 (K, K) counts; rows are labels, columns predictions."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def score_logits(logits: Tensor, labels: Tensor) -> Classification:
+    """Every score of logits (N, K) against labels (N,). UserError for a label that the head has no place for."""
+    classes = logits.shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        raise UserError(f"label {worst} of the scored images has no place in a head of {classes} classes.")
+    return Classification(
+        top_accuracy(logits, labels, 1),
+        top_accuracy(logits, labels, 5),
+        expected_calibration_error(logits, labels),
+        negative_log_likelihood(logits, labels),
+        confusion_matrix(logits.argmax(1), labels, classes),
+        len(labels),
+    )
+
+
+def classify(module: pl.LightningModule, source: Any, image_size: Iterable[int], batch_size: int, precision: str) -> Classification:
+    """Score the classifier of a supervised `module` on the images of `source` under the evaluation view."""
+    options = {"batch_size": batch_size, "device": module.device, "precision": precision, "unit": False}
+    logits, labels, *_ = extract_features(module.classifier(), source, list(image_size), module.mean, module.std, **options)
+    return score_logits(logits, labels)
+
+
+class OnlineAccuracy(pl.Callback):
+    """Every `every_epochs` epochs and after the last one, scores the classifier on clean test images; logs `val/top1`, `val/top5`
+    in percent. Every rank scores the same images, so all agree on the best checkpoint without talking."""
+
+    metric = "val/top1"
+
+    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
+        self.cfg, self.precision = cfg, precision
+        self.image_size = list(image_size)
+        self.test = data.test(cfg.test_size)
+        self.history: list[tuple[int, float]] = []
+        """(epochs done, top-1 in percent)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [tuple(entry) for entry in state_dict["history"]]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not due(trainer, self.cfg.every_epochs):
+            return
+        scores = classify(module, self.test, self.image_size, self.cfg.batch_size, self.precision)
+        self.history.append((trainer.current_epoch + 1, scores.top1))
+        module.log(self.metric, scores.top1, prog_bar=True, sync_dist=True)
+        module.log("val/top5", scores.top5, sync_dist=True)

@@ -1,0 +1,169 @@
+"""Linear evaluation of frozen features: the setting is chosen on held-out TRAINING images, and the winner is scored once on test.
+
+DINO's and SiT's published protocols report the best epoch on the test split, DINOv2's the best setting on it. Here neither does: heads
+are scored after their last epoch, and `test` is a function that is called once, after the choice.
+
+Axes: N images, P parts, D width of a part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vit_suite.data.source import stratified
+from vit_suite.errors import UserError
+from vit_suite.evaluation.features import Features
+from vit_suite.evaluation.linear_heads import Batches, HeadScore, Recipe, Setting, Sweep, fit, score, stored
+from vit_suite.evaluation.linear_inputs import Feature
+
+Columns = Mapping[Feature, Sequence[Sequence[int]]]
+PLAIN = Feature("features", 0)
+"""The name of features that are given as they are, (N, D)."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The winner's score on test, in percent, and what it was chosen from on held-out training images (empty without a choice)."""
+
+    setting: Setting
+    top1: float
+    top5: float
+    held_out: list[HeadScore]
+    trained_on: int
+    """Images that the scored head was trained on."""
+
+
+def linear_probe(
+    train: Features,
+    test: Features | Callable[[], Features],
+    recipe: Recipe,
+    *,
+    columns: Columns | None = None,
+    holdout: float = 0.1,
+    classes: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> ProbeResult:
+    """Choose among learning rates and inputs on a stratified `holdout` share of `train`, train the winner on all of it, score `test`.
+
+    Args:
+        train, test: features (N, D), or parts (N, P, D) with `columns`, and labels; `test` may be a function that is called once, last.
+        recipe: how heads train; several `recipe.lr`, or several `columns`, are what is chosen from.
+        columns: feature -> columns of each of its heads.
+        classes: the largest training label + 1 when not given.
+        device: where heads train; the features' own when not given.
+
+    Raises:
+        UserError: an image without a label, a test label that is no class of training, no head that converged.
+    """
+    parts, labels, columns = _as_parts(train, columns)
+    classes = checked_classes(labels, classes, "training")
+    device = torch.device(device) if device is not None else parts.device
+    parts = moved(parts, device)
+    held_out: list[HeadScore] = []
+    everything = torch.arange(len(parts))
+    winner = Setting(recipe.lr[0], *next(iter(columns)))
+    if len(columns) * len(recipe.lr) > 1:
+        inner, held = split(labels, holdout, recipe.seed)
+        sweep = _sweep(columns, parts, classes, recipe, device)
+        fit(sweep, *stored(parts, labels, inner, recipe.batch_size, recipe.seed), "sweep" if progress else None)
+        held_out = score(sweep, parts, labels, held)
+        winner = choose(held_out).setting
+    final = _sweep({winner.feature: columns[winner.feature]}, parts, classes, replace(recipe, lr=(winner.lr,)), device)
+    fit(final, *stored(parts, labels, everything, recipe.batch_size, recipe.seed), "winner" if progress else None)
+    return _result(final_score(final, test, winner), held_out, len(parts))
+
+
+def linear_probe_on_batches(
+    batches: Batches,
+    per_epoch: int,
+    held: Features | None,
+    test: Callable[[], Features],
+    recipe: Recipe,
+    columns: Columns,
+    shape: tuple[int, int],
+    classes: int,
+    images: int,
+    device: torch.device,
+    progress: bool = False,
+) -> ProbeResult:
+    """The same on batches of parts that change from epoch to epoch (augmented images), `per_epoch` of them.
+
+    Every head trains in one pass over the epochs, and the winner on `held` is scored as it stands: training it again on all images
+    would cost as many passes through the backbone again. `held` is None where there is one setting. shape: (P, D). images: of
+    an epoch.
+    """
+    sweep = Sweep(columns, shape[1], classes, recipe).to(device)
+    fit(sweep, batches, per_epoch, "heads" if progress else None)
+    held_out = [] if held is None else score(sweep, held.features, held.labels)
+    winner = choose(held_out).setting if held_out else sweep.settings[0]
+    return _result(final_score(sweep, test, winner), held_out, images)
+
+
+def final_score(sweep: Sweep, test: Features | Callable[[], Features], setting: Setting) -> HeadScore:
+    """The head with `setting` on the test split, which is asked for here and nowhere before. UserError when the head has diverged."""
+    found = test() if callable(test) else test
+    checked_classes(found.labels, sweep.classes, "test")
+    parts = found.features if found.features.ndim == 3 else found.features.unsqueeze(1)
+    result = score(sweep, parts, found.labels)[sweep.settings.index(setting)]
+    if not math.isfinite(result.loss):
+        raise UserError(f"the head with lr {setting.lr:g} has diverged; give a smaller lr.")
+    return result
+
+
+def _result(final: HeadScore, held_out: list[HeadScore], images: int) -> ProbeResult:
+    return ProbeResult(final.setting, final.top1, final.top5, held_out, images)
+
+
+def choose(scores: Sequence[HeadScore]) -> HeadScore:
+    """The highest top-1; of equals the lowest cross-entropy. UserError when every head has diverged."""
+    good = [found for found in scores if math.isfinite(found.loss)]
+    if not good:
+        raise UserError(f"all {len(scores)} heads have diverged; give smaller learning rates with lr.")
+    return max(good, key=lambda found: (found.top1, -found.loss))
+
+
+def split(labels: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of training images (inner, held): `held` is a stratified share. UserError when either would be empty."""
+    if len(labels) < 2:
+        raise UserError(f"{len(labels)} training image cannot be split into one part that trains and one that chooses.")
+    count = min(max(1, round(holdout * len(labels))), len(labels) - 1)
+    held = stratified(labels, len(labels), count, seed)
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[held] = False
+    return rest.nonzero().squeeze(1), held
+
+
+def checked_classes(labels: Tensor, classes: int | None, what: str) -> int:
+    """The number of classes. UserError for images without a label and for labels beyond `classes`."""
+    unlabelled = int((labels < 0).sum())
+    if unlabelled:
+        raise UserError(f"{unlabelled} of {len(labels)} {what} images have no label, and linear evaluation needs one.")
+    most = int(labels.max()) + 1
+    if classes is not None and most > classes:
+        raise UserError(f"the {what} images have a label {most - 1}, but the training images have {classes} classes, 0 to {classes - 1}.")
+    return classes or most
+
+
+def _as_parts(train: Features, columns: Columns | None) -> tuple[Tensor, Tensor, Columns]:
+    if train.features.ndim == 3 and columns is not None:
+        return train.features, train.labels, columns
+    if train.features.ndim == 2 and columns is None:
+        return train.features.unsqueeze(1), train.labels, {PLAIN: [[0]]}
+    raise ValueError("give features (N, D), or parts (N, P, D) with the columns of each feature")
+
+
+def _sweep(columns: Columns, parts: Tensor, classes: int, recipe: Recipe, device: torch.device) -> Sweep:
+    return Sweep(columns, parts.shape[2], classes, recipe).to(device)
+
+
+def moved(parts: Tensor, device: torch.device) -> Tensor:
+    """On `device` where they take at most half of its free memory; otherwise batches travel one by one."""
+    if device.type == "cuda" and parts.numel() * parts.element_size() > 0.5 * torch.cuda.mem_get_info(device)[0]:
+        return parts
+    return parts.to(device)

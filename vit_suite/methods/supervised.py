@@ -1,0 +1,154 @@
+"""Supervised ViT: cross-entropy on labels (Dosovitskiy et al. 2020, arXiv 2010.11929; DeiT, Touvron et al. 2021, arXiv 2012.12877;
+Beyer et al. 2022, arXiv 2205.01580).
+
+A linear head on the backbone's representation. Its weights start from a truncated normal of 0.02 and its bias from 0, as timm builds
+them for DeiT (Beyer et al. start both from 0).
+
+The average of the weights (EMA) has a momentum that rises to its value: min(ema, (1 + step) / (10 + step)), so that it spans about
+the last ninth of the steps there have been, and never the initial weights alone: DeiT's 0.99996 averages over 25,000 steps, and a
+shorter run would be scored close to where it began. timm's plain EMA has no such rise.
+
+Axes: B images, C channels, K classes, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vit_suite.config import BackboneConfig, SupervisedConfig, SupervisedOptimConfig, SupervisedViewsConfig
+from vit_suite.errors import UserError
+from vit_suite.methods.base import Method, as_config
+from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size, resize_position
+from vit_suite.models.ema import copy_weights, ema_update
+from vit_suite.views.draw import Draw
+from vit_suite.views.mix import mix
+from vit_suite.views.supervised import SupervisedViews
+
+
+class Classifier(nn.Module):
+    """Backbone and linear head."""
+
+    def __init__(self, backbone: BackboneConfig, classes: int):
+        super().__init__()
+        self.backbone = Backbone(backbone)
+        self.head = nn.Linear(self.backbone.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, K)."""
+        return self.head(self.backbone(images))
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """mean over b of -sum_k targets[b, k] log softmax(logits[b])[k]; (B, K) each, in fp32."""
+    return -(targets * functional.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+def average_momentum(step: int, most: float) -> float:
+    """Momentum of the average after optimiser step `step` (0-based): rises as in TensorFlow's ExponentialMovingAverage."""
+    return min(most, (1 + step) / (10 + step))
+
+
+class SupervisedViT(Method):
+    """Supervised training as a LightningModule.
+
+    classes: how many, or their names; labels are their numbers. `average` is None without EMA; with it, it is what is scored and
+    exported. Logged: loss, and the top-1 in percent of the training batch, against the class with the larger share where images
+    are mixed.
+    """
+
+    def __init__(
+        self,
+        method: SupervisedConfig | dict | None = None,
+        backbone: BackboneConfig | dict | None = None,
+        views: SupervisedViewsConfig | dict | None = None,
+        optim: SupervisedOptimConfig | dict | None = None,
+        mean: list[float] = (0.485, 0.456, 0.406),
+        std: list[float] = (0.229, 0.224, 0.225),
+        seed: int = 0,
+        batch_size: int | None = None,
+        classes: int | list[str] = 1000,
+    ):
+        method, backbone = as_config(SupervisedConfig, method), as_config(BackboneConfig, backbone)
+        views, optim = as_config(SupervisedViewsConfig, views), as_config(SupervisedOptimConfig, optim)
+        super().__init__(optim, views, list(mean), list(std), seed, batch_size)
+        if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
+            check_image_size([views.global_size], patch, "views.global_size")
+        if backbone.image_size is None:
+            backbone = replace(backbone, image_size=[views.global_size, views.global_size])
+        self.method = method
+        self.classes = [str(index) for index in range(classes)] if isinstance(classes, int) else list(classes)
+        if len(self.classes) < 2:
+            raise UserError(f"a classifier needs at least 2 classes; there is {len(self.classes)}.")
+        self.network = Classifier(backbone, len(self.classes))
+        check_image_size([views.global_size], self.network.backbone.patch_size, "views.global_size")
+        self.average: Classifier | None = None
+        if method.ema:
+            self.average = Classifier(replace(backbone, drop_path=0.0, pretrained=False), len(self.classes))
+            copy_weights(self.average, self.network)
+        self.keep_hyperparameters(
+            method=method, backbone=backbone, views=views, optim=optim, mean=list(mean), std=list(std), seed=seed,
+            batch_size=batch_size, classes=self.classes,
+        )  # fmt: skip
+
+    @staticmethod
+    def build_views(views: SupervisedViewsConfig, mean: list[float], std: list[float]) -> SupervisedViews:
+        return SupervisedViews(views, mean, std)
+
+    def start_from(self, backbone: Backbone) -> None:
+        """Take the weights of `backbone`, of the same architecture; learned positions of another size are resized. The head stays fresh."""
+        own, state = self.network.backbone, backbone.vit.state_dict()
+        if own.native_grid != backbone.native_grid and "pos_embed" in state:
+            learned = "pos_embed" in dict(own.vit.named_parameters())
+            prefix = 0 if own.vit.no_embed_class else own.prefix_tokens
+            resized = resize_position(state["pos_embed"], backbone.native_grid, own.native_grid, prefix)
+            state["pos_embed"] = resized if learned else own.vit.pos_embed
+        for classifier in (self.network, self.average):
+            if classifier is not None:
+                classifier.backbone.vit.load_state_dict(state)
+
+    def trained(self) -> nn.Module:
+        return self.network
+
+    def classifier(self) -> Classifier:
+        """The network that is scored: the average, where there is one."""
+        return self.network if self.average is None else self.average
+
+    def evaluation_backbone(self) -> Backbone:
+        return self.classifier().backbone
+
+    def evaluation_head(self) -> nn.Linear:
+        return self.classifier().head
+
+    def on_fit_start(self) -> None:
+        for classifier in (self.network, self.average):
+            if classifier is not None:
+                classifier.backbone.set_fused_attention(self.device.type != "cpu")
+
+    def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool = False) -> dict[str, Tensor]:
+        """Cross-entropy of one view (B, C, S, S) against mixed, smoothed labels (B,)."""
+        self.check_labels(labels, draw)
+        images, targets = mix(crops[0], labels, draw, self.method, len(self.classes))
+        logits = self.network(images)
+        loss = soft_cross_entropy(logits, targets)
+        if not logged:
+            return {"loss": loss}
+        return {"loss": loss, "top1": 100 * (logits.argmax(-1) == targets.argmax(-1)).float().mean()}
+
+    def check_labels(self, labels: Tensor, draw: Draw) -> None:
+        """UserError for a label outside the head; on a GPU, which would have to wait, only in the first step of an epoch."""
+        if labels.device.type == "cpu" or draw.step == 0:
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= len(self.classes):
+                label, count = low if low < 0 else high, len(self.classes)
+                raise UserError(f"label {label} has no place in a head of {count} classes (0 to {count - 1}).")
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        if self.average is not None:
+            ema_update(self.average, self.network, average_momentum(step, self.method.ema))
