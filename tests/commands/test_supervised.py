@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +109,20 @@ def test_accumulated_batches_train_alike(supervised, supervised_run, tmp_path):
         torch.testing.assert_close(tensor, theirs[name], atol=2e-3, rtol=0, msg=name)
 
 
+@pytest.mark.slow
+def test_two_ranks_train_as_one(supervised, tmp_path):
+    """Mixup, CutMix, RandAugment and erasing included; drop path, which is drawn by each rank for itself, is off."""
+    options = SUPERVISED | {"backbone__drop_path": 0, "trainer__max_epochs": 2}
+    assert supervised(tmp_path / "one", **options).status == 0
+    command = ["pretrain", *words(run__output=tmp_path / "two", trainer__devices=2, **options)]
+    done = subprocess.run([sys.executable, "-m", "vit_suite", *command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_backbone(tmp_path / name).backbone.vit.state_dict() for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=0, msg=name)
+    assert results(tmp_path / "two")[0]["metrics"]["top1"] == pytest.approx(results(tmp_path / "one")[0]["metrics"]["top1"], abs=3)
+
+
 def test_best_follows_the_accuracy(supervised, monkeypatch, tmp_path):
     scores = iter([30.0, 50.0, 40.0])
     monkeypatch.setattr("vit_suite.evaluation.classification.top_accuracy", lambda logits, labels, k: next(scores) if k == 1 else 90.0)
@@ -139,8 +156,6 @@ def test_images_without_labels(supervised, tmp_path):
 
 
 def test_test_classes_that_are_not_those_of_training(supervised, photographs, tmp_path):  # noqa: F811
-    import shutil
-
     shutil.copytree(photographs, tmp_path / "animals")
     shutil.move(tmp_path / "animals" / "test" / "dark", tmp_path / "animals" / "test" / "dusk")
     options = {"data__name": "folder", "data__root": tmp_path / "animals", "data__length": None, "data__test_length": None}
@@ -159,8 +174,6 @@ def test_a_test_split_without_labels(supervised, tmp_path):
 
 
 def test_resuming_with_other_classes(supervised, photographs, tmp_path):  # noqa: F811
-    import shutil
-
     shutil.copytree(photographs, tmp_path / "animals")
     options = {"data__name": "folder", "data__root": tmp_path / "animals", "data__length": None, "data__test_length": None}
     options |= {"data__batch_size": 8, "trainer__max_epochs": 1}

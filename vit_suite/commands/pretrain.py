@@ -30,7 +30,7 @@ from vit_suite.methods.sit import SiT
 from vit_suite.methods.supervised import SupervisedViT
 from vit_suite.reports.metrics import MetricsLogger
 from vit_suite.reports.results import append_result
-from vit_suite.reports.sheets import ReconstructionSheets
+from vit_suite.reports.sheets import COLUMNS, ReconstructionSheets
 from vit_suite.views.multicrop import ViewsInWorkers, pick_backend
 from vit_suite.weights.checkpoint import load_backbone, weights_sha256
 from vit_suite.weights.keeper import Keeper
@@ -147,7 +147,7 @@ def build_callbacks(
     callbacks: list[pl.Callback] = [keeper, *scores]
     if isinstance(cfg.method, SiTConfig) and cfg.method.sheet_every_epochs and cfg.method.reconstruct != "none":
         sheets = folder / "reconstructions"
-        callbacks.append(ReconstructionSheets(sheets, data.test_source, cfg.views.global_size, cfg.method.sheet_every_epochs, precision))
+        callbacks.append(ReconstructionSheets(sheets, data.test(COLUMNS), cfg.views.global_size, cfg.method.sheet_every_epochs, precision))
     return callbacks
 
 

@@ -32,7 +32,7 @@ from vit_suite.models.backbone import EXPLICIT, Backbone, check_image_size, know
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import ContrastiveHead, PatchDecoder, init_linear_
 from vit_suite.optim.schedules import cosine
-from vit_suite.views.corruption import Corrupted, corrupt
+from vit_suite.views.corruption import Corrupted, corrupt, validate_corruption
 from vit_suite.views.draw import Draw, alone
 from vit_suite.views.rotate import draw_turns, rotate
 
@@ -116,7 +116,9 @@ class SiT(Method):
         )
         backbone = network_config(backbone, method, views)
         self.student = Network(backbone, method)
-        check_image_size([views.global_size], self.student.backbone.patch_size, "views.global_size")
+        patch = self.student.backbone.patch_size
+        check_image_size([views.global_size], patch, "views.global_size")
+        validate_corruption(method, views.global_size, views.global_size, patch)
         self.teacher: Network | None = None
         if method.contrastive == "info_nce":
             # All heads, as in the official code, so that the two are twins; only the contrastive one is run.

@@ -26,7 +26,7 @@ class ReconstructionSheets(pl.Callback):
 
     Args:
         folder: of the sheets.
-        source: where the images come from; its first 8 that decode.
+        source: where the images come from; the first 8 that decode.
         image_size: side of a view in pixels.
         every_epochs: epochs between two sheets; one is always drawn at the end.
         precision: of the forward pass.
