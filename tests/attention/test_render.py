@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_suite.attention.render import TABLES, as_picture, heat_map, outline, overlay, scale, write_npz, write_png
+from vit_suite.attention.palette import TABLES, head_colours
+from vit_suite.attention.png import STORED, encode_png, write_png
+from vit_suite.attention.render import as_picture, heat_map, levels, outline, overlay, write_npz
 
 
 def luma(colours):
@@ -21,11 +23,20 @@ def test_colour_maps_are_matplotlibs_within_their_fit(name, known):
     assert (np.diff(luma(table)) >= -0.6).all() and luma(table)[-1] > 200 > 60 > luma(table)[0]
 
 
-def test_scale_and_heat_map_span_the_whole_range():
+def test_levels_span_the_whole_range_of_each_map():
     heat = np.array([[2.0, 3.0], [4.0, 6.0]])
-    assert scale(heat).tolist() == [[0, 0.25], [0.5, 1]]
-    assert (heat_map(heat)[0, 0] == TABLES["inferno"][0]).all() and (heat_map(heat)[1, 1] == TABLES["inferno"][255]).all()
-    assert not scale(np.full((3, 3), 7.0)).any()
+    assert levels(heat).tolist() == [[0, 64], [128, 255]]
+    assert levels(np.stack([heat, heat * 9 + 1])).tolist() == [levels(heat).tolist()] * 2
+    assert levels(heat, (0, 12)).tolist() == [[43, 64], [85, 128]] and levels(heat, (3, 4)).tolist() == [[0, 0], [255, 255]]
+    assert not levels(np.full((3, 3), 7.0)).any() and not levels(heat, (1, 1)).any()
+    assert (heat_map(levels(heat))[0, 0] == TABLES["inferno"][0]).all() and (heat_map(levels(heat))[1, 1] == TABLES["inferno"][255]).all()
+
+
+def test_heads_have_colours_of_their_own():
+    colours = head_colours(24).astype(int)
+    distance = np.abs(colours[:, None] - colours[None]).sum(-1) + 1000 * np.eye(24, dtype=int)
+    assert distance[:8, :8].min() > 120 and distance.min() > 20
+    assert (head_colours(3) == colours[:3]).all()
 
 
 def test_outline_is_the_inner_border():
@@ -38,17 +49,27 @@ def test_outline_is_the_inner_border():
 
 
 def test_overlay_brightens_attention_and_draws_the_outline():
-    picture = np.full((600, 8, 3), 120, dtype=np.uint8)  # higher than one strip
-    heat = np.zeros((600, 8))
-    heat[300:, 4:] = 1
+    picture = np.full((1200, 8, 3), 120, dtype=np.uint8)  # higher than one strip
+    heat = np.zeros((1200, 8), np.uint8)
+    heat[300:, 4:] = 255
     drawn = overlay(picture, heat)
     assert drawn.shape == picture.shape and drawn.dtype == np.uint8
     assert luma(drawn[400, 6]) > luma(drawn[10, 0]) + 60
-    assert (drawn[10, 0] == drawn[590, 0]).all() and (drawn[301, 5] == drawn[599, 7]).all()
+    assert (drawn[10, 0] == drawn[1190, 0]).all() and (drawn[301, 5] == drawn[1199, 7]).all()
     mask = heat > 0
     outlined = overlay(picture, heat, mask)
     changed = (outlined != drawn).any(-1)
     assert (changed == outline(mask)).all() and changed.any()
+    assert (outlined[400, 4, 2] > outlined[400, 4, 0]) and (drawn[400, 4, 2] < drawn[400, 4, 0])  # cyan on orange
+
+
+def test_several_maps_at_once_are_drawn_as_one_by_one():
+    rng = np.random.default_rng(0)
+    picture, heat = rng.integers(0, 256, (90, 70, 3), dtype=np.uint8), rng.integers(0, 256, (3, 90, 70), dtype=np.uint8)
+    mask = heat > 100
+    together = overlay(picture, heat, mask)
+    for i in range(3):
+        assert (together[i] == overlay(picture, heat[i], mask[i])).all() and (outline(mask)[i] == outline(mask[i])).all()
 
 
 def test_pictures_of_any_channels():
@@ -59,20 +80,36 @@ def test_pictures_of_any_channels():
     assert (as_picture(colour)[1, 2] == colour[:, 1, 2]).all()
 
 
-def test_files_come_back_as_written(tmp_path):
-    mask = np.eye(5, dtype=bool)
-    write_png(tmp_path / "new" / "mask.png", mask)
-    with Image.open(tmp_path / "new" / "mask.png") as image:
-        assert image.mode == "L" and (np.asarray(image) == mask * 255).all()
-    write_npz(tmp_path / "a.npz", attention=np.ones((2, 3), np.float32), grid=(2, 3), path="x.jpg")
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as stored:
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (40, 30), (200, 300)])
+def test_png_files_come_back_as_written(tmp_path, shape):
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    grey, mask, index = colour[..., 0].copy(), colour[..., 1] > 99, colour[..., 2] % 6
+    assert (colour.nbytes > STORED) == (shape[0] >= 200)
+    for name, pixels, mode, expected in (("c", colour, "RGB", colour), ("g", grey, "L", grey), ("m", mask, "L", mask * 255)):
+        write_png(tmp_path / "new" / f"{name}.png", pixels)
+        with Image.open(tmp_path / "new" / f"{name}.png") as image:
+            image.verify()
+        with Image.open(tmp_path / "new" / f"{name}.png") as image:
+            assert image.mode == mode and (np.asarray(image) == expected).all()
+    write_png(tmp_path / "new" / "i.png", index, head_colours(6))
+    with Image.open(tmp_path / "new" / "i.png") as image:
+        assert image.mode == "P" and (np.asarray(image) == index).all()
+        assert (np.asarray(image.convert("RGB")) == head_colours(6)[index]).all()
+    assert len(list((tmp_path / "new").iterdir())) == 4
+
+
+def test_png_replaces_and_refuses(tmp_path):
+    write_png(tmp_path / "a.png", np.zeros((30, 30), dtype=np.uint8))
+    write_png(tmp_path / "a.png", np.ones((2, 2), dtype=np.uint8))
+    assert (tmp_path / "a.png").read_bytes() == encode_png(np.ones((2, 2), dtype=np.uint8))
+    for wrong in (np.zeros((2, 2, 7), dtype=np.uint8), np.zeros((2, 2)), np.zeros((0, 2), dtype=np.uint8)):
+        with pytest.raises(ValueError, match="a PNG takes"):
+            write_png(tmp_path / "a.png", wrong)
+    assert (tmp_path / "a.png").read_bytes() == encode_png(np.ones((2, 2), dtype=np.uint8))
+
+
+def test_npz_comes_back_as_written(tmp_path):
+    write_npz(tmp_path / "new" / "a.npz", attention=np.ones((2, 3), np.float32), grid=(2, 3), path="x.jpg")
+    with np.load(tmp_path / "new" / "a.npz", allow_pickle=False) as stored:
         assert stored["grid"].tolist() == [2, 3] and str(stored["path"]) == "x.jpg"
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["a.npz", "mask.png"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    write_png(tmp_path / "a.png", np.zeros((2, 2), dtype=np.uint8))
-    before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(TypeError):
-        write_png(tmp_path / "a.png", np.zeros((2, 2, 7), dtype=np.uint8))
-    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

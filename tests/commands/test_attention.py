@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands.conftest import picture
+from tests.commands.conftest import picture, save_pictures
+from vit_suite.attention.manifest import read_manifest
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def test_odd_images(vit_suite, tiny_run, odd, tmp_path):
     said = vit_suite("attention", "--checkpoint", tiny_run, *words)
     assert said.status == 0
     expected = {f"{name}_{label}_{kind}.png" for name in SIZES for label in LABELS for kind in ("heat", "overlay", "mask")}
-    expected |= {f"{name}_attention.npz" for name in SIZES} | {"quarantine.txt"}
+    expected |= {f"{name}_attention.npz" for name in SIZES} | {"quarantine.txt", "manifest.csv"}
     found = {str(path.relative_to(tmp_path / "maps")) for path in (tmp_path / "maps").rglob("*") if path.is_file()}
     assert found == expected
     for name, (height, width) in SIZES.items():
@@ -52,13 +57,15 @@ def test_odd_images(vit_suite, tiny_run, odd, tmp_path):
 def test_what_is_said(vit_suite, tiny_run, odd, tmp_path):
     said = vit_suite("attention", "--checkpoint", tiny_run, "--images", odd, "--output", tmp_path / "maps", "--max_tokens", 20)
     first, *others = said.out.splitlines()
-    assert first.startswith("5 images (") and f"20 mask, 20 overlay in {tmp_path}/maps" in first
+    assert first.startswith("5 images (") and f"20 mask, 20 overlay in {tmp_path}/maps, listed in manifest.csv" in first
+    assert "a second" in first and "% of the time in the model" in first
+    assert "image/s" in said.err and "6/6" in said.err  # the progress bar
     assert f"files that do not decode: 1, listed in {tmp_path}/maps/quarantine.txt" in others
     assert any("were shrunk" in line and "--max_tokens" in line for line in others)
 
 
 def test_masks_hold_the_top_mass(vit_suite, tiny_run, odd, tmp_path):
-    words = ["--formats", "mask", "npz", "--heads", "mean", "--threshold", 0.4]
+    words = ["--formats", "mask", "npz", "--maps", "mean", "--threshold", 0.4]
     assert vit_suite("attention", "--checkpoint", tiny_run, "--images", odd / "grey.png", "--output", tmp_path / "maps", *words).status == 0
     mean = np.load(tmp_path / "maps" / "grey_attention.npz")["mean"]
     with Image.open(tmp_path / "maps" / "grey_mean_mask.png") as image:
@@ -90,6 +97,63 @@ def test_images_that_are_none_and_output_that_is_taken(vit_suite, tiny_run, odd,
     refused(attention(odd, odd), "is the images folder itself")
     refused(attention(odd, tmp_path / "maps", "--formats", "pngg"), "got 'pngg'. Did you mean 'png'?")
     refused(attention(odd, tmp_path / "maps", "--threshold", 0), "threshold is 0")
+    refused(attention(odd, tmp_path / "maps", "--maps", "maxx"), "got 'maxx'. Did you mean 'max'?")
+    refused(attention(odd, tmp_path / "maps", "--clip_artefacts", 1), "expected float (above 1)")
+    refused(vit_suite("attention", "--checkpoint", tiny_run, "--output", tmp_path / "maps"), "no images", "--images FOLDER", "--data.name")
     assert not (tmp_path / "maps").exists()
     assert attention(odd, tmp_path / "words", "--overwrite").status == 0
     assert (tmp_path / "words" / "a.txt").exists()
+
+
+def test_a_data_set(vit_suite, tiny_run, tmp_path):
+    words = ["--data.name", "shapes", "--data.image_size", 32, "--data.test_length", 12, "--formats", "mask", "coco", "--maps", "max"]
+    said = vit_suite("attention", "--checkpoint", tiny_run, "--output", tmp_path / "maps", *words)
+    assert said.status == 0 and "12 images" in said.out
+    rows = read_manifest(tmp_path / "maps")
+    assert [row["file"] for row in rows] == [*(f"test/{i:02}_max_mask.png" for i in range(12)), "coco.json"]
+
+
+@pytest.fixture(scope="session")
+def without_cls(tmp_path_factory):
+    """Weights of a backbone with registers and no CLS token."""
+    from vit_suite.config import BackboneConfig
+    from vit_suite.models.backbone import Backbone
+    from vit_suite.weights.checkpoint import save_backbone
+
+    cfg = BackboneConfig(patch_size=8, dim=24, depth=2, heads=3, registers=2, class_token=False, pool="mean", image_size=[32, 32])
+    folder = tmp_path_factory.mktemp("no_cls")
+    save_backbone(Backbone(cfg), folder, [0.5] * 3, [0.2] * 3)
+    return folder / "backbone.safetensors"
+
+
+def test_a_backbone_without_cls_says_what_to_use(vit_suite, without_cls, odd, tmp_path):
+    said = vit_suite("attention", "--checkpoint", without_cls, "--images", odd, "--output", tmp_path / "maps")
+    refused(said, "no CLS token", "vit-suite localize", "use a model with one")
+    assert not (tmp_path / "maps").exists()
+
+
+def test_snapshots_of_a_training(pretrain, tmp_path):
+    assert pretrain(snapshots__every_epochs=2, snapshots__images=3, trainer__max_epochs=3).status == 0
+    found = sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir())
+    assert found == ["epoch_0000.png", "epoch_0002.png", "epoch_0003.png", "epochs.png"]
+
+
+def test_two_ranks_write_the_files_of_one_byte_for_byte(vit_suite, tiny_run, odd, tmp_path):
+    save_pictures(odd / "more", 40, sizes=((40, 56), (64, 33), (56, 56)))
+    words = ["attention", "--checkpoint", tiny_run, "--images", odd, "--upsample", "bilinear", "--maps", "heads", "mean", "max", "rollout"]
+    words += ["--clip_artefacts", 1.05, "--batch_size", 4, "--formats", "png", "overlay", "mask", "labels", "npz", "coco", "gif"]
+    words = [str(word) for word in words]
+    alone = vit_suite(*words, "--output", tmp_path / "one")
+    assert alone.status == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "vit_suite"]
+    said = subprocess.run([*launcher, *words, "--output", tmp_path / "two"], capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    found = {}
+    for name in ("one", "two"):
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        found[name] = {os.path.relpath(path, tmp_path / name): path.read_bytes() for path in files}
+    assert list(found["one"]) == list(found["two"]) and len(found["one"]) > 45 * 20
+    assert [name for name in found["one"] if found["one"][name] != found["two"][name]] == []
+    (line,) = [line for line in said.stdout.splitlines() if "images (" in line]  # rank 0 speaks for all
+    assert line.startswith("45 images (") and line.endswith(f"in {tmp_path}/two, listed in manifest.csv")
+    assert line.partition("model): ")[2].partition(" in ")[0] == alone.out.partition("model): ")[2].partition(" in ")[0]

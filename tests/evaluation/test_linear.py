@@ -152,24 +152,32 @@ def test_every_head_of_a_sweep_trains_as_it_would_alone(hidden):
     assert (logits[:, 0] - logits[:, 2]).abs().max() > 0.01  # the rates did differ
 
 
-def test_sit_trains_a_head_on_each_token_with_adamw_and_averages_their_logits():
-    train, epochs, batch, feature = blobs(48), 6, 16, Feature("tokens", 1)
-    recipe = Recipe((0.05,), epochs, batch, "adamw", weight_decay=0.1, warmup_epochs=2, min_lr=1e-4, seed=1)
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_sit_trains_a_head_on_each_token_and_averages_their_logits(name):
+    """With AdamW as SiT does; with SGD, where a factor on the loss would show."""
+    train, epochs, batch, feature, decay = blobs(48), 6, 16, Feature("tokens", 1), 0.1 * (name == "adamw")
+    recipe = Recipe((0.05,), epochs, batch, name, weight_decay=decay, warmup_epochs=2, min_lr=1e-4 * (name == "adamw"), seed=1)
     sweep = Sweep({feature: [[0], [1]]}, 6, 3, recipe)
     alone = [plain_head(sweep.heads[0], token, 0) for token in (0, 1)]
     fit(sweep, *stored(train.features, train.labels, torch.arange(48), batch, 1))
     weights, biases = ([p for m in alone for p in m.parameters() if p.ndim == n] for n in (2, 1))
-    optimiser = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}])
-    peak, warmup, steps = 0.05 * batch / 256, 6, 18
+    if name == "adamw":
+        optimiser = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}])
+    else:
+        optimiser = torch.optim.SGD([*weights, *biases], momentum=0.9)
+    peak, low, warmup, steps = 0.05 * batch / 256, recipe.min_lr, 6, 18
 
     def lr_at(step: int) -> float:
         if step < warmup:
             return peak * step / (warmup - 1)
-        return 1e-4 + (peak - 1e-4) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
     by_hand(train, [[0], [1]], alone, optimiser, lr_at, epochs, batch, 1)
     expected = (alone[0](train.features[:, 0]) + alone[1](train.features[:, 1])) / 2
     torch.testing.assert_close(sweep.logits(train.features)[:, 0], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_adamw_takes_one_rate():
     with pytest.raises(UserError, match="2 learning rates, but this protocol trains with AdamW"):
         Sweep(COLUMNS, 6, 3, Recipe((0.1, 0.2), 1, optimiser="adamw")).optimiser()
 
@@ -234,6 +242,14 @@ def test_the_held_out_share_is_stratified_disjoint_and_drawn_from_the_seed():
     assert [len(part) for part in split(labels[:2], 0.1, 0)] == [1, 1]
     with pytest.raises(UserError, match="cannot be split"):
         split(labels[:1], 0.1, 0)
+
+
+def test_held_out_images_are_not_trained_on():
+    """60 images of random labels in 400 dimensions: any head learns those by heart and knows nothing of the others."""
+    random = torch.Generator().manual_seed(0)
+    train = Features(torch.randn(60, 1, 400, generator=random), torch.randint(0, 2, (60,), generator=random), torch.arange(60), [])
+    result = linear_probe(train, train, Recipe((1.0, 2.0), 50, 64), columns={ONE: [[0]]}, holdout=0.5)
+    assert result.top1 == 100 and all(found.top1 < 80 for found in result.held_out)
 
 
 def test_test_is_asked_for_once_and_cannot_sway_the_choice():

@@ -43,8 +43,9 @@ TABLES = {name: _table(name) for name in _POLYNOMIALS}
 def head_colours(count: int) -> np.ndarray:
     """uint8 (count, 3): a colour for each head, the same whatever `count`.
 
-    Hues a golden angle apart, so that neighbours differ most; from the ninth on in two further lightnesses.
+    Eight hues, neighbours far apart, in three shades with hues in between; from the 25th on (no known ViT has more heads) they repeat.
     """
-    shades = ((0.70, 0.95), (0.45, 1.0), (0.85, 0.60))  # saturation, value
-    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, *shades[i // 8 % 3]) for i in range(count)]
+    hues, shades = (0, 4, 2, 6, 1, 5, 3, 7), ((0.70, 0.95), (1.0, 0.55), (0.40, 0.80))  # eighths of the circle; saturation, value
+    places = [divmod(i % 24, 8) for i in range(count)]
+    colours = [colorsys.hsv_to_rgb((hues[place] + shade / 3) / 8, *shades[shade]) for shade, place in places]
     return (np.array(colours) * 255 + 0.5).astype(np.uint8)

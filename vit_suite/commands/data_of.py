@@ -8,6 +8,7 @@ from pathlib import Path
 from vit_suite.config import DataConfig, ScoreConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.registry import open_test
+from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone, check_image_size
 from vit_suite.reports.results import read_results
@@ -41,7 +42,7 @@ def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataM
     if channels not in (1, 3):  # no data set has published statistics for these
         options = replace(options, mean=options.mean or loaded.mean, std=options.std or loaded.std)
     data = ImageDataModule(options, seed=cfg.seed)
-    if data.train_source.labels is None:
+    if not _labelled(data.train_source):
         raise UserError(f"{data.name} has no labels, and {task} needs some: score on class folders or another labelled data set.")
     test = open_test(options, cfg.seed)
     if test.split == data.train_source.split:
@@ -49,9 +50,13 @@ def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataM
             f"{data.name} would be scored on the images that it learns from, split '{test.split}': each would find itself. "
             "Choose another split with data.train_split or data.test_split, or sort a folder into ROOT/train and ROOT/test."
         )
-    if test.labels is None or bool((test.labels < 0).all()):
+    if not _labelled(test):
         raise UserError(f"{test.title} has no labels to score against: choose another split with data.test_split.")
     return data
+
+
+def _labelled(source: ImageSource) -> bool:
+    return source.labels is not None and bool((source.labels >= 0).any())
 
 
 def view_text(size: list[int]) -> str:

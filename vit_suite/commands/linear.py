@@ -52,7 +52,7 @@ def run(cfg: LinearConfig) -> None:
         if prober.gib(pixels) <= cfg.memory_gb:
             results["raw pixels"] = prober.probe(pixels)
         else:
-            log.info("raw pixels are left out: they take %.1f GiB, and memory_gb is %g", prober.gib(pixels), cfg.memory_gb)
+            log.info("raw pixels are left out: they take %.3g GiB, and memory_gb is %g", prober.gib(pixels), cfg.memory_gb)
     print(report(results, prober))
     metrics = {name: as_metrics(result) for name, result in results.items()}
     entry = prober.describe() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
@@ -141,7 +141,7 @@ class Prober:
         if (need := self.gib(subject)) > self.cfg.memory_gb:
             rows = f"{len(self.train)} training images x {subject.shape[0]} x {subject.shape[1]} numbers"
             remedy = "ask for fewer blocks or poolings, a larger memory_gb" + ("." if self.protocol.augment else ", or --augment true.")
-            raise UserError(f"features of {rows} take {need:.1f} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}")
+            raise UserError(f"features of {rows} take {need:.3g} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}")
 
     def describe(self) -> dict:
         """Everything that decides the score besides the weights."""

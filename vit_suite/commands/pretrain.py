@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 
+from vit_suite.attention.online import AttentionSnapshots
 from vit_suite.commands import rundir
 from vit_suite.commands.logs import main_process, speak
 from vit_suite.commands.start import adopt
@@ -148,6 +149,12 @@ def build_callbacks(
     if isinstance(cfg.method, SiTConfig) and cfg.method.sheet_every_epochs and cfg.method.reconstruct != "none":
         sheets = folder / "reconstructions"
         callbacks.append(ReconstructionSheets(sheets, data.test(COLUMNS), cfg.views.global_size, cfg.method.sheet_every_epochs, precision))
+    if cfg.snapshots.every_epochs:
+        try:
+            shown = data.test(cfg.snapshots.images)
+        except UserError:  # a set of one split, and no other to score
+            shown = data.bank(cfg.snapshots.images)
+        callbacks.append(AttentionSnapshots(folder / "snapshots", shown, cfg.views.global_size, cfg.snapshots.every_epochs, precision))
     return callbacks
 
 

@@ -62,7 +62,7 @@ class AttentionConfig:
 
 @dataclass
 class SnapshotConfig:
-    """Attention on the same images every few epochs, in RUN/attention: one watches it emerge."""
+    """Attention on the same images every few epochs, in RUN/snapshots: one watches it emerge."""
 
     every_epochs: Whole = 0
     """Epochs between two pictures; one is drawn before training and one at the end too, then all side by side. 0 turns them off."""

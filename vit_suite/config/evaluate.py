@@ -20,7 +20,7 @@ class ScoreConfig:
     """Images in a forward pass; for linear also in an optimiser step of the heads."""
     image_size: Count | None = None
     """Side in pixels of the centre crop; the one stored with the weights when not given."""
-    shots: list[Count] = field(default_factory=list)
+    shots: list[Count] | None = None
     """Few-shot: use only so many labelled images of each class (1 5 10: one score each) instead of all."""
     draws: Count = 5
     """Few-shot: so many random choices of those images; mean and standard deviation over them are shown."""
@@ -61,8 +61,9 @@ class LinearConfig(ScoreConfig):
     blocks: list[Count] | None = None
     """How many of the last blocks a head sees; a head each."""
     pool: list[Literal["cls", "mean", "cls_mean", "tokens"]] | None = None
-    """What a head sees of each block: the CLS token, the mean of the patches, or of the last block both (cls_mean) beside the CLS tokens of
-    the others; tokens = a head on each of CLS and registers of the last block, averaged (SiT). What the backbone has when not given."""
+    """What a head sees: cls = the CLS token of each of those blocks; mean = the mean patch token of each; cls_mean = cls and the mean
+    patch of the last block; tokens = a head on each of CLS and registers of the last block, their logits averaged (SiT). All that
+    the backbone has when not given."""
     head: Literal["linear", "mlp"] = "linear"
     """linear, or two layers with tanh between them (SiT)."""
     hidden_dim: Count = 1024

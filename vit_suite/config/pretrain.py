@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vit_suite.config.attention import SnapshotConfig
 from vit_suite.config.dino import DINOConfig
 from vit_suite.config.shared import (
     BackboneConfig,
@@ -44,6 +45,7 @@ class PretrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunOptions = field(default_factory=RunOptions)
 
