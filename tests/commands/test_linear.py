@@ -162,7 +162,8 @@ def test_baselines(probe, tmp_path):
     assert metrics.keys() == {"checkpoint", "untrained", "raw pixels"} and metrics["raw pixels"]["pool"] == "pixels"
     assert all(len(one["held_out"]) == (2 if name == "raw pixels" else 12) for name, one in metrics.items())
     said = probe("--baselines", "--memory_gb", 0.00005)
-    assert said.status == 0 and "raw pixels" not in said.out and "raw pixels are left out: they take 0.000572 GiB" in said.log
+    assert said.status == 0 and "raw pixels" not in said.out and "untrained" in said.out
+    assert "raw pixels left out: features of 100 training images x 1 x 3072 numbers take 0.000572 GiB" in said.log
 
 
 def test_transfer_to_photographs_of_many_sizes(probe, photographs, tmp_path):
@@ -243,6 +244,17 @@ def test_published_protocols_run(probe, tmp_path, protocol):
     assert scores["held_out"] == [] and scores["trained_on"] == 100 and scores["pool"] == {"dino": "cls", "sit": "tokens"}[protocol]
     assert "last epoch instead of the best on test" in entry["protocol"]["protocol"]
     assert "random resized crop" in entry["protocol"]["augment"]
+
+
+def test_a_backbone_without_cls_is_probed_by_its_patches(probe, vit_suite, tmp_path):
+    save_backbone(tiny_backbone(class_token=False, pool="mean"), tmp_path / "patches", [0.5] * 3, [0.25] * 3)
+    said = probe(checkpoint=tmp_path / "patches")
+    assert said.status == 0, said.err
+    assert {one["pool"] for one in results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]["held_out"]} == {"mean"}
+    refused(probe("--pool", "cls", checkpoint=tmp_path / "patches"), "pool cls: the backbone of", "has no CLS token; it has tokens for mean")
+    words = ["--checkpoint", tmp_path / "patches", *SHAPES, "--k", 5, "--output", tmp_path / "scores.json"]
+    assert vit_suite("knn", *words).status == 0
+    assert results(tmp_path / "scores.json")[1]["protocol"]["features"] == "mean of the patch tokens after the final norm, L2-normalised"
 
 
 def test_the_edge_of_the_sweep_is_said(probe):

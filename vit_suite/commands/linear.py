@@ -47,12 +47,12 @@ def run(cfg: LinearConfig) -> None:
     prober = Prober(cfg, data, size, protocol)
     results = {"checkpoint": prober.backbone(loaded, features)}
     if cfg.baselines:
-        results["untrained"] = prober.backbone(loaded.untrained(cfg.seed), features)
-        pixels = pixel_subject(data.cfg.channels, size, data.mean, data.std)
-        if prober.gib(pixels) <= cfg.memory_gb:
-            results["raw pixels"] = prober.probe(pixels)
-        else:
-            log.info("raw pixels are left out: they take %.3g GiB, and memory_gb is %g", prober.gib(pixels), cfg.memory_gb)
+        baselines = {"untrained": lambda: prober.backbone(loaded.untrained(cfg.seed), features), "raw pixels": prober.pixels}
+        for name, baseline in baselines.items():
+            try:
+                results[name] = baseline()
+            except UserError as error:  # what does not fit or diverges here must not cost the checkpoint its score
+                log.warning("%s left out: %s", name, error)
     print(report(results, prober))
     metrics = {name: as_metrics(result) for name, result in results.items()}
     entry = prober.describe() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
@@ -78,6 +78,10 @@ class Prober:
         network = loaded.backbone.to(self.device)
         network.set_fused_attention(self.device.type != "cpu")
         return self.probe(backbone_subject(network, features, loaded.mean, loaded.std, self.precision))
+
+    def pixels(self) -> Result:
+        """Of the normalised pixels."""
+        return self.probe(pixel_subject(self.data.cfg.channels, self.size, self.data.mean, self.data.std))
 
     def probe(self, subject: Subject) -> Result:
         """UserError when the features do not fit `memory_gb`, and for what the heads cannot be trained on."""
@@ -132,13 +136,9 @@ class Prober:
     def _test(self, subject: Subject) -> Features:
         return self._extract(subject, self.data.test())
 
-    def gib(self, subject: Subject) -> float:
-        """Memory of the features that are kept."""
-        kept = 1.0 if not self.protocol.augment else self.cfg.holdout * self.choosing
-        return subject.bytes(round(kept * len(self.train))) / GIB
-
     def _check_memory(self, subject: Subject) -> None:
-        if (need := self.gib(subject)) > self.cfg.memory_gb:
+        kept = 1.0 if not self.protocol.augment else self.cfg.holdout * self.choosing
+        if (need := subject.bytes(round(kept * len(self.train))) / GIB) > self.cfg.memory_gb:
             rows = f"{len(self.train)} training images x {subject.shape[0]} x {subject.shape[1]} numbers"
             remedy = "ask for fewer blocks or poolings, a larger memory_gb" + ("." if self.protocol.augment else ", or --augment true.")
             raise UserError(f"features of {rows} take {need:.3g} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}")

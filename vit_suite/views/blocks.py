@@ -79,8 +79,7 @@ class Plane(NamedTuple):
 
 def integers(uniform: Tensor, least: int, above: int) -> Tensor:
     """Whole numbers, as floats, equally likely in [least, above) from uniform ones; `least` when that range is empty."""
-    count = max(above - least, 1)
-    return (uniform * count).floor().clamp(max=count - 1) + least  # the largest numbers below 1 would round up to count
+    return (uniform * max(above - least, 1)).floor() + least  # u <= 1 - 2^-24, whose product with a count < 2^24 stays below it in fp32
 
 
 def plane_of_one(height: int, width: int) -> Plane:

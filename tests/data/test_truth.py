@@ -1,0 +1,191 @@
+"""Masks and boxes as people have them, and what does not fit the images."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_suite.data.shapes import ShapesSource
+from vit_suite.data.truth import open_truths, read_mask, source_truths
+from vit_suite.errors import UserError
+
+PIXELS = np.array([[0, 3, 3, 255], [0, 15, 0, 255]], dtype=np.uint8)
+TRINARY = [[0, 1, 1, -1], [0, 1, 0, -1]]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """a.jpg, deep/b.png and c.jpg, 4 x 2 pixels."""
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jpg", "deep/b.png", "c.jpg"):
+        Image.new("RGB", (4, 2), "red").save(folder / name)
+    return folder
+
+
+def palette(path, pixels=PIXELS):
+    image = Image.fromarray(pixels, mode="P")
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    colours[0], colours[255] = 0, (224, 224, 192)
+    image.putpalette(colours.tobytes())
+    image.save(path)
+    return image
+
+
+def test_masks_of_every_kind(tmp_path):
+    image = palette(tmp_path / "voc.png")
+    assert read_mask(tmp_path / "voc.png").tolist() == TRINARY
+    image.convert("RGB").save(tmp_path / "colour.png")
+    assert read_mask(tmp_path / "colour.png").tolist() == TRINARY
+    Image.fromarray(PIXELS).save(tmp_path / "numbers.png")
+    assert read_mask(tmp_path / "numbers.png", "index").tolist() == TRINARY
+    assert read_mask(tmp_path / "numbers.png", "grey").tolist() == [[0, 0, 0, 1], [0, 0, 0, 1]]
+    np.save(tmp_path / "array.npy", PIXELS)
+    assert read_mask(tmp_path / "array.npy", "index").tolist() == TRINARY
+    object_ = PIXELS == 3
+    for name, pixels in (("bool", object_), ("one", object_.astype(np.uint8)), ("white", object_.astype(np.uint8) * 255)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        Image.fromarray(pixels).convert("RGB").save(tmp_path / f"{name}_rgb.png")
+        for file in (f"{name}.png", f"{name}_rgb.png"):
+            mask = read_mask(tmp_path / file)
+            assert mask.dtype == torch.int8 and mask.tolist() == object_.astype(int).tolist(), file
+
+
+def test_masks_that_could_be_two_things_are_not_guessed(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "numbers.png")
+    with pytest.raises(UserError, match=r"numbers.png' holds 4 values \(0, 3, 15, 255\).*mask_values.*index.*grey"):
+        read_mask(tmp_path / "numbers.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UserError, match="text.png' cannot be read"):
+        read_mask(tmp_path / "text.png")
+    np.save(tmp_path / "four.npy", np.zeros((2, 4, 4)))
+    with pytest.raises(UserError, match="shape"):
+        read_mask(tmp_path / "four.npy")
+
+
+def mask_folder(tmp_path, names=("a.png", "deep/b.png", "c.png"), size=(4, 2)):
+    for name in names:
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("1", size, 1).save(tmp_path / "masks" / name)
+    return tmp_path / "masks"
+
+
+def test_masks_meet_images_by_path_or_by_name(images, tmp_path):
+    folder = mask_folder(tmp_path)
+    Image.fromarray(np.array([[0, 0, 0, 0], [0, 0, 255, 255]], dtype=np.uint8)).save(folder / "deep" / "b.png")
+    source, truths = open_truths(images, folder)
+    assert [source.path(i) for i in range(3)] == [str(images / name) for name in ("a.jpg", "c.jpg", "deep/b.png")]
+    assert truths.kind == "masks" and truths.load(2).tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]] and truths.load(1).all()
+    source, truths = open_truths(images / "deep", folder / "deep")
+    assert len(source) == 1
+    flat = mask_folder(tmp_path / "flat", ("b.png",))  # no path fits, the name does
+    source, truths = open_truths(images / "deep", flat)
+    assert source.path(0).endswith("deep/b.png")
+    source, _ = open_truths(images, mask_folder(tmp_path / "other", ("x/a.png", "x/b.png", "x/c.png")))
+    assert len(source) == 3
+
+
+def test_what_has_no_partner_is_named(images, tmp_path, caplog):
+    folder = mask_folder(tmp_path, ("a.png", "zebra.png"))
+    with caplog.at_level(logging.WARNING, "vit_suite"):
+        source, _ = open_truths(images, folder)
+    assert len(source) == 1
+    assert "2 of 3 images" in caplog.text and "c.jpg, deep/b.png" in caplog.text and "zebra" in caplog.text
+    with pytest.raises(UserError, match=r"no truth in .*masks' has the name of an image.*called x, images a.jpg, c.jpg, deep/b.png"):
+        open_truths(images, mask_folder(tmp_path / "none", ("x.png",)))
+    with pytest.raises(UserError, match=r"2 truths are not of the size.*a.jpg is 4x2, its truth in a.png 2x4; c.jpg is"):
+        wrong = mask_folder(tmp_path / "wrong", ("a.png", "c.png"), (2, 4))
+        mask_folder(tmp_path / "wrong", ("deep/b.png",))
+        open_truths(images, wrong)
+
+
+def test_folders_that_are_none(images, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        open_truths(tmp_path / "nothing", images)
+    with pytest.raises(UserError, match="truth .* does not exist"):
+        open_truths(images, tmp_path / "nothing")
+    with pytest.raises(UserError, match="is the images folder itself"):
+        open_truths(images, images)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images under"):
+        open_truths(tmp_path / "empty", images)
+    with pytest.raises(UserError, match="it is empty.*expected a folder of masks or VOC XML"):
+        open_truths(images, tmp_path / "empty")
+    with pytest.raises(UserError, match="is one image; expected the folder"):
+        open_truths(images, images / "a.jpg")
+
+
+XML = "<annotation><size><width>{}</width><height>{}</height></size>{}</annotation>"
+OBJECT = "<object><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+
+
+def test_voc(images, tmp_path):
+    folder = tmp_path / "Annotations"
+    folder.mkdir()
+    (folder / "a.xml").write_text(XML.format(4, 2, OBJECT.format(0, 1, 1, 4, 2) + OBJECT.format(1, 2, 1, 2, 1)))
+    (folder / "c.xml").write_text(XML.format(4, 2, ""))
+    source, truths = open_truths(images, folder)
+    assert truths.kind == "boxes" and len(source) == 2
+    assert truths.load(0).tolist() == [[0, 0, 4, 2], [1, 0, 2, 1]]  # counted from 1, the last pixel named: xmin 1, xmax W is everything
+    assert truths.load(1).shape == (0, 4)
+    (folder / "c.xml").write_text(XML.format(40, 20, OBJECT.format(0, 1, 1, 4, 2)))
+    with pytest.raises(UserError, match="c.jpg is 4x2, its truth in Annotations 40x20"):
+        open_truths(images, folder)
+    (folder / "c.xml").write_text(XML.format(4, 2, OBJECT.format(0, 1, 1, 9, 2)))
+    with pytest.raises(UserError, match=r"1 images are empty or lie outside.*c.jpg \(4x2\): \[\[0.0, 0.0, 9.0, 2.0\]\]"):
+        open_truths(images, folder)
+    for text in ("<annotation", XML.format(4, 2, OBJECT.format(0, "one", 1, 9, 2)), "<a><object><bndbox></bndbox></object></a>"):
+        (folder / "c.xml").write_text(text)
+        with pytest.raises(UserError, match="c.xml' is no VOC annotation"):
+            open_truths(images, folder)
+
+
+def test_coco(images, tmp_path):
+    content = {
+        "images": [{"id": 7, "file_name": "deep/b.png", "width": 4, "height": 2}, {"id": 9, "file_name": "a.jpg"}],
+        "annotations": [
+            {"image_id": 7, "bbox": [1, 0, 2.5, 2], "iscrowd": 0},
+            {"image_id": 7, "bbox": [0, 0, 4, 2], "iscrowd": 1},
+            {"image_id": 9, "bbox": [0, 0, 1, 1]},
+        ],
+    }
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(content))
+    source, truths = open_truths(images, file)
+    assert [source.path(i) for i in range(2)] == [str(images / "a.jpg"), str(images / "deep" / "b.png")]
+    assert truths.load(0).tolist() == [[0, 0, 1, 1]] and truths.load(1).tolist() == [[1, 0, 3.5, 2]]
+    for broken in ("{", "[]", json.dumps({"images": [{"id": 1}], "annotations": []}), json.dumps({"images": []})):
+        file.write_text(broken)
+        with pytest.raises(UserError, match="instances.json' is no COCO annotation"):
+            open_truths(images, file)
+
+
+def test_text_of_tiny_imagenet(images, tmp_path):
+    for name, lines in (("val_annotations.txt", "a.jpg\tn01\t0\t0\t3\t1\nc.jpg\tn02\t1\t1\t2\t1\n"), ("n01_boxes.txt", "a.jpg 0 0 3 1\n")):
+        (tmp_path / name).write_text(lines)
+    source, truths = open_truths(images, tmp_path / "val_annotations.txt")
+    assert truths.load(0).tolist() == [[0, 0, 4, 2]] and truths.load(1).tolist() == [[1, 1, 3, 2]]
+    boxes = tmp_path / "boxes"
+    boxes.mkdir()
+    (tmp_path / "n01_boxes.txt").rename(boxes / "n01_boxes.txt")
+    source, truths = open_truths(images, boxes)
+    assert len(source) == 1 and truths.load(0).tolist() == [[0, 0, 4, 2]]
+    (boxes / "n01_boxes.txt").write_text("a.jpg 0 0 3\n")
+    with pytest.raises(UserError, match="n01_boxes.txt': expected `name"):
+        open_truths(images, boxes)
+
+
+def test_data_sets_bring_their_own():
+    shapes = ShapesSource("test", 4, (32, 32))
+    truths = source_truths(shapes)
+    assert truths.kind == "masks" and truths.load(2).dtype == torch.int8 and truths.load(2).bool().equal(shapes.mask(2))
+    shapes.has_masks = False
+    assert source_truths(shapes) is None
+    shapes.boxes = torch.tensor([[0.0, 0, 1, 1], [float("nan")] * 4])
+    truths = source_truths(shapes)
+    assert truths.kind == "boxes" and truths.load(0).tolist() == [[0, 0, 1, 1]] and truths.load(1).shape == (0, 4)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from vit_suite import distributed
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+SLURM = {"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
+STEP = SLURM | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_LOCALID": "1"}
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """What the launcher says when the environment holds these variables alone."""
+
+    def call(**variables):
+        for name in (*NAMES, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return distributed._from_launcher()
+
+    return call
+
+
+def test_what_started_the_processes(launcher):
+    assert launcher() == {} == launcher(RANK="0", WORLD_SIZE="1")
+    assert launcher(RANK="1", WORLD_SIZE="2") == {"init_method": "env://"}
+    assert launcher(**SLURM) == {}  # a batch script without srun is one process, whatever SLURM_NTASKS says
+    assert launcher(**STEP) == {"init_method": "tcp://node07:23640", "rank": 3, "world_size": 4}
+    assert launcher(**STEP, MASTER_ADDR="host", MASTER_PORT="99")["init_method"] == "tcp://host:99"
+    assert launcher(**STEP | {"SLURM_STEP_ID": "3"})["init_method"] == "tcp://node07:23641"
+    assert distributed.local_rank() == 1
+    assert launcher(**STEP, RANK="5", WORLD_SIZE="8", LOCAL_RANK="6") == {"init_method": "env://"}  # torchrun under srun
+    assert distributed.local_rank() == 6
+
+
+def test_one_process_needs_no_group(launcher):
+    launcher()
+    with distributed.launched():
+        distributed.barrier()
+        assert (distributed.rank(), distributed.world_size(), distributed.active()) == (0, 1, False)
