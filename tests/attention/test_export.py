@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_suite.attention import export_draw, export_worker
+from vit_suite.attention import export, export_draw, export_worker
 from vit_suite.attention.coco import annotation
 from vit_suite.attention.export import export_attention, view_size
 from vit_suite.attention.export_worker import cut
@@ -170,11 +170,11 @@ def test_blocks_depend_on_the_images_alone_and_hold_whole_batches():
         assert [index for block in blocks for index in block] == list(range(images))
         lengths = {len(block) for block in blocks[:-1]}
         assert len(lengths) <= 1 and all(length <= 16 or length % 16 == 0 for length in lengths) and max(map(len, blocks)) <= 64
-    assert len(cut(20, 16)) == 20 and len(cut(1000, 16)) == 63
+    assert [len(cut(images, 16)[0]) for images in (1, 8, 20, 200, 1000, 2000, 100_000)] == [1, 1, 3, 16, 16, 48, 64]
 
 
 def test_waiting_pictures_and_attention_stay_within_bounds(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_worker, "BLOCKS", 1)
+    monkeypatch.setattr(export, "cut", lambda images, batch_size: [range(images)])
     root = sizes_in(tmp_path / "images", [(32, 32 + 8 * i) for i in range(12)])  # no two share a grid
     monkeypatch.setattr(export_worker, "WAITING_BYTES", 3 * 32 * 150 * 3)
     held, original = [], export_worker.Worker._look

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -157,3 +159,15 @@ def test_two_ranks_write_the_files_of_one_byte_for_byte(vit_suite, tiny_run, odd
     (line,) = [line for line in said.stdout.splitlines() if "images (" in line]  # rank 0 speaks for all
     assert line.startswith("45 images (") and line.endswith(f"in {tmp_path}/two, listed in manifest.csv")
     assert line.partition("model): ")[2].partition(" in ")[0] == alone.out.partition("model): ")[2].partition(" in ")[0]
+
+
+def test_gallery(vit_suite, tiny_run, odd, tmp_path):
+    """Of files and of a data set whose images have none; a page from disk names each image once."""
+    said = vit_suite("attention", "--checkpoint", tiny_run, "--images", odd, "--output", tmp_path / "maps", "--gallery", "true")
+    assert said.status == 0 and f"gallery: {tmp_path}/maps/index.html" in said.out
+    page = (tmp_path / "maps" / "index.html").read_text()
+    assert all(page.count(f'"name": {json.dumps(name)}') == 1 for name in SIZES)
+    words = ["--data.name", "shapes", "--data.image_size", 48, "--data.test_length", 3, "--formats", "mask"]
+    said = vit_suite("attention", "--checkpoint", tiny_run, *words, "--output", tmp_path / "shapes", "--gallery", "true")
+    page = (tmp_path / "shapes" / "index.html").read_text()
+    assert said.status == 0 and page.count('"name": ') == 3 == len(set(re.findall("data:image/png;base64,([^\"]{100,})", page)))

@@ -251,7 +251,7 @@ def test_a_backbone_without_cls_is_probed_by_its_patches(probe, vit_suite, tmp_p
     said = probe(checkpoint=tmp_path / "patches")
     assert said.status == 0, said.err
     assert {one["pool"] for one in results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]["held_out"]} == {"mean"}
-    refused(probe("--pool", "cls", checkpoint=tmp_path / "patches"), "pool cls: the backbone of", "has no CLS token; it has tokens for mean")
+    refused(probe("--pool", "cls", checkpoint=tmp_path / "patches"), "pool cls: the backbone of", "has no CLS token; it has tokens for")
     words = ["--checkpoint", tmp_path / "patches", *SHAPES, "--k", 5, "--output", tmp_path / "scores.json"]
     assert vit_suite("knn", *words).status == 0
     assert results(tmp_path / "scores.json")[1]["protocol"]["features"] == "mean of the patch tokens after the final norm, L2-normalised"

@@ -21,7 +21,6 @@ from vit_suite.weights.checkpoint import load_backbone, save_backbone
 COUNT = 24
 SHAPES = ["--data.name", "shapes", "--data.image_size", 32, "--data.test_length", COUNT]
 FAST = ["--precision", "fp32", "--accelerator", "cpu"]
-MASKED = ("jaccard", "pointing")
 BOXED = ("box_iou", "corloc", "pointing")
 
 
@@ -58,14 +57,14 @@ def mask_boxes(source) -> list[list[int]]:
 
 
 def test_table_and_entry(localize, tiny_run):
-    said = localize(*SHAPES, "--threshold", 0.4, 0.6)
+    said = localize(*SHAPES, "--threshold", 0.4, 0.6, "--seed", 1)  # with 0 the untrained one is where the tiny run began, and ended
     assert said.status == 0
     entry = localize.entry()
     metrics, protocol = entry["metrics"], entry["protocol"]
     assert entry["task"] == "localize" and entry["sha256"] == load_backbone(tiny_run).sha256
     assert protocol["truth"] == "masks of shapes test" and (protocol["images"], protocol["scored"]) == (COUNT, COUNT // 2)
     assert protocol["thresholds"] == [0.4, 0.6] and protocol["methods"] == ["attention", "lost", "tokencut"]
-    assert protocol["trained_on"]["method"] == "dino" and protocol["options"]["seed"] == 0
+    assert protocol["trained_on"]["method"] == "dino" and protocol["options"]["seed"] == 1
     assert said.out.startswith(f"masks of shapes test: {COUNT // 2} images scored, {COUNT // 2} others chose thresholds and heads\n")
     own = ["best head", "fixed head", "mean map", "LOST", "TokenCut"]
     assert list(metrics["checkpoint"]) == list(metrics["untrained"]) == own
@@ -81,7 +80,7 @@ def test_table_and_entry(localize, tiny_run):
             assert row["jaccard"] == row["sweep"][[0.4, 0.6].index(row["threshold"])]
     best, fixed, mean = (metrics["checkpoint"][name] for name in own[:3])
     assert fixed["head"] in range(3) and "head" not in best and "head" not in mean
-    assert best["jaccard"] >= max(fixed["jaccard"], 0) and "threshold" not in metrics["checkpoint"]["LOST"]
+    assert best["sweep"][0] >= fixed["sweep"][0] and "threshold" not in metrics["checkpoint"]["LOST"]
 
 
 def test_numbers_by_hand(localize, tiny_run):
@@ -175,7 +174,7 @@ def test_photographs_of_many_sizes(localize, tmp_path):
     (tmp_path / "x.txt").write_text("\n".join(lines))
     words = ["--images", tmp_path / "images", "--truth", tmp_path / "x.txt", "--data.max_corrupt", 0.2]
     said = localize(*words)
-    assert said.status == 0 and "1 files do not decode" in said.log and "4 images scored, 5 others" not in said.out
+    assert said.status == 0 and "1 files do not decode" in said.log and "5 images scored, 4 others chose" in said.out
     protocol = localize.entry()["protocol"]
     assert (protocol["images"], protocol["scored"], protocol["shorter_side"]) == (9, 5, "own")
     assert protocol["left_out"] == {"without_object": 0, "not_decoded": 1}

@@ -82,6 +82,8 @@ class Browser:
 
     def open(self, path: Path) -> None:
         """Show a file from disk, and wait until it is loaded."""
+        self.call("Page.navigate", url="about:blank")
+        self.events.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 

@@ -33,8 +33,6 @@ ATTENTION_BYTES = 256 * 2**20
 """Attention matrices (B, h, T, T) in float32 of a batch: T = 4096 takes 64 MiB a head and image. A single image may exceed it."""
 AT_ONCE_BYTES = 4 * ATTENTION_BYTES
 """The same of all batches that run at a time."""
-BLOCKS = 32
-"""Least number of blocks that images are cut into, so that ranks and threads all have work."""
 COARSE = 16
 """Fewer patches than these show little."""
 
@@ -60,10 +58,9 @@ class _Job:
 
 
 def cut(images: int, batch_size: int) -> list[range]:
-    """Blocks of neighbouring images: 1 to 4 batches each; less where there are few images, so that each thread has a block."""
-    size = max(1, images // BLOCKS)
-    if size > batch_size:
-        size = min(4, size // batch_size) * batch_size
+    """Blocks of neighbouring images: up to 4 batches each, one where that leaves fewer than 32 blocks, part of one where it leaves fewer
+    than 8: ranks and threads should all have work."""
+    size = batch_size * min(4, images // (32 * batch_size)) or min(batch_size, -(-images // 8))
     return [range(start, min(start + size, images)) for start in range(0, images, size)]
 
 

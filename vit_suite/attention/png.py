@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -17,6 +18,8 @@ _AS_IT_IS, _UP = 0, 2
 STORED = 16 * 2**10
 """Colour pictures up to so many bytes are not compressed: 12 KiB of photograph would become 9, four disk blocks three, in 7 times the
 time."""
+_CREATING = threading.Lock()
+"""Held while a file is created: the system lets one thread at a time do so in a folder, and others burn their core while they wait."""
 
 
 def write_png(path: str | os.PathLike, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
@@ -35,7 +38,8 @@ def _create(path: str | os.PathLike) -> int:
     slower)."""
     while True:
         try:
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with _CREATING:
+                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), exist_ok=True)
         except FileExistsError:

@@ -15,6 +15,7 @@ from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.hardware import pick_device
+from vit_suite.reports.gallery import write_gallery
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 
@@ -28,13 +29,14 @@ def run(cfg: AttentionConfig) -> None:
         if device.type == "cuda":
             device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
             torch.cuda.set_device(device)
+        images = cfg.images or open_data(cfg, loaded)
         summary = export_attention(
             loaded.backbone.to(device),
-            cfg.images or open_data(cfg, loaded),
+            images,
             cfg.output,
             mean=loaded.mean,
             std=loaded.std,
-            formats=cfg.formats,
+            formats=[*cfg.formats, "npz"] if cfg.gallery else cfg.formats,
             maps=cfg.maps,
             threshold=cfg.threshold,
             clip_artefacts=cfg.clip_artefacts,
@@ -53,6 +55,8 @@ def run(cfg: AttentionConfig) -> None:
         )
         if distributed.rank() == 0:
             print(sentence(summary, cfg.clip_artefacts))
+            if cfg.gallery:
+                print(f"gallery: {write_gallery(cfg.output, images if isinstance(images, ImageSource) else None)}")
 
 
 def open_data(cfg: AttentionConfig, loaded: LoadedBackbone) -> ImageSource:

@@ -54,6 +54,8 @@ class AttentionConfig:
     """Of the forward pass; auto = bf16 where the hardware multiplies it natively. The softmax is fp32."""
     workers: Count | None = None
     """Threads that decode, compute, draw and write, each its own images; the process's cores, at most 8, when not given."""
+    gallery: bool = False
+    """Also write index.html: all images in one page that works from disk, with a slider for the threshold (adds npz to the formats)."""
     seed: Whole = 0
     """Of generated data, and of the draw behind data.test_length."""
     overwrite: bool = False
