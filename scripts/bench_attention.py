@@ -46,6 +46,7 @@ CPU = torch.device("cpu")
 
 def write_images(folder: Path, count: int) -> None:
     """Generated photographs' stand-ins as JPEG."""
+    folder.mkdir()
     source = ShapesSource("test", count, (SIDE, SIDE), 3, 0)
     for index in range(count):
         Image.fromarray(source.load(index).permute(1, 2, 0).numpy()).save(folder / f"{index:05}.jpg", quality=90)
@@ -67,16 +68,15 @@ def alone(backbone: Backbone, count: int, threads: int, precision: str) -> tuple
         return time.perf_counter() - started, time.process_time() - busy
 
 
-def measure(name: str, images: Path, count: int, threads: int, precision: str) -> dict:
+def measure(name: str, images: Path, output: Path, count: int, threads: int, precision: str) -> dict:
     """One export, and the model alone before and after it: the machine's speed may drift."""
     torch.manual_seed(0)
     backbone = Backbone(BackboneConfig(image_size=[SIDE, SIDE], drop_path=0.0, **MODELS[name])).eval()
     before = alone(backbone, count, threads, precision)
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"precision": precision, "batch_size": BATCH, "workers": threads}
-        started, busy = time.perf_counter(), time.process_time()
-        summary = export_attention(backbone, images, Path(folder) / "out", mean=MEAN, std=STD, **options)
-        seconds, processor = time.perf_counter() - started, time.process_time() - busy
+    options = {"precision": precision, "batch_size": BATCH, "workers": threads}
+    started, busy = time.perf_counter(), time.process_time()
+    summary = export_attention(backbone, images, output, mean=MEAN, std=STD, **options)
+    seconds, processor = time.perf_counter() - started, time.process_time() - busy
     model_seconds, model_processor = (sum(pair) / 2 for pair in zip(before, alone(backbone, count, threads, precision), strict=True))
     return {
         "model": name,
@@ -99,9 +99,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # an export uses one for each of its own threads
     precision = pick_precision(options.precision, CPU)
-    with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder), options.images)
-        rows = [measure(name, Path(folder), options.images, options.threads, precision) for name in MODELS]
+    with tempfile.TemporaryDirectory() as folder:  # deleted at the end: on ext4, new files cost 10 times more after many deletions
+        images = Path(folder) / "images"
+        write_images(images, options.images)
+        outputs = [Path(folder) / str(number) for number in range(len(MODELS))]
+        rows = [
+            measure(name, images, output, options.images, options.threads, precision) for name, output in zip(MODELS, outputs, strict=True)
+        ]
     about = f"{options.threads} threads, {precision}, torch {torch.__version__}"
     print(f"{options.images} images of {SIDE} x {SIDE}, overlay and mask, {about}")
     shares = ("time", "threads", "processor")

@@ -95,10 +95,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
+        total = gradient.float().clone(memory_format=torch.contiguous_format)  # a copy: autograd owns its argument
+        dist.all_reduce(total)
         start = dist.get_rank() * ctx.count
-        return gradient[start : start + ctx.count]
+        return total[start : start + ctx.count].to(gradient.dtype)
 
 
 def gather_rows(tensor: Tensor) -> Tensor:

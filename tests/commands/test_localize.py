@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +182,8 @@ def test_photographs_of_many_sizes(localize, tmp_path):
     assert (protocol["images"], protocol["scored"], protocol["shorter_side"]) == (9, 5, "own")
     assert protocol["left_out"] == {"without_object": 0, "not_decoded": 1}
     own = localize.entry()["metrics"]["checkpoint"]
+    assert localize(*words, "--batch_size", 2).status == 0  # other batches of one size, in another order, the same rows
+    assert localize.entry()["metrics"]["checkpoint"] == own
     assert localize(*words, "--image_size", 64).status == 0
     assert localize.entry()["protocol"]["shorter_side"] == 64 and localize.entry()["metrics"]["checkpoint"] != own
     said = localize(*words[:-1], 0.05)
@@ -230,3 +235,15 @@ def test_what_cannot_be_scored(localize, shapes, tmp_path):
     (tmp_path / "scores.json").unlink(missing_ok=True)
     (tmp_path / "scores.json").mkdir()
     refused(localize(*SHAPES), "is a folder")
+
+
+def test_markdown(localize, tmp_path):
+    assert localize(*SHAPES, "--image_size", 48).status == 0
+    script = Path(__file__).parents[2] / "scripts" / "localize_table.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "scores.json"], capture_output=True, text=True, check=True)
+    metrics = localize.entry()["metrics"]
+    own, untrained = (metrics[name]["LOST"] for name in ("checkpoint", "untrained"))
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("masks of shapes test: 12 images at 48 px") and lines[2] == "| (untrained) | Jaccard % | pointing % |"
+    assert "| LOST | " + " | ".join(f"{own[name]:.1f} ({untrained[name]:.1f})" for name in ("jaccard", "pointing")) + " |" in lines
+    assert f"| whole image | {metrics['whole_image']['jaccard']:.1f} | {metrics['whole_image']['pointing']:.1f} |" == lines[-1]

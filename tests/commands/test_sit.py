@@ -16,6 +16,7 @@ SIT = {
     "method__sheet_every_epochs": 0,
     "views__local_size": None,
     "views__local_crops": None,
+    "method__hidden_dim": None,
     "method__out_dim": None,
     "method__bottleneck_dim": None,
     "method__warmup_teacher_temperature_epochs": None,
@@ -27,6 +28,7 @@ KINDS = {
         "method__rotation": False,
         "method__contrastive": "info_nce",
         "method__contrastive_head": "mlp",
+        "method__hidden_dim": 32,
         "method__corruption": "gmml",
         "method__reconstruct": "corrupted",
         "method__decoder": "mlp",
@@ -80,7 +82,7 @@ def test_two_ranks_repeat_the_losses_of_one(pretrain, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method__mask_ratio": 1.5}, "--method.mask_ratio: expected float (0 to 1), got '1.5'"),
+        ({"method__mask_ratio": 1.5}, "--method.mask_ratio: expected float (at most 1, above 0), got '1.5'"),
         ({"method__corruption": "masc"}, "--method.corruption: expected one of blocks, gmml, mask, none, got 'masc'. Did you mean 'mask'?"),
         ({"method__corruption": "none", "method__reconstruct": "corrupted"}, "no pixel would count"),
         ({"method__corruption": "gmml", "method__align": 20}, "method.align: expected at most 9"),

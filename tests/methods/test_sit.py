@@ -157,8 +157,13 @@ def test_reconstruct_shows_what_the_network_is_shown():
         ({"reconstruct": "corrupted", "corruption": "none"}, "no pixel would count"),
         ({"corruption": "mask", "reconstruct": "none"}, "method.corruption mask"),
         ({"order": "causal", "reconstruct": "none"}, "method.order causal"),
-        ({"contrastive": "none", "contrastive_head": "mlp"}, "method.contrastive_head is mlp"),
-        ({"order": "causal", "contrastive": "none"}, "trains no CLS token"),
+        ({"contrastive": "none", "contrastive_head": "mlp"}, "method.contrastive_head mlp has no effect"),
+        ({"reconstruction_weight": 5.0}, "method.reconstruction_weight 5.0 has no effect here: it is for method.loss_weights fixed"),
+        ({"corruption": "mask", "colour": 0.5}, "method.colour 0.5 has no effect"),
+        ({"mask_ratio": 0.5}, "it is for method.corruption mask"),
+        ({"drop_area": 0.0, "replace_area": 0.0, "reconstruct": "corrupted"}, "nothing would count"),
+        ({"corruption": "gmml", "drop_type": []}, "method.drop_type is empty"),
+        ({"order": "causal", "contrastive": "none", "contrastive_dim": 512}, "trains no CLS token"),
     ],
 )
 def test_options_that_exclude_each_other(options, message):

@@ -18,7 +18,7 @@ def sheets(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("sheets") / "run"
     options = {"method__name": "sit", "method__sheet_every_epochs": 2, "trainer__max_epochs": 3, "evaluate__every_epochs": 0}
-    dino_only = ["out_dim", "bottleneck_dim", "warmup_teacher_temperature_epochs"]
+    dino_only = ["hidden_dim", "out_dim", "bottleneck_dim", "warmup_teacher_temperature_epochs"]
     gone = {f"method__{name}": None for name in dino_only} | {"views__local_size": None, "views__local_crops": None}
     assert cli.main(["pretrain", *words(run__output=folder, **options, **gone)]) == 0
     return folder / "reconstructions"

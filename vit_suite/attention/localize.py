@@ -1,6 +1,6 @@
 """What a backbone finds in images whose objects are known: attention, LOST and TokenCut, image by image, against truth.
 
-Images are seen whole, at their own size or with a given shorter side (attention.export.view_size); those of one patch grid share a forward
+Images are seen whole, at their own size or with a given shorter side; those of one patch grid share a forward
 pass. Nothing is kept of an image but its numbers.
 
 Axes: B images of a pass, N images, M maps, T thresholds, gh x gw patches.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vit_suite.attention.discovery import DISCOVERERS, last_keys
-from vit_suite.attention.export import view_size
+from vit_suite.attention.export_worker import ATTENTION_BYTES, view_size
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, require_cls
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.source import ImageSource
@@ -30,8 +30,8 @@ from vit_suite.models.backbone import Backbone
 from vit_suite.views.multicrop import normalise_
 
 METHODS = ("attention", *DISCOVERERS)
-WAITING = 512
-"""Images that wait for others of their grid; beyond it the fullest group runs as it is."""
+WAITING_BYTES = 256 * 2**20
+"""Views and masks that wait for others of their grid; beyond it the fullest group runs as it is."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Localizer:
             require_cls(backbone)
         looked = Looked()
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {method: [] for method in self.methods}
-        for batch in self._batches(backbone.patch_size, looked):
+        for batch in self._batches(backbone, looked):
             views = torch.stack([job.view for job in batch]).to(self.device).float().div_(255)
             with autocast(pick_precision(self.precision, torch.device(self.device)), torch.device(self.device)):
                 for method, (masks, cells) in self._masks(backbone, normalise_(views, mean, std)).items():
@@ -110,12 +110,14 @@ class Localizer:
                     found[method] = masks[:, None, None], seeds[:, None]
         return found
 
-    def _batches(self, patch: int, looked: Looked) -> Iterator[list[_Job]]:
-        """Images that show an object, those of one view size together; the others are counted."""
+    def _batches(self, backbone: Backbone, looked: Looked) -> Iterator[list[_Job]]:
+        """Images that show an object, those of one view size together, as many as `batch_size` and the blocks' attention matrices allow;
+        the others are counted."""
         from tqdm import tqdm
 
+        patch, held = backbone.patch_size, 0
         waiting: dict[tuple[int, ...], list[_Job]] = {}
-        jobs = prefetch(lambda index: self._load(index, patch), range(len(self.source)), ahead=2 * self.batch_size)
+        jobs = prefetch(lambda index: self._load(index, patch), range(len(self.source)), ahead=32)
         for job in tqdm(jobs, total=len(self.source), desc="localize", unit="image", leave=False, disable=not self.progress):
             if isinstance(job, DecodeError):
                 looked.failures.append(job)
@@ -124,9 +126,13 @@ class Localizer:
             else:
                 group = waiting.setdefault(tuple(job.view.shape), [])
                 group.append(job)
-                full = len(group) >= self.batch_size
-                if full or sum(map(len, waiting.values())) > WAITING:
-                    yield waiting.pop(tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size])))
+                held += job.bytes
+                tokens = backbone.prefix_tokens + job.view.shape[1] * job.view.shape[2] // patch**2
+                full = len(group) >= max(1, min(self.batch_size, ATTENTION_BYTES // (4 * backbone.heads * tokens**2)))
+                if full or held > WAITING_BYTES:
+                    batch = waiting.pop(tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size])))
+                    held -= sum(one.bytes for one in batch)
+                    yield batch
         yield from waiting.values()
 
     def _load(self, index: int, patch: int) -> _Job | DecodeError | None:
@@ -162,3 +168,7 @@ class _Job(NamedTuple):
     truth: Any
     size: tuple[int, int]
     """(H, W) of the image."""
+
+    @property
+    def bytes(self) -> int:
+        return self.view.nbytes + self.truth.nbytes

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 import zlib
 
 import numpy as np
@@ -18,8 +17,6 @@ _AS_IT_IS, _UP = 0, 2
 STORED = 16 * 2**10
 """Colour pictures up to so many bytes are not compressed: 12 KiB of photograph would become 9, four disk blocks three, in 7 times the
 time."""
-_CREATING = threading.Lock()
-"""Held while a file is created: the system lets one thread at a time do so in a folder, and others burn their core while they wait."""
 
 
 def write_png(path: str | os.PathLike, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
@@ -29,21 +26,19 @@ def write_png(path: str | os.PathLike, pixels: np.ndarray, palette: np.ndarray |
     take longer than the model. What tells a finished export is its manifest.
     """
     data = encode_png(pixels, palette)
-    with os.fdopen(_create(path), "wb", buffering=0) as file:
+    with os.fdopen(_opened(path), "wb", buffering=0) as file:
         file.write(data)
+        file.truncate()
 
 
-def _create(path: str | os.PathLike) -> int:
-    """A new file for writing. One that stands there is removed first: ext4 starts writing out a file that is emptied instead (10 times
-    slower)."""
-    while True:
-        try:
-            with _CREATING:
-                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        except FileExistsError:
-            os.unlink(path)
+def _opened(path: str | os.PathLike) -> int:
+    """A file to write into. One that stands there is written over and cut to length, 4 times faster on ext4 than emptied first, and 20
+    times faster than replaced: after deletions, every new file costs a search."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
 
 
 def encode_png(pixels: np.ndarray, palette: np.ndarray | None = None) -> bytes:

@@ -17,10 +17,11 @@ from vit_suite.attention.online import AttentionSnapshots
 from vit_suite.commands import rundir
 from vit_suite.commands.logs import main_process, speak
 from vit_suite.commands.start import adopt
-from vit_suite.commands.supervised import check_test_labels, class_names, prepare_head, score_run
+from vit_suite.commands.supervised import check_test_labels, class_names, has_test, prepare_head, score_run, test_protocol
 from vit_suite.config import PretrainConfig, SiTConfig, SupervisedConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.module import ImageDataModule
+from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.evaluation.classification import OnlineAccuracy
 from vit_suite.evaluation.online import OnlineKNN
@@ -98,10 +99,10 @@ def train(cfg: PretrainConfig) -> bool:
     if checkpoint and trainer.global_step == steps_before:
         log.info("%s is complete: %d steps, nothing left to train.", folder, steps_before)
         log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
-        if scores and isinstance(method, SupervisedViT) and trainer.is_global_zero:
-            score_run(cfg, method, data, precision, folder)
+        if trainer.is_global_zero and isinstance(method, SupervisedViT) and has_test(data):
+            score_run(cfg, method.to(device), data, precision, folder)
     elif trainer.is_global_zero:
-        summarise(cfg, folder, trainer, method, scores, data, time.perf_counter() - started)
+        summarise(cfg, folder, trainer, method.to(device), scores, data, precision, time.perf_counter() - started)
     return trainer.is_global_zero
 
 
@@ -147,15 +148,20 @@ def build_callbacks(
     keeper = Keeper(folder, cfg.checkpoint, monitor, method=cfg.method.name, data=data.name, seed=cfg.run.seed)
     callbacks: list[pl.Callback] = [keeper, *scores]
     if isinstance(cfg.method, SiTConfig) and cfg.method.sheet_every_epochs and cfg.method.reconstruct != "none":
-        sheets = folder / "reconstructions"
-        callbacks.append(ReconstructionSheets(sheets, data.test(COLUMNS), cfg.views.global_size, cfg.method.sheet_every_epochs, precision))
+        sheets, shown = folder / "reconstructions", images_to_show(data, COLUMNS)
+        callbacks.append(ReconstructionSheets(sheets, shown, cfg.views.global_size, cfg.method.sheet_every_epochs, precision))
     if cfg.snapshots.every_epochs:
-        try:
-            shown = data.test(cfg.snapshots.images)
-        except UserError:  # a set of one split, and no other to score
-            shown = data.bank(cfg.snapshots.images)
+        shown = images_to_show(data, cfg.snapshots.images)
         callbacks.append(AttentionSnapshots(folder / "snapshots", shown, cfg.views.global_size, cfg.snapshots.every_epochs, precision))
     return callbacks
+
+
+def images_to_show(data: ImageDataModule, count: int) -> ImageSource:
+    """Test images for pictures of the training; training images where the set has no other split."""
+    try:
+        return data.test(count)
+    except UserError:
+        return data.bank(count)
 
 
 def build_trainer(
@@ -210,7 +216,14 @@ def build_loggers(cfg: PretrainConfig, folder: Path, steps_done: int) -> list[Lo
 
 
 def summarise(
-    cfg: PretrainConfig, folder: Path, trainer: pl.Trainer, method: Method, scores: Sequence[Score], data: ImageDataModule, seconds: float
+    cfg: PretrainConfig,
+    folder: Path,
+    trainer: pl.Trainer,
+    method: Method,
+    scores: Sequence[Score],
+    data: ImageDataModule,
+    precision: str,
+    seconds: float,
 ) -> None:
     """Append the run to results.json."""
     steps, images = trainer.global_step, trainer.global_step * cfg.data.batch_size
@@ -219,14 +232,15 @@ def summarise(
         if score.history:
             name = score.metric.replace("/", "_")
             metrics |= {name: score.history[-1][1], f"{name}_by_epoch": score.history}
-    if scores and isinstance(method, SupervisedViT):
-        metrics |= score_run(cfg, method, data, pick_precision(cfg.trainer.precision, method.device), folder)
     protocol = {
         "method": cfg.method.name,
         "data": data.name,
         "knn": asdict(cfg.evaluate),
         "config": "config.yaml",
     }
+    if isinstance(method, SupervisedViT) and has_test(data):
+        metrics |= score_run(cfg, method, data, precision, folder)
+        protocol["test"] = test_protocol(cfg, data, precision)
     task = "finetune" if isinstance(cfg.method, SupervisedConfig) and cfg.method.start else "pretrain"
     append_result(folder / "results.json", task, metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
     last = f", kNN {metrics['knn_top1']:.2f}%" if "knn_top1" in metrics else ""

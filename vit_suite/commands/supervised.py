@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from vit_suite.commands.data_of import view_text
 from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.evaluation.classification import Classification, classify
 from vit_suite.methods.supervised import SupervisedViT
 from vit_suite.reports.confusion import save_confusion
-from vit_suite.weights.checkpoint import LoadedBackbone
+from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 log = logging.getLogger("vit_suite")
 
@@ -26,7 +27,7 @@ def class_names(data: ImageDataModule) -> list[str]:
         some = "has no labels" if labels is None else f"has no label for {without} of its {len(labels)} training images"
         raise UserError(
             f"{data.name} {some}, and supervised training needs one for each: sort the images into a folder a class (--data.name folder), "
-            "or train with --method.name dino."
+            "or pretrain without labels first: vit-suite pretrain --method.name dino."
         )
     return data.classes
 
@@ -52,6 +53,29 @@ def prepare_head(method: SupervisedViT, start: LoadedBackbone | None, checkpoint
             f"cannot resume: the head of '{checkpoint}' has {len(before)} classes and the data {len(method.classes)}{names}. "
             "Give the data it was trained on, or --run.overwrite to start anew."
         )
+
+
+def has_test(data: ImageDataModule) -> bool:
+    """Whether there is a labelled split besides the one that is trained on."""
+    try:
+        labels = data.test_source.labels
+    except UserError:
+        return False
+    return not data.scored_on_itself and labels is not None and bool((labels >= 0).any())
+
+
+def test_protocol(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> dict[str, object]:
+    """What decides the scores of `score_run` besides the weights."""
+    start = cfg.method.start
+    return {
+        "split": data.test_source.split,
+        "images": len(data.test()),
+        "view": view_text([cfg.views.global_size] * 2),
+        "precision": precision,
+        "weights": "their average (EMA) after the last step" if cfg.method.ema else "those after the last step",
+        "start": start,
+        "start_sha256": load_backbone(start).sha256 if start else None,
+    }
 
 
 def score_run(cfg: PretrainConfig, method: SupervisedViT, data: ImageDataModule, precision: str, folder: Path) -> dict[str, float]:

@@ -99,6 +99,8 @@ class OptimConfig:
     """Weight decay at the start; none on biases and other 1-D parameters."""
     weight_decay_end: NotNegative = 0.4
     """Weight decay that the cosine approaches."""
+    decay_tokens: bool = True
+    """Decay the position embedding, CLS token and registers too (DINO does; DeiT and SiT's first version do not)."""
     betas: Pair = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's betas."""
     clip: NotNegative = 3.0

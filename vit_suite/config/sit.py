@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Share, Whole
+from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import CropConfig, Strength, Two
 
@@ -44,7 +44,8 @@ class SiTConfig:
     block_side: Pair = field(default_factory=lambda: [0.05, 0.25])
     """Side of a block of noise or replacement (v1) as a share of the image's, [least, most]."""
     drop_area: Share = 0.3
-    """Most area, as a share, that noise (v1) or dropping (gmml: 0.5) takes. `blocks` draws the area from 0 to it, `gmml` from half."""
+    """Most area, as a share, that noise (v1) or dropping (gmml: 0.5) takes. `blocks` draws the area from 0 to it; `gmml` from half of the
+    view, so that up to 0.5 it is fixed."""
     drop_type: list[Literal["noise", "zeros"]] = field(default_factory=lambda: ["noise"])
     """What dropped pixels become: Gaussian noise, or zero, which is the mean colour; drawn an image when both (gmml)."""
     replace_area: Share = 0.3
@@ -53,7 +54,7 @@ class SiTConfig:
     """Corners and sides of gmml blocks are multiples of so many pixels; the patch size aligns them with patches."""
     colour: Share = 0.0
     """Probability that a block of an image is recoloured too (blocks and gmml; not in the paper's code)."""
-    mask_ratio: Share = 0.15
+    mask_ratio: Annotated[float, Range(above=0, most=1)] = 0.15
     """Share of patches that `mask` hides (BERT: 0.15; masked autoencoders: up to 0.75)."""
     mask_rule: Literal["token", "80/10/10"] = "token"
     """Hidden patches become the mask token; or 80% of them, 10% another image's patch, 10% stay as they are (BERT)."""
@@ -95,5 +96,7 @@ class SiTOptimConfig(OptimConfig):
     """Weight decay at the start; none on biases and other 1-D parameters (v3: 0.04)."""
     weight_decay_end: NotNegative = 0.05
     """Weight decay that the cosine approaches (v3: 0.1)."""
+    decay_tokens: bool = False
+    """Decay the position embedding, CLS token and registers too (v3: true)."""
     clip: NotNegative = 0.0
     """Largest L2 norm of a gradient; 0 turns clipping off (v3: 3.0)."""

@@ -83,5 +83,7 @@ class SupervisedOptimConfig(OptimConfig):
     """Weight decay at the start; none on biases and other 1-D parameters."""
     weight_decay_end: NotNegative = 0.05
     """Weight decay that the cosine approaches."""
+    decay_tokens: bool = False
+    """Decay the position embedding, CLS token and registers too."""
     clip: NotNegative = 0.0
     """Largest L2 norm of a gradient; 0 turns clipping off."""

@@ -166,7 +166,7 @@ class Method(pl.LightningModule):
         return values["loss"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.trained(), self.optim.layer_decay)
+        groups = parameter_groups(self.trained(), self.optim.layer_decay, self.optim.decay_tokens)
         return torch.optim.AdamW(groups, lr=self.optim.lr, betas=tuple(self.optim.betas), weight_decay=self.optim.weight_decay, fused=True)
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:

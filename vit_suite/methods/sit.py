@@ -6,7 +6,9 @@ Version 1 (with rotation; code of July 2021) by default, version 3 (December 202
 - The contrastive token stands where a ViT has its CLS token and the rotation token after it, as a register, so that kNN, probes and
   attention maps of this suite look at the contrastive token. The official order is the reverse; with the two rows of the position
   embedding swapped the numbers are the same (tests/parity/test_sit.py).
-- Negatives come from all ranks; version 1 took a rank's own. With gradient accumulation they come from one micro-batch.
+- Negatives come from all ranks; version 1 took a rank's own. With gradient accumulation they come from one micro-batch. The mean
+  over corrupted pixels is over a rank's own, as in version 3's code.
+- Of two kinds of dropping the official loader replaces blocks with probability 1/2, here 1/3 (views/corruption.py).
 - Masked prediction learns by L1 on pixels, as SiT's reconstruction does, not by visual words.
 
 Axes: V = 2 views, B images, C channels, S x S pixels, N patches, D width.
@@ -37,6 +39,23 @@ from vit_suite.views.draw import Draw, alone
 from vit_suite.views.rotate import draw_turns, rotate
 
 TURNS = 4
+SERVES = {
+    "contrastive_head": (lambda m: m.contrastive != "none", "method.contrastive nt_xent or info_nce"),
+    "contrastive_dim": (lambda m: m.contrastive != "none", "method.contrastive nt_xent or info_nce"),
+    "hidden_dim": (lambda m: m.contrastive_head == "mlp", "method.contrastive_head mlp"),
+    "momentum_teacher": (lambda m: m.contrastive == "info_nce", "method.contrastive info_nce"),
+    "decoder": (lambda m: m.reconstruct != "none", "method.reconstruct all or corrupted"),
+    "reconstruction_weight": (lambda m: m.loss_weights == "fixed", "method.loss_weights fixed"),
+    "block_side": (lambda m: m.corruption == "blocks", "method.corruption blocks"),
+    "drop_type": (lambda m: m.corruption == "gmml", "method.corruption gmml"),
+    "align": (lambda m: m.corruption == "gmml", "method.corruption gmml"),
+    "drop_area": (lambda m: m.corruption in ("blocks", "gmml"), "method.corruption blocks or gmml"),
+    "replace_area": (lambda m: m.corruption in ("blocks", "gmml"), "method.corruption blocks or gmml"),
+    "colour": (lambda m: m.corruption in ("blocks", "gmml"), "method.corruption blocks or gmml"),
+    "mask_ratio": (lambda m: m.corruption == "mask", "method.corruption mask"),
+    "mask_rule": (lambda m: m.corruption == "mask", "method.corruption mask"),
+}
+"""Option -> when it has an effect, and how to say so: one that was set and has none is refused."""
 TASKS = {"rotation": 1.0, "contrastive": 1.0, "reconstruction": 0.5}
 """The losses, and `a` of their uncertainty weights: 1 for classification, 0.5 for L1."""
 
@@ -165,7 +184,7 @@ class SiT(Method):
         corrupted = corrupt(self.method, clean, draw, self.student.backbone.patch_size)
         hidden = None if corrupted.hidden is None else corrupted.hidden.flatten(0, 1)
         output = self.student(corrupted.images.flatten(0, 1), hidden)
-        values, more = self.task_losses(output, clean, turns, corrupted)
+        values, more = self.task_losses(output, clean, turns, corrupted, logged)
         losses = torch.stack([values[task] for task in self.tasks])
         if self.log_variances is None:
             total = (self.factors * losses).sum()
@@ -177,9 +196,9 @@ class SiT(Method):
         return {"loss": total} | values | (more if logged else {})
 
     def task_losses(
-        self, output: Outputs, clean: Tensor, turns: Tensor | None, corrupted: Corrupted
+        self, output: Outputs, clean: Tensor, turns: Tensor | None, corrupted: Corrupted, logged: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The loss of each task, and what else is worth logging."""
+        """The loss of each task, and what else is worth logging when `logged`."""
         values, more = {}, {}
         if turns is not None:
             label = turns.flatten()
@@ -190,7 +209,8 @@ class SiT(Method):
         if output.pixels is not None:
             pixels = output.pixels.unflatten(0, clean.shape[:2])
             values["reconstruction"] = reconstruction_l1(pixels, clean, self.counted(corrupted))
-            more["psnr"] = psnr(pixels.detach(), clean, self.pixel_std)
+            if logged:
+                more["psnr"] = psnr(pixels.detach(), clean, self.pixel_std)
         return values, more
 
     def contrastive(self, embedding: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,9 +268,11 @@ def network_config(backbone: BackboneConfig, method: SiTConfig, views: SiTViewsC
     """The backbone with its position grid, the rotation token and the order of its patches."""
     if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
         check_image_size([views.global_size], patch, "views.global_size")
-    if method.order == "causal" and method.contrastive == "none" and backbone.class_token:
+    if method.order == "causal" and backbone.class_token and (method.contrastive == "none" or backbone.pool == "mean"):
+        # Patches do not see the prefix, so only a loss on the token itself trains it.
         raise UserError(
-            "method.order causal without a contrastive loss trains no CLS token: set backbone.class_token false and backbone.pool mean."
+            "method.order causal without a contrastive loss on the CLS token trains no CLS token: set backbone.class_token false and "
+            "backbone.pool mean."
         )
     size = backbone.image_size or [views.global_size, views.global_size]
     registers = backbone.registers
@@ -275,5 +297,10 @@ def check_options(method: SiTConfig) -> None:
         raise UserError("method.corruption mask has patches predicted, but method.reconstruct is none.")
     if method.order == "causal" and method.reconstruct == "none":
         raise UserError("method.order causal predicts the next patch, but method.reconstruct is none.")
-    if method.contrastive == "none" and method.contrastive_head == "mlp":
-        raise UserError("method.contrastive_head is mlp, but method.contrastive is none.")
+    if method.corruption in ("blocks", "gmml") and method.reconstruct == "corrupted" and not (method.drop_area or method.replace_area):
+        raise UserError("method.drop_area and method.replace_area are 0, but method.reconstruct is corrupted: nothing would count.")
+    if method.corruption == "gmml" and method.drop_area and not method.drop_type:
+        raise UserError("method.drop_type is empty, but method.drop_area is not 0: give noise, zeros or both.")
+    for option, (serves, needed) in SERVES.items():
+        if getattr(method, option) != getattr(SiTConfig(), option) and not serves(method):
+            raise UserError(f"method.{option} {getattr(method, option)} has no effect here: it is for {needed}.")

@@ -41,7 +41,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, K)."""
-        return self.head(self.backbone(images))
+        features = self.backbone(images)
+        with torch.autocast(features.device.type, enabled=False):  # calibration is measured on these, and bf16 has three digits
+            return self.head(features.float())
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 
-def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decay_tokens: bool = True) -> list[dict]:
     """AdamW groups: weights that decay, and biases and other 1-D parameters that do not.
 
-    Position embedding and CLS token are decayed (they are not 1-D), as in the release. Groups that decay carry `decay=True`: the
-    weight-decay schedule is written into them alone. `lr_scale` multiplies the learning rate: `layer_decay` to the power of the layers
-    between a parameter and the head (BEiT, arXiv 2106.08254; timm `param_groups_layer_decay`). Without layer decay there are two
-    groups, else two for each layer.
+    Position embedding and tokens are decayed (they are not 1-D), as in the DINO release, unless `decay_tokens` is off. Groups that
+    decay carry `decay=True`: the weight-decay schedule is written into them alone. `lr_scale` multiplies the learning rate:
+    `layer_decay` to the power of the layers between a parameter and the head (BEiT, arXiv 2106.08254; timm
+    `param_groups_layer_decay`). Without layer decay there are two groups, else two for each layer.
     """
     blocks = 1 + max((_block(name) for name, _ in module.named_parameters() if _block(name) is not None), default=-1)
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decay = not (name.endswith(".bias") or parameter.ndim == 1)
+            decay &= decay_tokens or not re.search(r"\b(pos_embed|cls_token|reg_token)$", name)
             depth = 0 if layer_decay == 1 else blocks + 1 - layer_of(name, blocks)
             group = {"params": [], "decay": decay, "lr_scale": layer_decay**depth} | ({} if decay else {"weight_decay": 0.0})
             groups.setdefault((depth, not decay), group)["params"].append(parameter)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vit_suite.data.source import ImageSource
+from vit_suite.evaluation.online import due
 from vit_suite.files import write_atomically
 from vit_suite.hardware import autocast
 from vit_suite.views.draw import alone
@@ -38,12 +39,10 @@ class ReconstructionSheets(pl.Callback):
         self.images = [image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        done = trainer.current_epoch + 1
-        last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
-        if not trainer.is_global_zero or (done % self.every_epochs and not last):
+        if not (trainer.is_global_zero and self.images and due(trainer, self.every_epochs)):
             return
         sheet = self.sheet(module)
-        path = self.folder / f"epoch_{done:04d}.png"
+        path = self.folder / f"epoch_{trainer.current_epoch + 1:04d}.png"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
         for logger in trainer.loggers:

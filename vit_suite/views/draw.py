@@ -37,8 +37,8 @@ class Draw:
     def partners(self, device: torch.device | str = "cpu") -> Tensor:
         """(B,) the row that each of this micro-batch's rows is paired with: its neighbour, or the next one if their number is odd.
 
-        The order of an epoch is random, so a neighbour is a random other image; and pairs never straddle ranks, so any number of
-        ranks pairs alike.
+        The order of an epoch is random, so a neighbour is a random other image. Pairs never straddle ranks, so any number of ranks
+        pairs alike as long as each has an even number of rows. A single row is its own partner.
         """
         count = self.rows.stop - self.rows.start
         index = torch.arange(count, device=device)

@@ -31,7 +31,7 @@ def load_head(folder: str | Path) -> tuple[nn.Linear, list[str], str]:
         with safe_open(path, framework="pt") as file:
             description = json.loads(file.metadata()["vit_suite"])
             state = {name: file.get_tensor(name) for name in ("weight", "bias")}
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' is truncated or no head of a run ({error}).") from error
     head = nn.Linear(*reversed(state["weight"].shape))
     head.load_state_dict(state)
