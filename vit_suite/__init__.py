@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DINO": "vit_suite.methods.dino",
+    "SiT": "vit_suite.methods.sit",
     "SupervisedViT": "vit_suite.methods.supervised",
     "Backbone": "vit_suite.models.backbone",
     "ImageDataModule": "vit_suite.data.module",
@@ -18,7 +19,17 @@ _HOME = {
     "linear_probe": "vit_suite.evaluation.linear",
     "attention_maps": "vit_suite.attention.maps",
 }
-__all__ = ["Backbone", "DINO", "ImageDataModule", "SupervisedViT", "attention_maps", "knn_classify", "linear_probe", "load_backbone"]
+__all__ = [
+    "Backbone",
+    "DINO",
+    "ImageDataModule",
+    "SiT",
+    "SupervisedViT",
+    "attention_maps",
+    "knn_classify",
+    "linear_probe",
+    "load_backbone",
+]
 
 if TYPE_CHECKING:
     from vit_suite.attention.maps import attention_maps
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
     from vit_suite.evaluation.knn import knn_classify
     from vit_suite.evaluation.linear import linear_probe
     from vit_suite.methods.dino import DINO
+    from vit_suite.methods.sit import SiT
     from vit_suite.methods.supervised import SupervisedViT
     from vit_suite.models.backbone import Backbone
     from vit_suite.weights.checkpoint import load_backbone
