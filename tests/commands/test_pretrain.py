@@ -225,7 +225,7 @@ def test_unlabelled_images_train_without_scores_and_say_so(pretrain, photographs
 
 def test_folder_without_splits_is_not_scored_on_itself(pretrain, photographs, tmp_path):
     said = pretrain(data__root=photographs / "train", **FOLDER)
-    assert said.status == 0 and "has no split of its own to score: no kNN during training" in said.log
+    assert said.status == 0 and "has no split of its own to score: no scores during training" in said.log
     assert "knn/top1" not in rows(tmp_path / "run")[0]
 
 
