@@ -10,6 +10,7 @@ Axes: B images, h heads, T tokens = prefix tokens (CLS first, then registers) + 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
@@ -195,6 +196,7 @@ def upsample(maps: Tensor, size: tuple[int, int], mode: Literal["nearest", "bili
     return functional.interpolate(flat, size=(height, width), mode="bilinear", align_corners=False).view(*maps.shape[:-2], height, width)
 
 
+@functools.lru_cache(maxsize=256)
 def _nearest(cells: int, pixels: int, device: torch.device) -> Tensor:
     """(pixels,) int64: the cell that holds each pixel's centre, in integer arithmetic."""
     return (2 * torch.arange(pixels, device=device) + 1) * cells // (2 * pixels)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import zlib
@@ -26,9 +27,14 @@ def write_png(path: str | os.PathLike, pixels: np.ndarray, palette: np.ndarray |
     take longer than the model. What tells a finished export is its manifest.
     """
     data = encode_png(pixels, palette)
-    with os.fdopen(_opened(path), "wb", buffering=0) as file:
-        file.write(data)
-        file.truncate()
+    file = _opened(path)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.ftruncate(file, len(data))
+    finally:
+        os.close(file)
 
 
 def _opened(path: str | os.PathLike) -> int:
@@ -56,9 +62,17 @@ def encode_png(pixels: np.ndarray, palette: np.ndarray | None = None) -> bytes:
     filtered[:, 1:] = rows
     if not stored:
         filtered[1:, 1:] -= rows[:-1]
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))]
-    if palette is not None:
-        chunks.append((b"PLTE", palette.tobytes()))
-    chunks += [(b"IDAT", zlib.compress(filtered, 0 if stored else 1)), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))) for kind, data in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    colours = b"" if palette is None else _chunk(b"PLTE", palette.tobytes())
+    return _start(height, width, colour) + colours + _chunk(b"IDAT", zlib.compress(filtered, 0 if stored else 1)) + _END
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+@functools.lru_cache(maxsize=64)
+def _start(height: int, width: int, colour: int) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+
+
+_END = _chunk(b"IEND", b"")
