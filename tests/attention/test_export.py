@@ -420,6 +420,16 @@ def test_a_data_set_and_a_list(backbone, folder, tmp_path):
     assert whole.images == 6
 
 
+def test_each_operation_has_one_thread_and_others_get_theirs_back(folder, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        export_attention(Backbone(), folder, tmp_path / "out", mean=MEAN, std=STD)  # the backbone looks at the number
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_change_nothing(backbone, folder, tmp_path):
     for workers in (1, 3):
         export_attention(backbone, folder, tmp_path / str(workers), **EVERY, workers=workers, upsample="bilinear")
