@@ -34,3 +34,15 @@ def test_large_eps_forgets_the_picture_and_nothing_is_negative():
     blurred = box_mean(box_mean(maps.double(), 4), 4).float()
     torch.testing.assert_close(guided_filter(maps, guide, 4, 1e6), blurred, atol=1e-5, rtol=0)
     assert guided_filter(maps * (maps > 0.9), guide, 4, 1e-9).min() >= 0
+
+
+def test_large_windows_are_fitted_on_a_smaller_picture():
+    """Against the exact filter, which a radius below 8 runs, on the picture at half the size."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(1, 1, 12, 15, generator=generator)
+    guide = (torch.nn.functional.interpolate(small, size=(120, 150), mode="nearest")[0, 0] > 0.5).float()
+    maps = torch.nn.functional.interpolate(torch.rand(1, 2, 6, 8, generator=generator), size=(120, 150), mode="bilinear")[0]
+    fast = guided_filter(maps, guide, 14, 1e-3)
+    exact = guided_filter(maps[:, ::2, ::2], guide[::2, ::2], 7, 1e-3)
+    assert fast.shape == (2, 120, 150)
+    assert (fast[:, ::2, ::2] - exact).abs().mean() < 0.01 < (maps[:, ::2, ::2] - exact).abs().mean()

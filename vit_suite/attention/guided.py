@@ -2,7 +2,7 @@
 
 In every window of side 2 r + 1 the map p is fitted by a line of the picture's brightness, q = a I + b, with eps against steep lines;
 a pixel gets the mean line of the windows that hold it. Where the picture is flat the map is blurred, where it has an edge the map gets
-one too.
+one too. For large windows the lines are fitted on a smaller picture (He, Sun 2015, "Fast Guided Filter", arXiv 1505.00996).
 
 Axes: n maps, H x W pixels.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 
 def box_mean(values: Tensor, radius: int) -> Tensor:
@@ -32,10 +32,22 @@ def box_mean(values: Tensor, radius: int) -> Tensor:
 def guided_filter(maps: Tensor, guide: Tensor, radius: int, eps: float) -> Tensor:
     """maps (n, H, W) float, guide (H, W) float in 0..1 -> (n, H, W) float32, not below 0.
 
-    radius: of the window, in pixels. eps: variance of the guide, in 0..1 squared, below which a window counts as flat.
+    radius: of the window, in pixels. eps: variance of the guide, in 0..1 squared, below which a window counts as flat. From a radius of
+    8 on, the lines are fitted with every radius // 4-th pixel (each the mean of its square) and interpolated.
     """
-    guide, maps = guide.double(), maps.double()  # sums over a photograph of 12 megapixels outgrow float32
+    factor = max(1, radius // 4)
+    size = [-(-side // factor) for side in guide.shape]
+    pair = torch.cat([guide[None], maps])[None]  # (1, 1 + n, H, W)
+    pair = interpolate(pair, size=size, mode="area")[0].double()  # sums over a photograph outgrow float32
+    slope, offset = _lines(pair[1:], pair[0], max(1, round(radius / factor)), eps)
+    lines = torch.cat([slope, offset])[None].float()
+    slope, offset = interpolate(lines, size=guide.shape, mode="bilinear", align_corners=False)[0].chunk(2)
+    return (slope * guide + offset).clamp_min(0)
+
+
+def _lines(maps: Tensor, guide: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor]:
+    """a and b of each pixel, both (n, H, W), the means over the windows that hold it."""
     mean, mean_maps = box_mean(guide, radius), box_mean(maps, radius)
     variance = box_mean(guide * guide, radius) - mean * mean
     slope = (box_mean(guide * maps, radius) - mean * mean_maps) / (variance + eps)
-    return (box_mean(slope, radius) * guide + box_mean(mean_maps - slope * mean, radius)).clamp_min(0).float()
+    return box_mean(slope, radius), box_mean(mean_maps - slope * mean, radius)
