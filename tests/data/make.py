@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+
 import pytest
 from PIL import Image
 
@@ -26,3 +29,18 @@ def fails(cfg, *words, split="train"):
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def tar(path, members, form=tarfile.USTAR_FORMAT):
+    """Members are (name, bytes), or (name, colour) for a PNG of 4 x 4."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as file:
+        for name, content in members:
+            if isinstance(content, tuple):
+                buffer = io.BytesIO()
+                Image.new("RGB", (4, 4), content).save(buffer, "PNG")
+                content = buffer.getvalue()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path

@@ -5,6 +5,8 @@ Only checksums are patched: a hand-made file cannot have the published md5.
 
 import json
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -202,3 +204,22 @@ def test_failed_download_is_a_user_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
     fails(config("cifar10", tmp_path / "new", download=True), "CIFAR-10 could not be downloaded", "network is unreachable")
+
+
+def test_one_of_many_processes_downloads(cifar10, tmp_path_factory, monkeypatch):
+    """Threads stand for processes here: a lock on a file keeps either apart."""
+    complete, fetched = cifar10[0] / "cifar-10-batches-py", []
+    root = tmp_path_factory.mktemp("shared") / "data"
+
+    def fetch(*_, **__):
+        fetched.append(root)
+        for path in sorted(complete.iterdir()):  # slowly: whoever does not wait finds half of it
+            time.sleep(0.02)
+            (root / complete.name).mkdir(exist_ok=True)
+            (root / complete.name / path.name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
+    with ThreadPoolExecutor(4) as pool:
+        sources = list(pool.map(lambda _: open_train(config("cifar10", root, download=True)), range(4)))
+    assert len(fetched) == 1
+    assert [len(source) for source in sources] == [20] * 4

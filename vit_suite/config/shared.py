@@ -43,6 +43,9 @@ class BackboneConfig:
     """Input channels; follows data.channels in a run."""
     drop_path: Share = 0.1
     """Stochastic depth of the student, rising linearly over blocks; the teacher has none (DINO main_dino.py)."""
+    checkpointing: bool = False
+    """Keep of each block its input alone and compute the rest again in the backward pass (arXiv 1604.06174): far less memory for a third
+    more arithmetic. The numbers stay the same."""
     pretrained: bool = False
     """Start from timm's pretrained weights (downloads them)."""
 
@@ -52,9 +55,10 @@ class DataConfig:
     """Which images, from where, and how they are held."""
 
     name: str = "cifar10"
-    """Data set: cifar10 cifar100 stl10 flowers102 food101 oxford_pets imagenet tiny_imagenet folder flat list shapes."""
+    """Data set: cifar10 cifar100 stl10 flowers102 food101 oxford_pets imagenet tiny_imagenet folder flat list shards
+    shapes."""
     root: str | None = None
-    """Folder (or list file) of the data; $VIT_SUITE_DATA when not given."""
+    """Folder of the data (or list file, or pattern of shards); $VIT_SUITE_DATA when not given."""
     batch_size: Count = 256
     """GLOBAL batch: images an optimiser step sees, over all ranks and accumulation steps."""
     workers: Whole | Literal["auto"] = "auto"
@@ -81,6 +85,10 @@ class DataConfig:
     """Channel means in 0..1 that views subtract; the data set's published ones (ImageNet's for files) when not given."""
     std: list[Positive] | None = None
     """Channel standard deviations in 0..1; as for mean."""
+    order: Literal["shuffle", "shards"] = "shuffle"
+    """Order of an epoch: all images shuffled, or, of shards, a few of them after the other: for disks that are slow at random."""
+    shard_window: Count = 8
+    """Shards whose images are shuffled together under data.order shards."""
     download: bool = False
     """Let torchvision download the set where it can."""
 
@@ -124,9 +132,12 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     devices: Count | Literal["auto"] = "auto"
-    """Processes (GPUs, or CPU ranks) on a node; auto = all GPUs, or 1 on a CPU."""
+    """Processes (GPUs, or CPU ranks) on a node; auto = as many as torchrun or srun started, else all GPUs, or 1 on a CPU."""
     nodes: Count = 1
-    """Machines."""
+    """Machines; follows torchrun and srun too."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Every rank holds all weights (ddp), or weights, gradients, optimiser state and teacher are spread over the ranks (fsdp2): for
+    networks that leave no memory for images otherwise. Results and checkpoints are the same (docs/scaling.md)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or fp32; auto = bf16 where the hardware multiplies it natively. Losses and norms stay fp32."""
     accumulate: Count = 1
@@ -148,7 +159,7 @@ class CheckpointConfig:
     every_steps: Count | None = None
     """Optimiser steps between two writes of last.ckpt, besides the above."""
     every_minutes: Positive | None = None
-    """Minutes between two writes of last.ckpt, besides the above."""
+    """Minutes between two writes of last.ckpt, besides the above: the most that a kill without warning costs. The main process's clock."""
     keep_every_epochs: Count | None = None
     """Also keep a checkpoint of every so many epochs for good."""
 
@@ -180,7 +191,7 @@ class LoggerConfig:
     wandb_project: str = "vit-suite"
     """W&B project."""
     wandb_offline: bool = False
-    """Keep the W&B log on disk, for `wandb sync` later."""
+    """Keep the W&B log on disk, for `wandb sync` later. Each start of a run leaves a folder there, all with the id of one W&B run."""
 
 
 @dataclass

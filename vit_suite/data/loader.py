@@ -23,6 +23,7 @@ from vit_suite.data.decode import DecodeError, Quarantine
 from vit_suite.data.order import Batch, EpochLoader, EpochPlan
 from vit_suite.data.source import ImageSource, ResidentSource, stable_seed
 from vit_suite.errors import UserError
+from vit_suite.signals import outlive
 
 Images = Tensor | list[Tensor]
 ATTEMPTS = 20  # replacements tried for one image before giving up
@@ -69,6 +70,7 @@ class FileLoader(EpochLoader):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=outlive,
         )
 
     @property
@@ -119,7 +121,7 @@ class EvaluationLoader:
             parts = self.indices.split(batch_size) if len(self.indices) else ()
             batches = [Batch(0, step, 0, slice(0, len(part)), part) for step, part in enumerate(parts)]
             self._loader = DataLoader(
-                _Decoder(source, replace=False), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers
+                _Decoder(source, replace=False), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=outlive
             )
 
     def __len__(self) -> int:

@@ -24,6 +24,7 @@ from vit_suite.data.order import Batch, EpochPlan
 from vit_suite.data.registry import dataset_info, open_split, open_test, open_train, statistics
 from vit_suite.data.resident import make_resident, to_device
 from vit_suite.data.source import ImageSource, ResidentSource, stratified
+from vit_suite.errors import UserError
 
 log = logging.getLogger("vit_suite")
 
@@ -97,7 +98,10 @@ class ImageDataModule(pl.LightningDataModule):
         trainer = self.trainer
         accumulate = self.accumulate or (trainer.accumulate_grad_batches if trainer is not None else 1)
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return EpochPlan(len(self.train_source), self.cfg.batch_size, self.seed, rank, world, accumulate)
+        source, window = self.train_source, self.cfg.shard_window if self.cfg.order == "shards" else 0
+        if window and source.shards is None:
+            raise UserError(f"data.order shards needs data.name shards; {self.cfg.name} lies in other files.")
+        return EpochPlan(len(source), self.cfg.batch_size, self.seed, rank, world, accumulate, window, source.shards)
 
     # -- sources
     # -------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
-"""Which images make up batch b of epoch e on rank r: one global permutation an epoch, sliced.
+"""Which images make up batch b of epoch e on rank r: one global order an epoch, sliced.
 
-The global batch s of epoch e is `perm(seed, e)[s * G : (s + 1) * G]`. It splits into `accumulate` micro-batches, and each of
-these into one contiguous part a rank, so that any number of ranks and of micro-batches sees the same global batches.
+The global batch s of epoch e is `order(seed, e)[s * G : (s + 1) * G]`, where the order is a permutation of all images, or of a few
+tar files at a time (`shard_order`). A batch splits into `accumulate` micro-batches, and each of these into one contiguous part a
+rank, so that any number of ranks and of micro-batches sees the same global batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,22 @@ def epoch_order(total: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(stable_seed("order", seed, epoch)))
 
 
+def shard_order(shards: Tensor, window: int, seed: int, epoch: int) -> Tensor:
+    """An order (total,) that reads every shard in one stretch: the shards are shuffled, and the images of each `window` of them.
+
+    `shards`: int64 (total,), the shard of each image. A function of its arguments alone; a window of all shards is `epoch_order`.
+    """
+    count = int(shards.max()) + 1
+    place = torch.randperm(count, generator=torch.Generator().manual_seed(stable_seed("shards", seed, epoch)))  # of each shard
+    mixed = epoch_order(len(shards), seed, epoch)
+    return mixed[torch.argsort(place[shards[mixed]] // window, stable=True)]
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """Slices of an epoch. `batch_size` is global; incomplete global batches are dropped.
+
+    `shards`, the shard of each image, and `window` choose `shard_order`; window 0 is `epoch_order`.
 
     Raises UserError when the batch exceeds the set, or does not split evenly over ranks and micro-batches.
     """
@@ -45,6 +59,8 @@ class EpochPlan:
     rank: int = 0
     world: int = 1
     accumulate: int = 1
+    window: int = 0
+    shards: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = self.world * self.accumulate
@@ -74,9 +90,15 @@ class EpochPlan:
         start = (micro * self.world + self.rank) * self.local
         return slice(start, start + self.local)
 
+    def order(self, epoch: int) -> Tensor:
+        """Indices (total,) of all images as this epoch reads them, the same on every rank."""
+        if self.window:
+            return shard_order(self.shards, self.window, self.seed, epoch)
+        return epoch_order(self.total, self.seed, epoch)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's micro-batches of an epoch, from number `start` on."""
-        order = epoch_order(self.total, self.seed, epoch)
+        order = self.order(epoch)
         for number in range(start, len(self)):
             step, micro = divmod(number, self.accumulate)
             rows = self.rows(micro)
@@ -116,12 +138,13 @@ class EpochLoader:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: epoch, global batches done, micro-batches done of the next, and what must not change."""
         step, micro = divmod(self.position, self.plan.accumulate)
-        fixed = {"total": self.plan.total, "batch_size": self.plan.batch_size, "seed": self.plan.seed}
+        fixed = {"total": self.plan.total, "batch_size": self.plan.batch_size, "seed": self.plan.seed, "window": self.plan.window}
         return {"epoch": self.epoch, "step": step, "micro": micro, "accumulate": self.plan.accumulate} | fixed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that `state` counts. UserError when the order it counts in was another."""
-        for key, name in (("total", "number of training images"), ("batch_size", "data.batch_size"), ("seed", "run.seed")):
+        names = {"total": "number of training images", "batch_size": "data.batch_size", "seed": "run.seed"}
+        for key, name in (names | {"window": "data.shard_window (0 for data.order shuffle)"}).items():
             now = getattr(self.plan, key)
             if state[key] != now:
                 raise UserError(f"cannot resume: the run began with {name} {state[key]}, now it is {now}.")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from vit_suite.config import DataConfig
-from vit_suite.data import files, published
+from vit_suite.data import files, published, shards
 from vit_suite.data.shapes import CLASSES as SHAPES
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.data.source import ImageSource, stratified
 from vit_suite.errors import UserError, unknown_name
+from vit_suite.files import locked
 
 ROOT_VARIABLE = "VIT_SUITE_DATA"
 LUMA = (0.299, 0.587, 0.114)
@@ -33,6 +35,7 @@ class DatasetInfo:
     std: list[float]
     classes: int | None = None  # None: whatever the files say
     download: bool = False  # torchvision can fetch it
+    pattern: bool = False  # data.root may be a pattern of files, which the opener expands
 
 
 # Statistics: CIFAR and STL-10 as commonly published for their training splits; Tiny-ImageNet likewise; the others use ImageNet's,
@@ -49,6 +52,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "folder": DatasetInfo(files.open_folder, *IMAGENET),
     "flat": DatasetInfo(files.open_flat, *IMAGENET, 0),
     "list": DatasetInfo(files.open_list, *IMAGENET),
+    "shards": DatasetInfo(shards.open_shards, *IMAGENET, pattern=True),
     "shapes": DatasetInfo(None, [0.453, 0.453, 0.453], [0.226, 0.226, 0.226], len(SHAPES)),
 }
 
@@ -105,16 +109,17 @@ def find_root(cfg: DataConfig) -> Path:
         raise UserError(f"data set '{cfg.name}' needs a folder: set data.root, or the environment variable {ROOT_VARIABLE}.")
     root = Path(given).expanduser()
     origin = "data.root" if cfg.root else f"${ROOT_VARIABLE}"
-    can_fetch = dataset_info(cfg.name).download
+    info = dataset_info(cfg.name)
+    can_fetch = info.download
     if cfg.download and can_fetch:
         return root
     how = " data.download=true fetches the set." if can_fetch else ""
-    if not root.exists():
+    if not root.exists() and not info.pattern:
         expected = f"set data.root, or the environment variable {ROOT_VARIABLE}, to the folder of the data"
         raise UserError(f"{origin} '{root}' does not exist: {expected}.{how}")
     if root.is_dir() and not any(os.scandir(root)):
         raise UserError(f"{origin} '{root}' is empty; data set '{cfg.name}' expects its files there.{how}")
-    if root.is_file() and cfg.name != "list":
+    if root.is_file() and cfg.name != "list" and not info.pattern:
         raise UserError(f"{origin} '{root}' is a file; data set '{cfg.name}' expects a folder.")
     return root
 
@@ -135,9 +140,20 @@ def open_split(cfg: DataConfig, split: str | None, seed: int = 0) -> ImageSource
         side = cfg.image_size or 32
         return ShapesSource(split, length, (side, side), cfg.channels, seed)
     try:
-        return info.open(cfg, find_root(cfg), split)
+        root = find_root(cfg)
+        with _one_downloads(root) if cfg.download and info.download else nullcontext():
+            return info.open(cfg, root, split)
     except PermissionError as error:
         raise UserError(f"data set '{cfg.name}': no permission to read '{error.filename}'.") from None
+
+
+def _one_downloads(root: Path) -> AbstractContextManager:
+    """Of the processes that want a set, one fetches it into `root`; the others wait, and find it there."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:  # what is wrong with it, the opener says
+        return nullcontext()
+    return locked(root / ".download.lock") if os.access(root, os.W_OK) else nullcontext()
 
 
 def open_train(cfg: DataConfig, seed: int = 0) -> ImageSource:

@@ -25,6 +25,7 @@ class ImageSource:
     labels: int64 (N,), -1 for an image without one; None when the whole set has none.
     boxes: float32 (N, 4) of x0, y0, x1, y1 in pixels, x1 and y1 exclusive; None when the set has none.
     channels: C. image_size: (H, W) when every image is known to have it, else None. has_masks: whether `mask` works.
+    shards: int64 (N,), the number of the tar file that holds an image; None where images lie in files of their own.
     quarantine: where `get` reports; set by the data module.
     """
 
@@ -36,6 +37,7 @@ class ImageSource:
     channels: int = 3
     image_size: tuple[int, int] | None = None
     has_masks: bool = False
+    shards: Tensor | None = None
     quarantine: Quarantine | None = None
 
     def __len__(self) -> int:
@@ -89,6 +91,7 @@ class Subset(ImageSource):
         self.base, self.indices = base, torch.as_tensor(indices, dtype=torch.int64)
         self.labels = None if base.labels is None else base.labels[self.indices]
         self.boxes = None if base.boxes is None else base.boxes[self.indices]
+        self.shards = None if base.shards is None else base.shards[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -127,7 +130,7 @@ class FileSource(ImageSource):
         return len(self.paths)
 
     def load(self, index: int) -> Tensor:
-        return torch.from_numpy(_writable(decode(self.path(index), self.channels)))
+        return torch.from_numpy(writable(decode(self.path(index), self.channels)))
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
@@ -155,7 +158,8 @@ class ResidentSource(ImageSource):
 
     def __init__(self, base: ImageSource, images: Tensor) -> None:
         self._describe(base)
-        self.base, self.images, self.labels, self.boxes = base, images, base.labels, base.boxes
+        self.base, self.images = base, images
+        self.labels, self.boxes, self.shards = base.labels, base.boxes, base.shards
         self.image_size = (images.shape[2], images.shape[3])
 
     def __len__(self) -> int:
@@ -178,7 +182,7 @@ class ResidentSource(ImageSource):
         return part
 
 
-def _writable(array: np.ndarray) -> np.ndarray:
+def writable(array: np.ndarray) -> np.ndarray:
     return array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
 
 

@@ -1,0 +1,104 @@
+"""scripts/make_shards.py: what it writes, that it is whole or not there, and what it refuses. Images: tests/data/conftest.py."""
+
+import hashlib
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vit_suite.data.decode import decode
+from vit_suite.data.registry import open_split, open_test, open_train
+from vit_suite.data.source import ArraySource
+
+from .make import config, fails
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_shards_hold_the_images_and_labels_of_the_folder(loose, made):
+    assert sorted(path.name for path in made.iterdir()) == sorted(
+        ["classes.txt", "index.npz", *(f"train-{i:06d}.tar" for i in range(9)), *(f"val-{i:06d}.tar" for i in range(3))]
+    )
+    for split in ("train", "val"):
+        files, packed = open_split(config("folder", loose), split), open_split(config("shards", made), split)
+        assert (packed.name, packed.split, packed.classes) == ("photos", split, ["ant", "bee", "cat"]) and len(packed) == len(files)
+        theirs = {Path(files.path(i)).stem.replace(".", "_"): i for i in range(len(files))}
+        mine = [theirs[Path(packed.path(i)).stem.split("-")[1]] for i in range(len(packed))]
+        assert sorted(mine) == list(range(len(files))) and mine != sorted(mine)  # all of them, shuffled
+        for i, j in enumerate(mine):
+            assert packed.content(i) == Path(files.path(j)).read_bytes()  # not encoded again
+            assert torch.equal(packed.load(i), files.load(j)) and packed.label(i) == files.label(j)
+    assert open_test(config("shards", made)).split == "val" and len(open_train(config("shards", made, length=30))) == 30
+
+
+def test_equal_input_gives_equal_bytes(script, loose, made, tmp_path):
+    def convert(name, *more):
+        assert script.main(["--name", "folder", "--root", str(loose), "--output", str(tmp_path / name), *more]) == 0
+        return tmp_path / name
+
+    assert digests(convert("again", "--shard-images", "8")) == digests(made)
+    other = convert("other", "--shard-images", "8", "--seed", "1")
+    assert digests(other)["train-000000.tar"] != digests(made)["train-000000.tar"]
+    kept = open_train(config("shards", convert("kept", "--keep-order", "--splits", "train")))
+    assert kept.labels.tolist() == [0] * 24 + [1] * 24 + [2] * 24 and not list((tmp_path / "kept").glob("val*"))
+
+
+def test_sizes_of_shards(script, tmp_path):
+    def parts(*sizes, limit=10**9, count=10**9):
+        return [[name for ((name, _),) in part] for part in script.split_up(([(i, bytes(s))] for i, s in enumerate(sizes)), limit, count)]
+
+    end, one = tarfile.RECORDSIZE, 1024  # of a member of 1 to 512 bytes, its header included
+    assert parts(512, 1, 300, limit=end + 2 * one) == [[0, 1], [2]] and parts(512, 513, 1, limit=end + 2 * one) == [[0], [1], [2]]
+    assert parts(1, 9000, 1, limit=end + one) == [[0], [1], [2]] and parts(*[1] * 5, count=2) == [[0, 1], [2, 3], [4]] and parts() == []
+
+
+def test_images_without_files_become_png_or_npy(script):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 6), dtype=np.uint8)
+    for images, channels in ((pixels[:, :3], 3), (pixels[:, :1], 1), (pixels, 4)):
+        (name, content), *label = script.sample(ArraySource("set", "train", images, channels, ["a", "b"], [1, -1]), 0, 7)
+        assert name == f"00000007-train.{'png' if channels < 4 else 'npy'}" and label == [("00000007-train.cls", b"1")]
+        assert (decode(name, channels, content) == images[0]).all()
+    assert len(script.sample(ArraySource("set", "train", pixels, 4, ["a", "b"], [1, -1]), 1, 0)) == 1  # no label, no .cls
+
+
+def test_the_converter_refuses(script, loose, shards, capsys, tmp_path):
+    def says(*more, output=shards, name="folder", root=loose):
+        capsys.readouterr()
+        assert script.main(["--name", name, "--root", str(root), "--output", str(output), *more]) == 2
+        return capsys.readouterr().err
+
+    before = digests(shards)
+    assert "holds 14 files (classes.txt, ...)" in says() and "no split 'vall'. Did you mean 'val'?" in says("--splits", "vall")
+    assert "does not exist" in says(root=tmp_path / "gone", output=tmp_path / "new") and not (tmp_path / "new").exists()
+    assert "classes that the train split lacks" not in says() and digests(shards) == before
+    assert script.main(["--name", "shards", "--root", str(shards), "--output", str(tmp_path / "recut"), "--keep-order"]) == 0
+    assert open_train(config("shards", tmp_path / "recut")).content(70) == open_train(config("shards", shards)).content(70)
+    assert script.main(["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite"]) == 0
+    assert len(digests(shards)) == 4 and len(open_train(config("shards", shards))) == 72
+    (shards / "letter.txt").write_text("mine")
+    assert "other things than shards (letter.txt)" in says("--overwrite") and len(digests(shards)) == 5
+
+
+def test_a_conversion_that_breaks_off_leaves_the_old_set(script, loose, shards, monkeypatch, tmp_path):
+    before = digests(shards)
+    for function in ("write_tar", "open_index"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(script, function, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            script.main(["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite"])
+        assert digests(shards) == before
+    replace = os.replace
+
+    def stop(source, target):
+        if Path(target) == shards / "train-000002.tar":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # in the middle of moving: no half set passes for a whole
+        patch.setattr(os, "replace", stop)
+        script.main(["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite", "--shard-images", "5"])
+    fails(config("shards", shards), "is missing, but index.npz names it")
