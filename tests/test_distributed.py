@@ -14,7 +14,7 @@ def launcher(monkeypatch):
     """What the launcher says when the environment holds these variables alone."""
 
     def call(**variables):
-        for name in (*NAMES, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST"):
+        for name in (*NAMES, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -40,3 +40,28 @@ def test_one_process_needs_no_group(launcher):
     with distributed.launched():
         distributed.barrier()
         assert (distributed.rank(), distributed.world_size(), distributed.active()) == (0, 1, False)
+
+
+def test_what_is_done_apart_is_done_as_rank_0_of_1(launcher, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
+    assert (distributed.rank(), distributed.world_size(), distributed.active()) == (3, 4, True)
+    with pytest.raises(KeyError), distributed.apart():
+        assert (distributed.rank(), distributed.world_size(), distributed.active()) == (0, 1, False)
+        assert distributed.gather_objects("mine") == ["mine"]
+        raise KeyError
+    assert (distributed.rank(), distributed.world_size(), distributed.active()) == (3, 4, True)
+
+
+def test_how_many_were_started(launcher):
+    launcher()
+    assert distributed.started() is None
+    launcher(**SLURM)  # a batch script without srun
+    assert distributed.started() is None
+    launcher(**STEP, SLURM_STEP_NUM_NODES="2")
+    assert distributed.started() == (2, 2)
+    launcher(**STEP, SLURM_STEP_NUM_NODES="2", RANK="5", WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")  # torchrun under srun
+    assert distributed.started() == (1, 8)
+    launcher(WORLD_SIZE="2", LOCAL_RANK="1")  # started by Lightning itself, which knows
+    assert distributed.started() is None

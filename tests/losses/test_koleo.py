@@ -29,3 +29,12 @@ def test_pushes_the_nearest_pair_apart():
 
 def test_equal_rows_are_finite():
     assert torch.isfinite(koleo_loss(torch.ones(4, 3)))
+
+
+def test_the_mean_over_ranks_is_the_loss_of_all_rows():
+    whole = torch.randn(8, 5, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    expected = koleo_loss(whole)
+    parts = torch.stack([koleo_loss(whole, slice(start, start + 2)) for start in range(0, 8, 2)]).mean()
+    torch.testing.assert_close(parts, expected)
+    for ours, theirs in zip(torch.autograd.grad(parts, whole), torch.autograd.grad(expected, whole), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -8,7 +8,7 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from vit_suite.config import BackboneConfig, DataConfig, DINOConfig, OptimConfig, ViewsConfig
 from vit_suite.data.module import ImageDataModule
@@ -155,6 +155,40 @@ def test_accumulation_gives_the_numbers_of_the_whole_batch(tmp_path):
         assert float((errors > 1e-4).double().mean()) < 0.02 or "qkv.bias" in name, name
 
 
+class Losses(pl.Callback):
+    """The loss that is logged at each optimiser step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.values.append(float(trainer.logged_metrics["train/loss"]))
+
+
+def test_the_logged_loss_is_that_of_the_whole_batch(tmp_path):
+    """Drop path included: micro-batches drop what the whole batch drops."""
+    traces = []
+    for accumulate in (1, 2, 4):
+        watch = Losses()
+        train(make(drop_path=0.5), data(accumulate), tmp_path, callbacks=[watch], accumulate_grad_batches=accumulate)
+        traces.append(watch.values)
+    assert len(traces[0]) == 6 and len(set(traces[0])) == 6
+    for trace in traces[1:]:
+        assert trace[0] == pytest.approx(traces[0][0], abs=1e-5) and trace == pytest.approx(traces[0], abs=2e-4)
+
+
+def test_what_compares_images_is_said_when_gradients_are_accumulated(tmp_path, caplog):
+    options = {"koleo_weight": 0.1, "head_batch_norm": True}
+    said = "trainer.accumulate 2: BatchNorm, KoLeo: over the 8 images of a micro-batch, so the loss is not that of the whole batch of 16"
+    with caplog.at_level("WARNING", "vit_suite"):
+        train(make(method=options), data(), tmp_path)
+        train(make(), data(2), tmp_path, accumulate_grad_batches=2)
+        assert "micro-batch" not in caplog.text
+        train(make(method=options), data(2), tmp_path, accumulate_grad_batches=2)
+    assert said in [record.getMessage() for record in caplog.records]
+
+
 def test_last_layer_stands_still_in_its_frozen_epochs(tmp_path):
     class Last(pl.Callback):
         def __init__(self):
@@ -292,3 +326,30 @@ def test_monitor_keeps_quiet_while_learning():
 def test_crops_that_do_not_fit_the_patch(views, words):
     with pytest.raises(UserError, match=words):
         make(views=views)
+
+
+class Stream(IterableDataset):
+    """Images without end."""
+
+    def __iter__(self):
+        while True:
+            yield torch.zeros(3, 32, 32, dtype=torch.uint8), 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 3}, "does not say how many batches an epoch has.*limit_train_batches"),
+        ({"max_epochs": -1, "limit_train_batches": 2}, "neither max_epochs nor max_steps"),
+    ],
+)
+def test_a_training_of_unknown_length_is_refused_in_plain_words(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train(make(), DataLoader(Stream(), batch_size=4), tmp_path, **options)
+
+
+def test_a_stream_trains_by_steps(tmp_path):
+    """Epochs of two batches, as long as max_steps says."""
+    module = make()
+    trainer = train(module, DataLoader(Stream(), batch_size=4), tmp_path, max_epochs=-1, max_steps=3, limit_train_batches=2)
+    assert module.max_steps == trainer.global_step == 3 and module.steps_per_epoch == 2

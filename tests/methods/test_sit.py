@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from vit_suite.config import BackboneConfig, SiTConfig, SiTOptimConfig, SiTViewsConfig
@@ -178,3 +180,23 @@ def test_pretrained_weights_have_no_rotation_token():
 
 def test_version_3_is_defined_by_options_of_the_same_class():
     assert replace(SiTConfig(), **V3).name == "sit"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_teacher_follows_once_an_optimiser_step(tmp_path, accumulate):
+    class Students(pl.Callback):
+        """The student's weights after every micro-batch, and the step they belong to."""
+
+        def on_train_batch_end(self, trainer, module, *_):
+            history[trainer.global_step] = [parameter.detach().clone() for parameter in module.student.parameters()]
+
+    history: dict[int, list[torch.Tensor]] = {}
+    module = make(**V3)
+    expected = [parameter.clone() for parameter in module.teacher.parameters()]
+    train(module, data(accumulate), tmp_path, callbacks=[Students()], accumulate_grad_batches=accumulate)
+    assert max(history) == 6  # 48 images in batches of 16, twice
+    for step in range(6):
+        momentum = 1 - 0.002 * (1 + math.cos(math.pi * step / 6))
+        expected = [momentum * old + (1 - momentum) * new for old, new in zip(expected, history[step + 1], strict=True)]
+    for parameter, value in zip(module.teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter, value, atol=1e-6, rtol=1e-5)

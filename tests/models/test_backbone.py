@@ -108,6 +108,33 @@ def test_bad_backbones_say_what_is_wrong(options, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_checkpointing_changes_memory_and_nothing_else(causal):
+    """Drop path included: a block that is computed again draws what it drew before."""
+
+    def run(checkpointing: bool):
+        torch.manual_seed(0)
+        backbone = tiny(checkpointing=checkpointing, drop_path=0.5, causal=causal, registers=1).train()
+        images = torch.randn(8, 3, 16, 16)
+        kept: dict[int, int] = {}  # a tensor that two operations save is counted once
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tokens = backbone.tokens(images, blocks=[1])
+            size = sum(kept.values())
+            (tokens.cls.square().sum() + tokens.patches.sum() + tokens.blocks[0][0].sum() + backbone(images).square().sum()).backward()
+        attention = backbone.last_attention(images)
+        return size, [p.grad for p in backbone.parameters()], [tokens.cls, tokens.patches, attention], torch.rand(1)
+
+    plain, lean = run(False), run(True)
+    assert lean[0] < plain[0] / 3
+    for one, two in zip(plain[1] + plain[2] + [plain[3]], lean[1] + lean[2] + [lean[3]], strict=True):
+        assert torch.equal(one, two)
+
+
 def test_wrong_image_size_at_the_call():
     with pytest.raises(UserError, match="not divisible by the patch size 4"):
         tiny()(torch.randn(1, 3, 18, 16))

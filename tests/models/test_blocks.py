@@ -1,4 +1,4 @@
-"""What timm has no option for: fixed positions, post-norm, causal order, mean pooling, hidden patches."""
+"""What timm has no option for: fixed positions, post-norm, causal order, mean pooling, hidden patches, drop path over ranks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from timm.layers import DropPath as TimmDropPath
 
 from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.blocks import sincos_positions
+from vit_suite.models.blocks import DropPath, sincos_positions
+from vit_suite.views.draw import Draw
 
 
 def tiny(**changes) -> Backbone:
@@ -129,3 +131,29 @@ def test_rows_of_the_attention():
     backbone = tiny()
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(backbone.last_attention(images, slice(0, 1)), backbone.last_attention(images)[:, :, :1])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_drop_path_of_the_parts_of_a_batch_is_that_of_the_whole(parts):
+    """Two views of eight images; each part seeds torch as its rank would."""
+    x = torch.randn(2, 8, 3, 5)
+    torch.manual_seed(3)
+    expected = TimmDropPath(0.4)(x.flatten(0, 1)).unflatten(0, (2, 8))
+    assert 0 < (expected == 0).all(-1).all(-1).sum() < 16
+    ours, count = DropPath(0.4), 8 // parts
+    for start in range(0, 8, count):
+        ours.place = Draw(0, 0, 0, slice(start, start + count), 8)
+        torch.manual_seed(3)
+        found = ours(x[:, start : start + count].flatten(0, 1)).unflatten(0, (2, count))
+        torch.testing.assert_close(found, expected[:, start : start + count])
+    ours.place = None
+    torch.manual_seed(3)
+    torch.testing.assert_close(ours(x.flatten(0, 1)), expected.flatten(0, 1))
+    assert ours.eval()(x) is x
+
+
+def test_no_drop_path_of_timm_is_left():
+    blocks = [type(part) for part in tiny(drop_path=0.3).modules()]
+    assert TimmDropPath not in blocks and blocks.count(DropPath) == 4  # two a block, and none in the first, whose rate is 0
+    post = [type(part) for part in tiny(drop_path=0.3, norm="post").modules()]
+    assert TimmDropPath not in post and post.count(DropPath) == 4

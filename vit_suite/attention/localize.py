@@ -1,7 +1,8 @@
 """What a backbone finds in images whose objects are known: attention, LOST and TokenCut, image by image, against truth.
 
-Images are seen whole, at their own size or with a given shorter side; those of one patch grid share a forward
-pass. Nothing is kept of an image but its numbers.
+Images are seen whole, at their own size or with a given shorter side; those of one patch grid in a block of neighbours share a forward
+pass. Ranks take blocks in turn, and all get the numbers of all images; what is computed together is settled by the list of images alone,
+so they are the same, bit for bit, on any number of ranks. Nothing is kept of an image but its numbers.
 
 Axes: B images of a pass, N images, M maps, T thresholds, gh x gw patches.
 """
@@ -10,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vit_suite import distributed
 from vit_suite.attention.discovery import DISCOVERERS, last_keys
-from vit_suite.attention.export_worker import ATTENTION_BYTES, view_size
+from vit_suite.attention.export_worker import ATTENTION_BYTES, cut, view_size
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, require_cls
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.source import ImageSource
@@ -66,25 +69,23 @@ class Localizer:
     progress: bool = False
 
     def look(self, backbone: Backbone, mean: Sequence[float], std: Sequence[float]) -> Looked:
-        """What each method finds with this backbone; mean and std are those of its channels, in 0..1.
+        """What each method finds with this backbone; mean and std are those of its channels, in 0..1. Called on every rank.
 
         UserError for attention without a CLS token, and when no image is left.
         """
         if "attention" in self.methods:
             require_cls(backbone)
-        looked = Looked()
+        looked, failures = Looked(), {}
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {method: [] for method in self.methods}
-        for batch in self._batches(backbone, looked):
-            views = torch.stack([job.view for job in batch]).to(self.device).float().div_(255)
-            with autocast(pick_precision(self.precision, torch.device(self.device)), torch.device(self.device)):
-                for method, (masks, cells) in self._masks(backbone, normalise_(views, mean, std)).items():
-                    grid = masks.shape[-2:]
-                    for job, own_masks, own_cells in zip(batch, masks, cells, strict=True):
-                        overlaps = overlap(own_masks, job.truth, job.size)
-                        parts[method].append((overlaps, on_object(own_cells, grid, job.truth, job.size)))
-            looked.sizes.update((job.index, job.size) for job in batch)
+        for own in distributed.gather_objects(self._own(backbone, mean, std)):
+            looked.sizes |= own.sizes
+            looked.empty += own.empty
+            failures |= own.failures
+            for method, rows in own.parts.items():
+                parts[method] += rows
         if not looked.sizes:
             raise UserError(f"none of the {len(self.source)} images of {self.source.title} decodes and shows an object.")
+        looked.failures = [failures[index] for index in sorted(failures)]
         order = torch.tensor(list(looked.sizes)).argsort()  # batches by grid come in another order
         looked.sizes = dict(sorted(looked.sizes.items()))
         for method, rows in parts.items():
@@ -92,6 +93,21 @@ class Localizer:
             heads = method == "attention"
             looked.found[method] = Found(overlaps, hits, tuple(self.thresholds) if heads else None, heads)
         return looked
+
+    def _own(self, backbone: Backbone, mean: Sequence[float], std: Sequence[float]) -> _Share:
+        """What this rank finds in its blocks."""
+        own = _Share({}, 0, {}, {method: [] for method in self.methods})
+        device = torch.device(self.device)
+        for batch in self._batches(backbone, own):
+            views = torch.stack([job.view for job in batch]).to(device).float().div_(255)
+            with autocast(pick_precision(self.precision, device), device):
+                for method, (masks, cells) in self._masks(backbone, normalise_(views, mean, std)).items():
+                    grid = masks.shape[-2:]
+                    for job, own_masks, own_cells in zip(batch, masks, cells, strict=True):
+                        overlaps = overlap(own_masks, job.truth, job.size)
+                        own.parts[method].append((overlaps, on_object(own_cells, grid, job.truth, job.size)))
+            own.sizes.update((job.index, job.size) for job in batch)
+        return own
 
     def _masks(self, backbone: Backbone, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """{method: (masks bool (B, M, T, gh, gw), cells (B, M) that the maps point at)}, on the CPU."""
@@ -110,30 +126,35 @@ class Localizer:
                     found[method] = masks[:, None, None], seeds[:, None]
         return found
 
-    def _batches(self, backbone: Backbone, looked: Looked) -> Iterator[list[_Job]]:
-        """Images that show an object, those of one view size together, as many as `batch_size` and the blocks' attention matrices allow;
-        the others are counted."""
+    def _batches(self, backbone: Backbone, own: _Share) -> Iterator[list[_Job]]:
+        """Images of this rank's blocks that show an object, those of one view size in a block together, as many as `batch_size` and the
+        blocks' attention matrices allow; the others are counted."""
         from tqdm import tqdm
 
-        patch, held = backbone.patch_size, 0
-        waiting: dict[tuple[int, ...], list[_Job]] = {}
-        jobs = prefetch(lambda index: self._load(index, patch), range(len(self.source)), ahead=32)
-        for job in tqdm(jobs, total=len(self.source), desc="localize", unit="image", leave=False, disable=not self.progress):
-            if isinstance(job, DecodeError):
-                looked.failures.append(job)
-            elif job is None:
-                looked.empty += 1
-            else:
-                group = waiting.setdefault(tuple(job.view.shape), [])
-                group.append(job)
-                held += job.bytes
-                tokens = backbone.prefix_tokens + job.view.shape[1] * job.view.shape[2] // patch**2
-                full = len(group) >= max(1, min(self.batch_size, ATTENTION_BYTES // (4 * backbone.heads * tokens**2)))
-                if full or held > WAITING_BYTES:
-                    batch = waiting.pop(tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size])))
-                    held -= sum(one.bytes for one in batch)
-                    yield batch
-        yield from waiting.values()
+        patch, blocks = backbone.patch_size, cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()]
+        indices = [index for block in blocks for index in block]
+        jobs = zip(indices, prefetch(lambda index: self._load(index, patch), indices, ahead=32), strict=True)
+        shown = self.progress and distributed.rank() == 0
+        jobs = iter(tqdm(jobs, total=len(indices), desc="localize", unit="image", leave=False, disable=not shown))
+        for block in blocks:
+            waiting: dict[tuple[int, ...], list[_Job]] = {}
+            held = 0
+            for index, job in islice(jobs, len(block)):
+                if isinstance(job, DecodeError):
+                    own.failures[index] = job
+                elif job is None:
+                    own.empty += 1
+                else:
+                    group = waiting.setdefault(tuple(job.view.shape), [])
+                    group.append(job)
+                    held += job.bytes
+                    tokens = backbone.prefix_tokens + job.view.shape[1] * job.view.shape[2] // patch**2
+                    full = len(group) >= max(1, min(self.batch_size, ATTENTION_BYTES // (4 * backbone.heads * tokens**2)))
+                    if full or held > WAITING_BYTES:
+                        batch = waiting.pop(tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size])))
+                        held -= sum(one.bytes for one in batch)
+                        yield batch
+            yield from waiting.values()
 
     def _load(self, index: int, patch: int) -> _Job | DecodeError | None:
         """None for an image without an object."""
@@ -152,13 +173,26 @@ class Localizer:
 
 
 def without_model(truths: Truths, sizes: Mapping[int, tuple[int, int]]) -> Baselines:
-    """Scores of the centred box and of the whole image on these images: {image of the source: its (H, W)}."""
-    rows = []
-    for index, size in sizes.items():
-        truth = truths.load(index)
+    """Scores of the centred box and of the whole image on these images, {image of the source: its (H, W)}; called on every rank."""
+
+    def row(index: int) -> tuple[Tensor, Tensor, Tensor]:
+        truth, size = truths.load(index), sizes[index]
         center = on_object(torch.zeros(1, dtype=torch.long), (1, 1), truth, size)[0]
-        rows.append((center_overlaps(truth, size), center, torch.tensor(covered(truth, size), dtype=torch.float64)))
+        return center_overlaps(truth, size), center, torch.tensor(covered(truth, size), dtype=torch.float64)
+
+    rows = distributed.map_over_ranks(row, list(sizes))
     return baselines(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+@dataclass
+class _Share:
+    """What one rank finds; indices are of the source."""
+
+    sizes: dict[int, tuple[int, int]]
+    empty: int
+    failures: dict[int, DecodeError]
+    parts: dict[str, list[tuple[Tensor, Tensor]]]
+    """By method: (overlaps, hits) of each image, in the order of `sizes`."""
 
 
 class _Job(NamedTuple):

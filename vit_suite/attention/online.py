@@ -76,7 +76,10 @@ class AttentionSnapshots(pl.Callback):
         return {epoch: found[epoch] for epoch in sorted(found) if epoch <= last}
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
-        if self.blind or not trainer.is_global_zero:
+        if self.blind:
+            return
+        module = module.whole()
+        if not trainer.is_global_zero:
             return
         sheet = self.sheet(module)
         _save(sheet, self.folder / f"epoch_{epoch:04d}.png")

@@ -60,7 +60,8 @@ def score_logits(logits: Tensor, labels: Tensor) -> Classification:
 
 
 def classify(module: pl.LightningModule, source: Any, image_size: Iterable[int], batch_size: int, precision: str) -> Classification:
-    """Score the classifier of a supervised `module` on the images of `source` under the evaluation view."""
+    """Score the classifier of a supervised `module` on the images of `source` under the evaluation view. All ranks call this and get the
+    scores."""
     options = {"batch_size": batch_size, "device": module.device, "precision": precision, "unit": False}
     logits, labels, *_ = extract_features(module.classifier(), source, list(image_size), module.mean, module.std, **options)
     return score_logits(logits, labels)
@@ -68,7 +69,7 @@ def classify(module: pl.LightningModule, source: Any, image_size: Iterable[int],
 
 class OnlineAccuracy(pl.Callback):
     """Every `every_epochs` epochs and after the last one, scores the classifier on clean test images; logs `val/top1`, `val/top5`
-    in percent. Every rank scores the same images, so all agree on the best checkpoint without talking."""
+    in percent. Ranks share the work and all get the same scores, so that they agree on the best checkpoint."""
 
     metric = "val/top1"
 
@@ -88,7 +89,7 @@ class OnlineAccuracy(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not due(trainer, self.cfg.every_epochs):
             return
-        scores = classify(module, self.test, self.image_size, self.cfg.batch_size, self.precision)
+        scores = classify(module.whole(), self.test, self.image_size, self.cfg.batch_size, self.precision)
         self.history.append((trainer.current_epoch + 1, scores.top1))
         module.log(self.metric, scores.top1, prog_bar=True, sync_dist=True)
         module.log("val/top5", scores.top5, sync_dist=True)

@@ -1,5 +1,9 @@
 """Features of a whole image set: the CLS token after the final norm, L2-normalised, as DINO's eval_knn.py takes it.
 
+Where there are several ranks, each takes every so many-th batch, and all get the rows in the order of the images: call these functions
+on every rank. What is in a batch is settled by the list of images alone, because the last bits of a matrix product depend on its shape:
+so the features are the same, bit for bit, on any number of ranks (that have the same number of threads, or the same GPU).
+
 Axes: N images that decode, D feature width, C channels, H x W pixels.
 """
 
@@ -10,12 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vit_suite import distributed
 from vit_suite.data.decode import DecodeError
 from vit_suite.errors import UserError
 from vit_suite.hardware import autocast, pick_precision
@@ -23,6 +29,8 @@ from vit_suite.views.evaluate import eval_view
 
 BLOCK = 16
 """Images that a decoding thread takes at a time."""
+TILE = 256
+"""Rows that one matrix product of kNN takes of its bank. Ranks that share a bank take whole ones, in turn."""
 
 
 class Features(NamedTuple):
@@ -36,6 +44,8 @@ class Features(NamedTuple):
     """int64 (N,): which image of the source each row is; shorter than the source when files did not decode."""
     failures: list[DecodeError]
     """The files that did not decode; also reported to the source's quarantine where it has one."""
+    rows: Tensor | None = None
+    """int64 (n,): the rows that `features` (n, D) holds of the whole, where ranks share them (`own_rows`); None where it holds all."""
 
 
 def extract_features(
@@ -51,10 +61,12 @@ def extract_features(
     workers: int | None = None,
     progress: bool = False,
     unit: bool = True,
+    shared: bool = False,
 ) -> Features:
     """CLS features of every image of `source` (an ImageSource) under the deterministic evaluation view.
 
-    `unit`: L2-normalise them; without it they are what `backbone` (any module, a classifier too) returns, in fp32.
+    `unit`: L2-normalise them; without it they are what `backbone` (any module, a classifier too) returns, in fp32. `shared`: each rank
+    keeps its share of the rows (`Features.rows`) instead of all.
 
     The backbone runs in eval mode without gradients, and every module gets its own mode back afterwards. `device`: where the forward
     pass runs; the backbone's own when not given. Images held in one tensor are sliced; others decode in `workers` threads (the cores,
@@ -72,7 +84,7 @@ def extract_features(
         return functional.normalize(features, dim=1) if unit else features
 
     with frozen(backbone):
-        return collect(source, image_size, mean, std, forward, device, batch_size, workers, "features" if progress else None)
+        return collect(source, image_size, mean, std, forward, device, batch_size, workers, "features" if progress else None, shared)
 
 
 def raw_pixel_features(
@@ -84,6 +96,7 @@ def raw_pixel_features(
     batch_size: int = 256,
     workers: int | None = None,
     progress: bool = False,
+    shared: bool = False,
 ) -> Features:
     """The baseline that any training must beat: the normalised pixels of the evaluation view as (N, C * H * W), L2-normalised."""
 
@@ -91,7 +104,7 @@ def raw_pixel_features(
         return functional.normalize(images.float().flatten(1), dim=1)
 
     desc = "raw pixels" if progress else None
-    return collect(source, image_size, mean, std, flatten, torch.device("cpu"), batch_size, workers, desc)
+    return collect(source, image_size, mean, std, flatten, torch.device("cpu"), batch_size, workers, desc, shared)
 
 
 @contextmanager
@@ -139,25 +152,33 @@ def collect(
     batch_size: int = 256,
     workers: int | None = None,
     desc: str | None = None,
+    shared: bool = False,
 ) -> Features:
     """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `device`; drop and report what does not decode.
 
-    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none.
+    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none. A UserError that
+    `embed` raises on one rank is raised on all.
     """
     if len(source) == 0:
         raise UserError(f"{_title(source)} holds no images")
-    rows, indices, failures = None, [], []
+    count, world = -(-len(source) // batch_size), distributed.world_size()
+    batches = _batches(source, batch_size, range(distributed.rank(), count, world), workers)
+    rows, indices, failures, kept = None, [], [], 0
     bar = _bar(len(source), desc)
-    for found, images, failed in _batches(source, batch_size, workers):
-        failures += failed
-        if found:
-            images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
-            embedded = embed(eval_view(images, size, mean, std))
-            if rows is None:  # once for the whole set: joining batches at the end would hold it twice
-                rows = torch.empty(len(source), *embedded.shape[1:], dtype=embedded.dtype)
-            rows[len(indices) : len(indices) + len(found)] = embedded.cpu()
-            indices += found
-        bar.update(len(found) + len(failed))
+    for _ in range(-(-count // world)):  # as many on each rank; in the last round some have no batch
+        numbers, images, bad = next(batches, ([], [], []))
+        own = _embedded(lambda images=images: embed(eval_view(_on(images, device), size, mean, std))) if numbers else None
+        for found, part, failed in distributed.gather_objects((numbers, own, bad)):
+            if isinstance(part, UserError):
+                raise part
+            if found:
+                if rows is None:  # once for the whole set: joining batches at the end would hold it twice
+                    rows = torch.empty(len(own_rows(len(source))) if shared else len(source), *part.shape[1:], dtype=part.dtype)
+                part = part[is_own(torch.arange(len(found)) + len(indices))] if shared else part
+                rows[kept : kept + len(part)] = part
+                kept += len(part)
+            indices, failures = indices + found, failures + failed
+            bar.update(len(found) + len(failed))
     bar.close()
     quarantine = getattr(source, "quarantine", None)
     if failures and quarantine is not None:
@@ -166,36 +187,68 @@ def collect(
         raise UserError(f"none of the {len(source)} images of {_title(source)} decodes; the first: {failures[0]}")
     index = torch.tensor(indices, dtype=torch.int64)
     labels = torch.full_like(index, -1) if source.labels is None else source.labels.cpu()[index].long()
-    return Features(rows[: len(index)], labels, index, failures)
+    return Features(rows[:kept], labels, index, failures, own_rows(len(index)) if shared and world > 1 else None)
 
 
-def _batches(source, batch_size: int, workers: int | None) -> Iterator[tuple[list[int], Any, list[DecodeError]]]:
-    """(indices, images, failures) in order; images are a uint8 (B, C, H, W) tensor or a list of (C, H_i, W_i)."""
+def is_own(rows: Tensor) -> Tensor:
+    """Whether this rank keeps these rows of a whole that ranks share."""
+    return rows // TILE % distributed.world_size() == distributed.rank()
+
+
+def own_rows(total: int) -> Tensor:
+    """The rows that this rank keeps, ascending, of `total` that ranks share: tiles in turn, so that 1/N of them (but for a tile) are its
+    own whichever ranks there are, and no tile is cut."""
+    rows = torch.arange(total)
+    return rows[is_own(rows)]
+
+
+def pick_rows(features: Features, rows: Tensor) -> Features:
+    """These rows of the whole alone, renumbered from 0; shared if `features` are."""
+    chosen = features._replace(labels=features.labels[rows], indices=features.indices[rows])
+    if features.rows is None:
+        return chosen._replace(features=features.features[rows])
+    held = torch.full((len(features.labels),), -1)
+    held[features.rows] = torch.arange(len(features.rows))
+    places = held[rows]
+    here = (places >= 0).nonzero().squeeze(1)
+    whole = torch.empty(len(rows), *features.features.shape[1:], dtype=features.features.dtype)
+    for where, part in distributed.gather_objects((here, features.features[places[here]])):
+        whole[where] = part
+    own = own_rows(len(rows))
+    return chosen._replace(features=whole[own], rows=own)
+
+
+def _embedded(embed: Callable[[], Tensor]) -> Tensor | UserError:
+    try:
+        return embed().cpu()
+    except UserError as error:
+        return error
+
+
+def _on(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    return images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+
+
+def _batches(source, batch_size: int, which: range, workers: int | None) -> Iterator[tuple[list[int], Any, list[DecodeError]]]:
+    """(indices, images, failures) of these batches in order; images are a uint8 (B, C, H, W) tensor or a list of (C, H_i, W_i)."""
+    spans = [range(number * batch_size, min((number + 1) * batch_size, len(source))) for number in which]
     held = getattr(source, "images", None)
     if isinstance(held, Tensor):
-        for start in range(0, len(source), batch_size):
-            images = held[start : start + batch_size]
-            yield list(range(start, start + len(images))), images, []
+        for span in spans:
+            yield list(span), held[span.start : span.stop], []
         return
 
     def load(block: range) -> list[tuple[int, Tensor | DecodeError]]:
         return [(index, _loaded(source, index)) for index in block]
 
     # Blocks, because handing over a small image costs as much as decoding it.
-    blocks = [range(start, min(start + BLOCK, len(source))) for start in range(0, len(source), BLOCK)]
-    found, images, failed = [], [], []
-    for block in prefetch(load, blocks, ahead=-(-2 * batch_size // BLOCK), workers=workers):
-        for index, image in block:
-            if isinstance(image, DecodeError):
-                failed.append(image)
-            else:
-                found.append(index)
-                images.append(image)
-            if len(found) + len(failed) == batch_size:
-                yield found, _stacked(images), failed
-                found, images, failed = [], [], []
-    if found or failed:
-        yield found, _stacked(images), failed
+    blocks = [span[start : start + BLOCK] for span in spans for start in range(0, len(span), BLOCK)]
+    loaded = prefetch(load, blocks, ahead=-(-2 * batch_size // BLOCK), workers=workers)
+    for span in spans:
+        images = [image for block in islice(loaded, -(-len(span) // BLOCK)) for image in block]
+        good = [(index, image) for index, image in images if not isinstance(image, DecodeError)]
+        failed = [image for _, image in images if isinstance(image, DecodeError)]
+        yield [index for index, _ in good], _stacked([image for _, image in good]), failed
 
 
 def _loaded(source, index: int) -> Tensor | DecodeError:
@@ -217,4 +270,4 @@ def _title(source) -> str:
 def _bar(total: int, desc: str | None):
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=desc, unit="image", leave=False, disable=desc is None)
+    return tqdm(total=total, desc=desc, unit="image", leave=False, disable=desc is None or distributed.rank() != 0)

@@ -3,7 +3,9 @@
 The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eval_knn.py computes it: a query's score for class c
 is the sum of exp(similarity / temperature) over those of its k nearest bank rows whose label is c. Deliberate deviations:
 
-- the bank is searched in chunks too, not only the queries, so memory is bounded whatever the sizes;
+- the bank is searched in chunks too, not only the queries, so memory is bounded whatever the sizes; ranks may share it, each searches
+  its rows for all queries, and the nearest of all are merged. The products are those of one rank (`features.TILE` bank rows each, since
+  another shape may round otherwise) and the rest is comparing, so any number of ranks gives the same neighbours, bit for bit;
 - votes are scattered by label instead of multiplied by a (k, classes) one-hot, so the number of classes is not a memory problem;
 - the vote runs in float64 after subtracting the largest similarity: the ranking is the same, a small temperature cannot overflow;
 - ties are resolved: between bank rows and between classes the lower index wins; a class without any vote is never a top-5 hit
@@ -23,7 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vit_suite import distributed
 from vit_suite.errors import UserError
+from vit_suite.evaluation.features import TILE
 
 DEFAULT_MEMORY = 256 * 2**20
 """Bytes of working memory."""
@@ -74,6 +78,7 @@ def knn_classify(
     query_labels: Tensor | None = None,
     *,
     ks: Iterable[int] = (10, 20, 100, 200),
+    rows: Tensor | None = None,
     temperature: float = 0.07,
     classes: int | None = None,
     memory: int = DEFAULT_MEMORY,
@@ -90,31 +95,35 @@ def knn_classify(
     label + 1 when not given. `memory` bounds the working memory in bytes, on top of inputs and results. `leave_one_out` is for
     queries that ARE the bank, row for row: each then ignores itself. Work happens on `device`, the bank's own when not given.
 
+    `rows` (n,), where ranks share the bank: which of its N rows `bank` (n, D) holds (`features.own_rows`); labels and queries are whole,
+    and every rank calls this and gets the whole result.
+
     Raises UserError for empty, mismatched or non-finite inputs, labels outside 0..classes-1 (-1 means unlabelled), k < 1,
     temperature <= 0, and a memory budget too small for a single query.
     Source: eval_knn.py `knn_classifier` of facebookresearch/dino.
     """
-    asked = _check_ks(ks)
-    _check_rows(bank, queries, temperature, leave_one_out)
-    classes = _check_labels(bank_labels, query_labels, len(bank), len(queries), classes)
-    available = len(bank) - int(leave_one_out)
-    used = {k: min(k, available) for k in asked}
-    largest = max(used.values())
-    rows, columns = chunk_sizes(len(queries), len(bank), largest, classes, memory)
+    total = len(bank) if rows is None else len(bank_labels)
+    _check_rows(bank, queries, temperature, rows is not None)
+    _check_leave_one_out(leave_one_out, total, len(queries))
+    classes = _check_labels(bank_labels, query_labels, total, len(queries), classes)
+    used = {k: min(k, total - int(leave_one_out)) for k in _check_ks(ks)}
+    size, columns = chunk_sizes(len(queries), total, max(used.values()), classes, memory)
     device = torch.device(device) if device is not None else bank.device
-    result = KNNResult(len(queries), len(bank), classes, float(temperature), used)
+    numbers = torch.arange(total, device=device) if rows is None else rows.to(device)
     parts: list[dict] = []
     with torch.no_grad(), _exact_float32(device):
-        for start in _steps(len(queries), rows, progress):
-            chunk = _unit_rows(queries[start : start + rows].to(device))
-            similarities, neighbours = _search(chunk, bank, largest, columns, start if leave_one_out else None)
-            truth = None if query_labels is None else query_labels[start : start + rows].to(device)
+        for start in _steps(len(queries), size, progress):
+            chunk = _unit_rows(queries[start : start + size].to(device))
+            similarities, neighbours = _search(chunk, bank, numbers, max(used.values()), columns, start if leave_one_out else None)
+            if rows is not None:
+                similarities, neighbours = _merge(similarities, neighbours, max(used.values()))
+            truth = None if query_labels is None else query_labels[start : start + size].to(device)
             labels = bank_labels[neighbours.to(bank_labels.device)].to(device).long()  # (Q, K)
             part = _vote(similarities, labels, used, temperature, classes, truth, return_scores)
             if return_neighbours:
                 part |= {"neighbours": neighbours.cpu(), "similarities": similarities.cpu()}
             parts.append(part)
-    return _gather(result, parts)
+    return _gather(KNNResult(len(queries), total, classes, float(temperature), used), parts)
 
 
 def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> tuple[int, int]:
@@ -132,26 +141,38 @@ def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> t
     return rows, min(bank, (memory - rows * row) // (rows * _BYTES_PER_PAIR))
 
 
-def _search(queries: Tensor, bank: Tensor, k: int, columns: int, first: int | None) -> tuple[Tensor, Tensor]:
-    """The k most similar bank rows of each query, exactly: (similarities (Q, k), indices (Q, k)), ties by the lower index.
+def _search(queries: Tensor, bank: Tensor, rows: Tensor, k: int, columns: int, first: int | None) -> tuple[Tensor, Tensor]:
+    """The k most similar of these bank rows (all, where there are fewer) for each query, exactly: (similarities, row numbers) (Q, k), ties
+    by the lower number.
 
-    `first` is the bank row that IS query 0 (leave one out), else None.
+    `rows` (n,): the numbers of the rows of `bank` (n, D), ascending. `first` is the number of the row that IS query 0 (leave one out),
+    else None.
     """
     best_values = queries.new_empty(len(queries), 0)
-    best_indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    best_rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    columns = max(1, columns // TILE) * TILE
     for start in range(0, len(bank), columns):
-        chunk = _unit_rows(bank[start : start + columns].to(queries.device))
-        similarities = queries @ chunk.T  # (Q, B)
+        tiles = _unit_rows(bank[start : start + columns].to(queries.device)).split(TILE)
+        numbers = rows[start : start + columns]
+        similarities = torch.cat([queries @ tile.T for tile in tiles], 1)  # (Q, B)
         if first is not None:
-            own = torch.arange(first, first + len(queries), device=queries.device) - start  # column of the query itself
-            inside = (own >= 0) & (own < len(chunk))
-            similarities[inside.nonzero()[:, 0], own[inside]] = -torch.inf
-        values, indices = stable_topk(similarities, min(k, len(chunk)))
-        # Chunks come in bank order, so a stable sort of (earlier, later) keeps the lower index first among equals.
+            own = torch.arange(first, first + len(queries), device=queries.device)
+            similarities.masked_fill_(numbers == own.unsqueeze(1), -torch.inf)
+        values, indices = stable_topk(similarities, min(k, len(numbers)))
+        # Chunks come in bank order, so a stable sort of (earlier, later) keeps the lower number first among equals.
         values, order = torch.cat([best_values, values], 1).sort(dim=1, descending=True, stable=True)
-        best_indices = torch.cat([best_indices, indices + start], 1).gather(1, order)[:, :k]
+        best_rows = torch.cat([best_rows, numbers[indices]], 1).gather(1, order)[:, :k]
         best_values = values[:, :k]
-    return best_values, best_indices
+    return best_values, best_rows
+
+
+def _merge(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of what all ranks found, (Q, k) each, of equal values the lower row first; values and rows (Q, at most k) of one rank."""
+    parts = distributed.gather_objects((values.cpu(), rows.cpu()))
+    found, numbers = (torch.cat(column, 1).to(values.device) for column in zip(*parts, strict=True))
+    numbers, order = numbers.sort(dim=1)
+    found, best = found.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return found[:, :k], numbers.gather(1, best)[:, :k]
 
 
 def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -222,8 +243,8 @@ def _gather(result: KNNResult, parts: list[dict]) -> KNNResult:
 def _unit_rows(features: Tensor) -> Tensor:
     """float32 rows of unit length; rows that already are pass through bit for bit (a zero row stays zero)."""
     features = features.float()
-    norms = features.norm(dim=1)
-    return features if bool(((norms - 1).abs() < 1e-5).all()) else functional.normalize(features, dim=1)
+    unit = (features.norm(dim=1, keepdim=True) - 1).abs() < 1e-5
+    return features if bool(unit.all()) else torch.where(unit, features, functional.normalize(features, dim=1))
 
 
 @contextmanager
@@ -240,7 +261,7 @@ def _exact_float32(device: torch.device):
 
 def _steps(total: int, step: int, progress: bool):
     """range(0, total, step), with a progress bar in queries when asked for."""
-    if not progress:
+    if not progress or distributed.rank() != 0:
         yield from range(0, total, step)
         return
     from tqdm import tqdm
@@ -258,24 +279,29 @@ def _check_ks(ks: Iterable[int]) -> list[int]:
     return asked
 
 
-def _check_rows(bank: Tensor, queries: Tensor, temperature: float, leave_one_out: bool) -> None:
+def _check_rows(bank: Tensor, queries: Tensor, temperature: float, shared: bool) -> None:
     if not temperature > 0:
         raise UserError(f"the kNN temperature must be above 0, not {temperature}")
     for name, rows in (("bank", bank), ("queries", queries)):
         if rows.ndim != 2:
             raise UserError(f"the kNN {name} must be (rows, width), not {tuple(rows.shape)}")
-        if len(rows) == 0:
+        broken, count = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(65536)), len(rows)  # in parts: memory
+        if shared and name == "bank":  # what one rank finds, all have to say
+            broken, count = map(sum, zip(*distributed.gather_objects((broken, count)), strict=True))
+        if count == 0:
             raise UserError(f"the kNN {name} has no rows")
-        broken = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(65536))  # in parts: memory
         if broken:
-            raise UserError(f"{broken} of {len(rows)} features of the kNN {name} are NaN or infinite: the weights have diverged")
+            raise UserError(f"{broken} of {count} features of the kNN {name} are NaN or infinite: the weights have diverged")
     if bank.shape[1] != queries.shape[1]:
         raise UserError(
             f"the kNN bank has features of width {bank.shape[1]}, the queries of {queries.shape[1]}: both must come from one backbone"
         )
-    if leave_one_out and len(bank) != len(queries):
-        raise UserError(f"leave_one_out needs the bank itself as queries, not {len(queries)} queries for {len(bank)} bank rows")
-    if leave_one_out and len(bank) < 2:
+
+
+def _check_leave_one_out(leave_one_out: bool, bank: int, queries: int) -> None:
+    if leave_one_out and bank != queries:
+        raise UserError(f"leave_one_out needs the bank itself as queries, not {queries} queries for {bank} bank rows")
+    if leave_one_out and bank < 2:
         raise UserError("leave_one_out needs a bank of at least 2 rows")
 
 

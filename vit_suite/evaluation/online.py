@@ -17,7 +17,7 @@ class OnlineKNN(pl.Callback):
     """Every `every_epochs` epochs and after the last one, scores the method's evaluation backbone; logs `knn/top1` in percent.
 
     Bank and queries are clean (no augmentation), drawn once, class by class, so that the scores of a run compare.
-    Every rank scores the same images, so all agree on the best checkpoint without talking.
+    Ranks share the work and all get the same score, so that they agree on the best checkpoint.
     """
 
     metric = "knn/top1"
@@ -45,11 +45,11 @@ class OnlineKNN(pl.Callback):
     def score(self, module: pl.LightningModule) -> float:
         """Top-1 in percent of the module's evaluation backbone."""
         options = {"batch_size": self.cfg.batch_size, "device": module.device, "precision": self.precision}
-        backbone = module.evaluation_backbone()
-        bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, **options)
+        backbone = module.whole().evaluation_backbone()
+        bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, shared=True, **options)
         test = extract_features(backbone, self.test, self.image_size, module.mean, module.std, **options)
-        result = knn_classify(*bank[:2], *test[:2], ks=[self.cfg.k], temperature=self.cfg.temperature, device=module.device)
-        return result.top1[self.cfg.k]
+        vote = {"ks": [self.cfg.k], "temperature": self.cfg.temperature, "device": module.device}
+        return knn_classify(*bank[:2], *test[:2], rows=bank.rows, **vote).top1[self.cfg.k]
 
 
 def due(trainer: pl.Trainer, every_epochs: int) -> bool:

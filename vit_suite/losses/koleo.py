@@ -6,21 +6,26 @@ import torch
 from torch import Tensor
 
 
-def koleo_loss(features: Tensor) -> Tensor:
+def koleo_loss(features: Tensor, own: slice = slice(None)) -> Tensor:
     """Minus the mean log distance to the nearest other row, after L2 normalisation.
 
         loss = 0
-        for i in rows:
-            loss -= log(min over j != i of |x_i - x_j|) / rows
+        for i in own rows:
+            loss -= log(min over j != i of |x_i - x_j|) / own rows
 
     Args:
-        features: (B, D), one view of B images, at least 2.
+        features: (N, D), one view of the N images of all ranks, with gradient; at least 2. DINOv2 compares those of a rank alone, so
+            that its loss depends on the number of ranks.
+        own: the rows of this rank. The mean over ranks is the loss of one rank with all rows.
 
     Returns:
         Scalar. A collapse of two rows onto each other costs most; evenly spread rows cost least.
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
+        rows = unit[own]
         with torch.no_grad():  # which row is nearest is not differentiated, as in DINOv2
-            nearest = (unit @ unit.T).fill_diagonal_(-1.0).argmax(dim=-1)
-        return -((unit - unit[nearest]).norm(dim=-1) + 1e-8).log().mean()
+            similarities = rows @ unit.T
+            similarities.diagonal(own.start or 0).fill_(-1.0)
+            nearest = similarities.argmax(dim=-1)
+        return -((rows - unit[nearest]).norm(dim=-1) + 1e-8).log().mean()

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from vit_suite import distributed
 from vit_suite.config import CropConfig, OptimConfig
 from vit_suite.data.source import stable_seed
+from vit_suite.errors import UserError
+from vit_suite.methods.sharding import Sharded
 from vit_suite.models.backbone import Backbone
-from vit_suite.optim.groups import clip_each, parameter_groups
+from vit_suite.models.blocks import DropPath
+from vit_suite.optim.groups import clip_all, clip_each, parameter_groups
 from vit_suite.optim.schedules import cosine
 from vit_suite.views.draw import Draw
 from vit_suite.views.multicrop import MultiCrop
@@ -61,6 +64,7 @@ class Method(pl.LightningModule):
         self.mean, self.std = list(mean), list(std)
         self.seed = seed
         self.global_batch = batch_size
+        self.sharded: Sharded | None = None
 
     def keep_hyperparameters(self, **values: Any) -> None:
         """Store the constructor's arguments as plain data, so that the checkpoint loads with `weights_only=True`."""
@@ -93,6 +97,10 @@ class Method(pl.LightningModule):
         """The classifier on that backbone, of a method that trains one and has `classes`, the names of its outputs."""
         return None
 
+    def compares_images(self) -> list[str]:
+        """What the loss takes from several images at a time, of all ranks but of one micro-batch: accumulation changes it."""
+        return ["BatchNorm"] * any(isinstance(part, nn.BatchNorm1d) for part in self.trained().modules())
+
     def after_step(self, step: int) -> None:
         """Called once after optimiser step number `step` (0-based)."""
 
@@ -103,7 +111,16 @@ class Method(pl.LightningModule):
         description = {"backbone": asdict(self.evaluation_backbone().cfg), "prefix": prefix, "mean": self.mean, "std": self.std}
         checkpoint["vit_suite"] = description
 
+    def whole(self) -> Self:
+        """This method, or where its parameters are sharded over the ranks a copy with all of them, to score, draw or write: all ranks
+        call this together, and what they do with the copy is their own affair."""
+        return self.sharded.whole() if self.sharded else self
+
     # -- shared -------------------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and self.sharded is None:  # trainer.strategy fsdp2
+            self.sharded = Sharded(self, bf16=self.trainer.precision == "bf16-mixed")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,7 +130,7 @@ class Method(pl.LightningModule):
     def on_train_start(self) -> None:
         # Not on_fit_start: asking for the number of steps there sets up the loader before a resumed run's position is restored,
         # and an epoch that was under way would start over with its first images.
-        self.max_steps = int(self.trainer.estimated_stepping_batches)
+        self.max_steps = self.planned_steps()
         if self.global_batch is None:
             local = getattr(self.trainer.train_dataloader, "batch_size", None) or 256
             self.global_batch = local * self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -132,6 +149,27 @@ class Method(pl.LightningModule):
         )
         if self.optim.warmup_epochs * self.steps_per_epoch > self.max_steps:
             log.warning("optim.warmup_epochs %g is longer than the run: its learning rate is never reached", self.optim.warmup_epochs)
+        compared = self.compares_images()
+        if compared and self.trainer.accumulate_grad_batches > 1 and self.trainer.is_global_zero:
+            log.warning(
+                "trainer.accumulate %d: %s: over the %d images of a micro-batch, so the loss is not that of the whole batch of %d",
+                self.trainer.accumulate_grad_batches,
+                ", ".join(compared),
+                self.global_batch // self.trainer.accumulate_grad_batches,
+                self.global_batch,
+            )
+
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole training, which schedules span. UserError where the trainer and its data do not say how many."""
+        if not math.isfinite(self.trainer.num_training_batches):
+            raise UserError(
+                "the training loader does not say how many batches an epoch has, and warm-up and schedules count in epochs: give its "
+                "dataset a __len__, or the Trainer limit_train_batches, a number of batches."
+            )
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise UserError("the Trainer has neither max_epochs nor max_steps: schedules need to know where training ends.")
+        return int(steps)
 
     def draw(self, batch_idx: int, count: int) -> Draw:
         """Where micro-batch `batch_idx` of this rank, `count` images, stands in the global batch of its step."""
@@ -148,22 +186,40 @@ class Method(pl.LightningModule):
         return self.views(images, draw)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        # Drop path draws from the global generator: keyed by the step, a resumed run repeats it and ranks differ in it.
-        torch.manual_seed(stable_seed("step", self.seed, self.current_epoch, batch_idx, distributed.rank()))
         images, labels, *_ = batch
         logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         draw = self.draw(batch_idx, len(labels))
+        # Drop path draws from the global generator, for the whole batch: keyed by the step, it is the same on all ranks, in all
+        # micro-batches and in a resumed run.
+        torch.manual_seed(stable_seed("step", self.seed, self.current_epoch, draw.step, 0))
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.place = draw
         values = self.losses(self.crops(images, draw), labels, draw, logged)
         # Reading a value makes a GPU wait, so there the check is made where values are read anyway.
         if (logged or self.device.type == "cpu") and not torch.isfinite(values["loss"]):
             raise RuntimeError(
                 f"the loss is {values['loss'].item()} at step {self.global_step}: lower optim.lr, or train with trainer.precision=fp32"
             )
-        for name, value in values.items():
-            # Not by sync_dist: Lightning wants it alike at every step, and makes all ranks wait for each value.
-            value = distributed.mean_over_ranks(value.detach()) if logged else value.detach()
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        self.log_means(values, batch_idx, logged)
         return values["loss"]
+
+    def log_means(self, values: dict[str, Tensor], batch_idx: int, logged: bool) -> None:
+        """Log the mean of each value over the micro-batches of a step, with the last of them, and over ranks when `logged`.
+
+        So losses and accuracies are those of the global batch; what is no mean over images (PSNR, prototypes used, spread of features)
+        is the mean of that of each micro-batch.
+        """
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        found = torch.stack([value.detach().float() for value in values.values()])
+        self.logged_sum = found if micro == 0 else self.logged_sum + found
+        if micro + 1 < self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
+            return
+        means = self.logged_sum / (micro + 1)
+        if logged:  # not by sync_dist: Lightning wants it alike at every step, and makes all ranks wait for each value
+            means = distributed.mean_over_ranks(means)
+        for name, value in zip(values, means, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.trained(), self.optim.layer_decay, self.optim.decay_tokens)
@@ -195,4 +251,4 @@ class Method(pl.LightningModule):
         if self.optim.clip_mode == "tensor":
             clip_each([p.grad for p in parameters], self.optim.clip)
         else:
-            torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip)
+            clip_all([p.grad for p in parameters], self.optim.clip)

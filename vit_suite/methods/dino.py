@@ -115,6 +115,9 @@ class DINO(Method):
     def evaluation_backbone(self) -> Backbone:
         return self.teacher.backbone
 
+    def compares_images(self) -> list[str]:
+        return super().compares_images() + ["KoLeo"] * bool(self.method.koleo_weight)
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         for network in (self.student, self.teacher):
@@ -145,7 +148,9 @@ class DINO(Method):
         distillation = dino_loss(self.student.logits(tokens), target, self.method.student_temperature)
         values = {"loss": distillation}
         if self.method.koleo_weight:
-            koleo = sum(koleo_loss(view) for view in tokens[:GLOBAL_CROPS]) / GLOBAL_CROPS
+            start, count = distributed.rank() * tokens.shape[1], tokens.shape[1]
+            own = slice(start, start + count)
+            koleo = sum(koleo_loss(distributed.gather_rows(view), own) for view in tokens[:GLOBAL_CROPS]) / GLOBAL_CROPS
             values = {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
         if logged:
             values |= self.diagnostics(distillation.detach(), target, features)
@@ -155,8 +160,8 @@ class DINO(Method):
     def diagnostics(self, loss: Tensor, target: Tensor, features: Tensor) -> dict[str, Tensor]:
         """Values that tell learning from collapse; `target` (2, B, K) probabilities, `features` (2, B, D) teacher CLS."""
         entropy = -torch.special.xlogy(target, target).sum(-1).mean()
-        unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        used = target.argmax(-1).unique().numel()
+        unit = torch.stack([distributed.gather_rows(view) for view in torch.nn.functional.normalize(features.float(), dim=-1)])
+        used = distributed.gather_rows(target.argmax(-1).T).unique().numel()
         values = {
             "teacher_entropy": entropy,
             "kl": loss - entropy,  # cross-entropy = entropy + KL, averaged over the same images
@@ -165,7 +170,7 @@ class DINO(Method):
             "feature_std": unit.flatten(0, 1).std(0).mean() * features.shape[-1] ** 0.5,
         }
         sentence = self.monitor.update(float(loss), float(entropy), used)
-        if sentence:
+        if sentence and distributed.rank() == 0:
             log.warning("%s", sentence)
         return values
 

@@ -6,8 +6,8 @@ Version 1 (with rotation; code of July 2021) by default, version 3 (December 202
 - The contrastive token stands where a ViT has its CLS token and the rotation token after it, as a register, so that kNN, probes and
   attention maps of this suite look at the contrastive token. The official order is the reverse; with the two rows of the position
   embedding swapped the numbers are the same (tests/parity/test_sit.py).
-- Negatives come from all ranks; version 1 took a rank's own. With gradient accumulation they come from one micro-batch. The mean
-  over corrupted pixels is over a rank's own, as in version 3's code.
+- Negatives come from all ranks, where version 1 took a rank's own, and the mean over corrupted pixels is over those of all ranks, where
+  version 3 takes a mean for each rank. With gradient accumulation both are of one micro-batch.
 - Of two kinds of dropping the official loader replaces blocks with probability 1/2, here 1/3 (views/corruption.py).
 - Masked prediction learns by L1 on pixels, as SiT's reconstruction does, not by visual words.
 
@@ -160,6 +160,10 @@ class SiT(Method):
     def evaluation_backbone(self) -> Backbone:
         return (self.teacher or self.student).backbone
 
+    def compares_images(self) -> list[str]:
+        there = {"negatives": self.method.contrastive != "none", "the mean over corrupted pixels": self.method.reconstruct == "corrupted"}
+        return super().compares_images() + [name for name in there if there[name]]
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         for network in (self.student, self.teacher):
@@ -208,9 +212,11 @@ class SiT(Method):
             values["contrastive"], more["contrastive_accuracy"] = self.contrastive(output.embedding.unflatten(0, clean.shape[:2]), clean)
         if output.pixels is not None:
             pixels = output.pixels.unflatten(0, clean.shape[:2])
-            values["reconstruction"] = reconstruction_l1(pixels, clean, self.counted(corrupted))
+            counted = self.counted(corrupted)
+            number = None if counted is None else distributed.mean_over_ranks(counted.sum())
+            values["reconstruction"] = reconstruction_l1(pixels, clean, counted, number)
             if logged:
-                more["psnr"] = psnr(pixels.detach(), clean, self.pixel_std)
+                more["psnr"] = psnr(pixels.detach(), clean, self.pixel_std, distributed.mean_over_ranks)
         return values, more
 
     def contrastive(self, embedding: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:

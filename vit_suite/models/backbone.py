@@ -15,6 +15,7 @@ Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -24,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError, nearest
-from vit_suite.models.blocks import PostNormBlock, causal_mask, sincos_positions
+from vit_suite.models.blocks import PostNormBlock, causal_mask, replace_drop_path, sincos_positions
 
 EXPLICIT = "vit"
 """The name that stands for explicit dimensions instead of a timm model."""
@@ -181,6 +183,7 @@ class Backbone(nn.Module):
     def __init__(self, cfg: BackboneConfig):
         super().__init__()
         self.vit = build_vit(cfg)
+        replace_drop_path(self.vit)
         self.has_cls: bool = self.vit.cls_token is not None
         if cfg.pool == "cls" and not self.has_cls:
             raise UserError(f"backbone '{cfg.name}' has no CLS token: set backbone.pool to mean, or use a model with one.")
@@ -230,8 +233,10 @@ class Backbone(nn.Module):
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """The tokens (B, T, D) after each block in turn."""
         mask = causal_mask(x.shape[1], self.prefix_tokens, x.device) if self.cfg.causal else None
+        again = self.cfg.checkpointing and self.training and torch.is_grad_enabled()
         for block in self.vit.blocks:
-            x = block(x) if mask is None else block(x, attn_mask=mask)
+            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block  # draws the same drop path again
+            x = run(x) if mask is None else run(x, attn_mask=mask)
             yield x
 
     def pooled(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Pieces of a ViT that timm has no option for: fixed sine positions, post-norm blocks, causal order over patches.
+"""Pieces of a ViT that timm has no option for: fixed sine positions, post-norm blocks, causal order over patches, and drop path that does
+not depend on the number of ranks.
 
 Axes: B images, N patches (row-major), T = prefix + N tokens, D width.
 """
@@ -9,10 +10,12 @@ import functools
 from typing import Literal
 
 import torch
+from timm.layers import DropPath as TimmDropPath
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_suite.errors import UserError
+from vit_suite.views.draw import Draw, alone
 
 
 class PostNormBlock(Block):
@@ -24,6 +27,37 @@ class PostNormBlock(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))))
         return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
+
+
+class DropPath(nn.Module):
+    """timm's stochastic depth, drawn for the GLOBAL batch of a step and cut to the rows of this micro-batch.
+
+    So ranks and micro-batches drop what one rank with the whole batch drops, provided that torch's generator, which the numbers come
+    from, stands alike on all of them. `place` says which rows the images are; without it they are all there are. Input (V B, T, D): V
+    views of B images, view by view.
+    """
+
+    place: Draw | None = None
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        place = self.place or alone(len(x))
+        views = len(x) // (place.rows.stop - place.rows.start)
+        kept = x.new_empty(views, place.total).bernoulli_(1 - self.rate)[:, place.rows] / (1 - self.rate)
+        return x * kept.reshape(-1, 1, 1)
+
+
+def replace_drop_path(vit: nn.Module) -> None:
+    """Put this module's `DropPath` in the place of timm's."""
+    for block in vit.blocks:
+        for name in ("drop_path1", "drop_path2"):
+            if isinstance(getattr(block, name, None), TimmDropPath):
+                setattr(block, name, DropPath(getattr(block, name).drop_prob))
 
 
 @functools.lru_cache(maxsize=8)

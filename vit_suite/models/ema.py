@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vit_suite import distributed
+
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, in a few fused calls.
 
-    Buffers (BatchNorm statistics) stay the teacher's own, as in DINO `main_dino.py`.
+    Buffers (BatchNorm statistics) stay the teacher's own, as in DINO `main_dino.py`. Of sharded networks each rank moves its part.
     """
-    targets, sources = list(teacher.parameters()), [parameter.detach() for parameter in student.parameters()]
+    targets, sources = ([distributed.own_part(parameter) for parameter in network.parameters()] for network in (teacher, student))
     torch._foreach_mul_(targets, momentum)
     torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
 
@@ -31,7 +33,8 @@ def assert_twins(teacher: nn.Module, student: nn.Module) -> None:
     """
     ours = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
-        if parameter.data_ptr() == ours[name].data_ptr() and parameter.numel():
+        mine, theirs = distributed.own_part(ours[name]), distributed.own_part(parameter)
+        if mine.data_ptr() == theirs.data_ptr() and mine.numel():
             raise RuntimeError(f"student and teacher share the storage of {name}: the teacher would follow every gradient step")
-        if not torch.equal(parameter, ours[name]):
+        if not torch.equal(mine, theirs):
             raise RuntimeError(f"student and teacher start with different {name}")

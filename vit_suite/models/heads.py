@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vit_suite.models.batch_norm import BatchNorm1d
+
 
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows are `g v / |v|`.
@@ -54,7 +56,7 @@ class DINOHead(nn.Module):
             widths = [dim] + [hidden_dim] * (layers - 1)
             hidden: list[nn.Module] = []
             for before, after in pairwise(widths):
-                hidden += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if batch_norm else []), nn.GELU()]
+                hidden += [nn.Linear(before, after), *([BatchNorm1d(after)] if batch_norm else []), nn.GELU()]
             self.mlp = nn.Sequential(*hidden, nn.Linear(hidden_dim, bottleneck_dim))
         init_linear_(self.mlp)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, trainable_gain=not norm_last_layer)
@@ -76,9 +78,9 @@ class ContrastiveHead(nn.Module):
         if kind == "linear":
             layers: list[nn.Module] = [nn.Linear(dim, out_dim)]
         else:
-            layers = [nn.Linear(dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
-            layers += [nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()]
-            layers += [nn.Linear(hidden_dim, out_dim), nn.BatchNorm1d(out_dim, affine=False)]
+            layers = [nn.Linear(dim, hidden_dim), BatchNorm1d(hidden_dim), nn.ReLU()]
+            layers += [nn.Linear(hidden_dim, hidden_dim), BatchNorm1d(hidden_dim), nn.GELU()]
+            layers += [nn.Linear(hidden_dim, out_dim), BatchNorm1d(out_dim, affine=False)]
         self.mlp = nn.Sequential(*layers)
         init_linear_(self)
 
