@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "vit_suite"
 ROAD = [
     "errors",
     "files",
+    "signals",
     "config",
     "options",
     "parsing",
@@ -26,6 +27,7 @@ ROAD = [
     "evaluation",
     "attention",
     "reports",
+    "cluster",
     "commands",
     "cli",
     "__main__",

@@ -1,7 +1,7 @@
 """The command line: which commands there are, their help, and what a failure prints.
 
-Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130 interrupted;
-143 terminated (SIGTERM) while training.
+Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130 interrupted
+(Ctrl-C), 143 terminated (SIGTERM), 75 stopped by SIGUSR1: after these a training goes on when it is started again.
 `vit-suite --help` answers as fast as Python starts, so everything is imported inside the functions; the code of a command, and
 with it torch, only once its options have proved right.
 """
@@ -51,6 +51,11 @@ COMMANDS = {
         "vit_suite.config:LocalizeConfig",
         "vit_suite.commands.localize:run",
     ),
+    "launch": Command(
+        "Submit a training to SLURM, or say how it is",
+        "vit_suite.config:LaunchConfig",
+        "vit_suite.commands.launch:run",
+    ),
 }
 
 
@@ -73,6 +78,7 @@ def _run(argv: list[str]) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     from vit_suite.errors import UserError
+    from vit_suite.signals import Stopped
 
     config = None
     try:
@@ -90,12 +96,14 @@ def _run(argv: list[str]) -> int:
         return 0
     except UserError as error:
         return _complain(f"error: {_one_line(error)}", 2)
+    except Stopped as stop:
+        return _complain(str(stop), stop.status)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C with sys.exit(1)
             return _complain("interrupted", 130)
-        if type(stop).__name__ == "SIGTERMException":  # Lightning's answer to SIGTERM, which would exit with 0
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's answer to SIGTERM before the first step, which would exit with 0
             return _complain("terminated before the end", 143)
         raise
     except Exception as error:

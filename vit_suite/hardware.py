@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from vit_suite import distributed
 from vit_suite.errors import UserError
 
 
@@ -15,6 +16,15 @@ def pick_device(accelerator: Literal["auto", "cpu", "gpu"] = "auto") -> torch.de
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("accelerator=gpu, but torch sees no GPU here.")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def rank_device(accelerator: Literal["auto", "cpu", "gpu"] = "auto") -> torch.device:
+    """The device of this rank of a command that a launcher may have started many of: GPUs in turn."""
+    device = pick_device(accelerator)
+    if device.type == "cuda":
+        device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
 
 
 def native_bf16(device: torch.device) -> bool:

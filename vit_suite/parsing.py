@@ -137,13 +137,40 @@ def read_mapping(values: Mapping[str, Any], group: str = "") -> dict[str, Given]
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Given]:
     """Every value of a YAML file by its dotted key, as written. An empty file gives nothing."""
+    path = Path(path)
+    root = _compose(path)
+    given: dict[str, Given] = {}
+    if root is None or _is_null(root):
+        return given
+    if root.id != "mapping":
+        raise UserError(f"{path}: expected options as 'key: value' lines, got a {root.id}")
+    _collect(root, "", path, given)
+    return given
+
+
+def read_yaml_list(path: str | os.PathLike) -> list[dict[str, Given]]:
+    """The same of each entry of a YAML file that holds a list of options, at least one entry."""
+    path = Path(path)
+    root = _compose(path)
+    if root is None or root.id != "sequence" or not root.value:
+        raise UserError(f"{path}: expected a list of options ('- optim.lr: 1e-3'), got {'nothing' if root is None else 'a ' + root.id}")
+    entries: list[dict[str, Given]] = []
+    for node in root.value:
+        if node.id != "mapping":
+            raise UserError(f"{path}:{node.start_mark.line + 1}: expected options as 'key: value', got a {node.id}")
+        entries.append({})
+        _collect(node, "", path, entries[-1])
+    return entries
+
+
+def _compose(path: Path) -> Any:
+    """The tree of a YAML file; None for an empty one."""
     import yaml
 
-    path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected a YAML file")
     try:
-        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+        return yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
     except FileNotFoundError:
         siblings = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such config file.{nearest(path.name, siblings)}") from None
@@ -154,13 +181,6 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Given]:
         raise UserError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError:
         raise UserError(f"{path}: not valid YAML: not a text file") from None
-    given: dict[str, Given] = {}
-    if root is None or _is_null(root):
-        return given
-    if root.id != "mapping":
-        raise UserError(f"{path}: expected options as 'key: value' lines, got a {root.id}")
-    _collect(root, "", path, given)
-    return given
 
 
 def _collect(node: Any, group: str, path: Path, given: dict[str, Given]) -> None:

@@ -63,11 +63,12 @@ def test_trains_all_layers_the_first_slowly(finetune, tiny_run, tmp_path):
 
 
 def test_recipe_and_what_is_recorded(finetune, tiny_run, tmp_path):
-    assert finetune(tiny_run, trainer__max_epochs=1, backbone__drop_path=0.2).status == 0
+    assert finetune(tiny_run, trainer__max_epochs=1, backbone__drop_path=0.2, backbone__checkpointing=True).status == 0
     cfg = load_config(tmp_path / "tuned" / "config.yaml")
     assert (cfg.optim.layer_decay, cfg.optim.lr, cfg.method.ema, cfg.method.name) == (0.75, 5e-4, 0.0, "supervised")
     assert cfg.method.start == str(tiny_run)
-    assert (cfg.backbone.drop_path, cfg.backbone.dim, cfg.backbone.depth, cfg.views.global_size) == (0.2, 24, 2, 32)
+    assert (cfg.backbone.drop_path, cfg.backbone.checkpointing) == (0.2, True)
+    assert (cfg.backbone.dim, cfg.backbone.depth, cfg.views.global_size) == (24, 2, 32)
 
 
 def test_another_size_resizes_the_positions(finetune, tiny_run, tmp_path):

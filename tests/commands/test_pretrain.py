@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from tests.commands.conftest import column, picture, results, rows, save_pictures, sha256, words
+from vit_suite import distributed
+from vit_suite.commands.pretrain import layout
+from vit_suite.commands.stop import DRILL
+from vit_suite.config import TrainerConfig
 from vit_suite.data.files import walk_images
+from vit_suite.errors import UserError
 from vit_suite.evaluation.online import OnlineKNN
 from vit_suite.parsing import load_config
 from vit_suite.weights.checkpoint import load_backbone
@@ -33,7 +38,7 @@ def load(path):
 def test_files_of_a_run(tiny_run):
     found = {str(path.relative_to(tiny_run)) for path in tiny_run.rglob("*") if path.is_file()}
     kept = {f"checkpoints/{name}.ckpt" for name in ("last", "best", "epoch_0001", "epoch_0002")}
-    assert found == kept | {"config.yaml", "metrics.csv", "results.json", "backbone.safetensors", "backbone.json"}
+    assert found == kept | {"config.yaml", "metrics.csv", "results.json", "status.json", "backbone.safetensors", "backbone.json"}
 
 
 def test_config_reads_back_to_the_options_of_the_run(tiny_run):
@@ -186,6 +191,13 @@ def test_accumulation_keeps_the_batch(pretrain, tiny_run, tmp_path):
     assert column(tmp_path / "run", "train/lr") == column(tiny_run, "train/lr")
 
 
+def test_checkpointing_activations_repeats_the_run(pretrain, tiny_run, tmp_path):
+    """To the bit, drop path included; a run may also be resumed with another choice."""
+    assert pretrain(backbone__checkpointing=True).status == 0
+    assert column(tmp_path / "run", "train/loss") == column(tiny_run, "train/loss") and sha256(tmp_path / "run") == sha256(tiny_run)
+    assert "is complete" in pretrain(backbone__checkpointing=False).log
+
+
 def test_timm_name_as_backbone(pretrain, tmp_path):
     dims = dict.fromkeys(("backbone__patch_size", "backbone__dim", "backbone__depth", "backbone__heads"))
     options = {"backbone__name": "vit_tiny_patch16_224", "trainer__max_steps": 2, "evaluate__every_epochs": 0}
@@ -280,19 +292,29 @@ def test_files_that_are_odd_but_images(pretrain, tmp_path):
 # Loggers ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_wandb_without_an_account(pretrain, monkeypatch, tmp_path):
+def test_wandb_without_an_account_goes_on_with_its_run(pretrain, monkeypatch, tmp_path):
+    """Started twice, in the middle interrupted: one id, and every option in its config."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    try:
-        said = pretrain(logger__wandb=True, logger__wandb_offline=True, trainer__max_epochs=1, evaluate__every_epochs=0)
-    finally:
-        wandb.finish()
-    assert said.status == 0
-    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    options = {"logger__wandb": True, "logger__wandb_offline": True, "trainer__max_epochs": 1, "evaluate__every_epochs": 0}
+    configs = []
+    for drill, status in (("preempt@2", 75), (None, 0)):
+        monkeypatch.setenv(DRILL, drill) if drill else monkeypatch.delenv(DRILL)
+        try:
+            assert pretrain(**options).status == status
+            configs.append(dict(wandb.run.config))
+        finally:
+            wandb.finish()
+        time.sleep(1.1)  # W&B names its folders by the second
+    assert configs[0]["optim"]["lr"] == 5e-3 and configs[0]["data"]["batch_size"] == 16 and configs[0]["run"]["output"].endswith("run")
+    (name,) = {path.parent.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}
+    assert name == (tmp_path / "run" / "wandb_id").read_text().strip()
+    logs = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 2
     end = time.monotonic() + 30
-    while log.stat().st_size < 1000 and time.monotonic() < end:  # W&B's own process writes it, and finish() does not wait for that
+    while logs[0].stat().st_size < 1000 and time.monotonic() < end:  # W&B's own process writes it, and finish() does not wait for that
         time.sleep(0.1)
-    assert log.stat().st_size >= 1000 and len(column(tmp_path / "run", "train/loss")) == 4
+    assert logs[0].stat().st_size >= 1000 and len(column(tmp_path / "run", "train/loss")) == 4
 
 
 def test_wandb_online_without_an_account_is_refused_before_the_run_starts(pretrain, monkeypatch, tmp_path):
@@ -312,8 +334,8 @@ def test_wandb_online_without_an_account_is_refused_before_the_run_starts(pretra
 
 @pytest.mark.slow
 def test_two_ranks_repeat_the_losses_of_one(pretrain, tmp_path):
-    """Same global batch, fp32, gloo on CPUs; drop path, which is drawn by each rank for itself, is off."""
-    options = {"backbone__drop_path": 0, "trainer__max_epochs": 1, "trainer__accumulate": 2, "trainer__log_every": 2}
+    """Same global batch, fp32, gloo on CPUs, ranks that Lightning starts itself; more is compared in tests/cluster/test_ranks.py."""
+    options = {"backbone__drop_path": 0.2, "trainer__max_epochs": 1, "trainer__accumulate": 2, "trainer__log_every": 2}
     assert pretrain(tmp_path / "one", **options).status == 0
     command = ["pretrain", *words(run__output=tmp_path / "two", trainer__devices=2, **options)]
     done = subprocess.run([sys.executable, "-m", "vit_suite", *command], capture_output=True, text=True, timeout=300, env=os.environ)
@@ -321,11 +343,28 @@ def test_two_ranks_repeat_the_losses_of_one(pretrain, tmp_path):
     assert done.stderr.count("global batch 16 = 2 ranks x 2 accumulated x 4 images") == 1  # one rank speaks for both
     assert "sync_dist" not in done.stderr
     for name in ("train/loss", "train/teacher_entropy", "train/center_norm"):
-        # Adam turns rounding in gradients that are almost zero into whole steps of lr, so later losses drift a little.
         one, two = column(tmp_path / "one", name), column(tmp_path / "two", name)
-        if name == "train/center_norm":
-            assert two == pytest.approx(one, rel=1e-4)
-        else:
-            assert len(two) == 2 and two[0] == pytest.approx(one[0], abs=1e-5) and two == pytest.approx(one, abs=2e-3)
+        assert len(two) == 2 and two == pytest.approx(one, abs=1e-5)
     assert len(results(tmp_path / "two")) == 1 and len(column(tmp_path / "two", "knn/top1")) == 1
     assert column(tmp_path / "two", "knn/top1") == pytest.approx(column(tmp_path / "one", "knn/top1"), abs=5)
+
+
+# Launchers --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_and_devices_follow_the_launcher(monkeypatch):
+    assert layout(TrainerConfig(devices=3)) == {}
+    monkeypatch.setattr(distributed, "started", lambda: (2, 4))
+    assert layout(TrainerConfig()) == layout(TrainerConfig(nodes=2, devices=4)) == {"nodes": 2, "devices": 4}
+    with pytest.raises(UserError, match="1 x 8, but 2 x 4 processes were started: leave both out"):
+        layout(TrainerConfig(devices=8))
+
+
+def test_one_process_of_a_slurm_job_of_many_does_not_wait_for_the_others(pretrain, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    said = pretrain()
+    assert said.status == 2 and "a SLURM job of 4 tasks, but this is one process: start it with `srun vit-suite ...`" in said.err
+    assert not (tmp_path / "run").exists()

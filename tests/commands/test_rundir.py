@@ -1,19 +1,13 @@
-"""Starting the same command again: resume, refuse, overwrite; and what is left of a run that was killed."""
+"""Starting the same command again: resume, refuse, overwrite. Signals and kills are in tests/faults."""
 
 from __future__ import annotations
-
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
-from tests.commands.conftest import column, results, rows, sha256, words
+from tests.commands.conftest import column, results, rows, sha256
 from vit_suite.evaluation.online import OnlineKNN
+from vit_suite.reports.status import read_status
 from vit_suite.weights.keeper import Keeper
 
 THREE = {"trainer__max_epochs": 3}
@@ -116,12 +110,15 @@ def test_the_time_limit_waits_for_the_step_under_way(pretrain, tmp_path):
 
 def test_a_finished_run_says_so_and_stays_as_it_is(pretrain, tmp_path):
     assert pretrain(trainer__max_epochs=1).status == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def content():
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "status.json"}
+
+    before = content()
     said = pretrain(trainer__max_epochs=1)
     assert said.status == 0
     assert f"{tmp_path}/run is complete: 4 steps, nothing left to train" in said.log and "trainer.max_epochs" in said.log
-    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert after == before
+    assert content() == before and read_status(tmp_path / "run").state == "done"
 
 
 def test_more_epochs_go_on_from_the_end(pretrain, tmp_path):
@@ -232,59 +229,3 @@ def test_an_empty_directory_and_one_that_a_failed_start_left(pretrain, tmp_path)
     (tmp_path / "run" / "vit-suite-error.log").write_text("of yesterday")
     assert pretrain(trainer__max_steps=1, evaluate__every_epochs=0).status == 0
     assert (tmp_path / "run" / "vit-suite-error.log").read_text() == "of yesterday"
-
-
-# Killed -----------------------------------------------------------------------------------------------------------------------------
-
-
-LONG = {"trainer__max_epochs": 15, "checkpoint__every_steps": 1, "evaluate__every_epochs": 5}
-
-
-def start(folder, **options):
-    command = [sys.executable, "-m", "vit_suite", "pretrain", *words(run__output=folder, **options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-
-
-def wait_for_checkpoint(child, folder) -> None:
-    end = time.monotonic() + 120
-    while not (folder / "checkpoints" / "last.ckpt").exists():
-        assert child.poll() is None and time.monotonic() < end, child.communicate()[1]
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_kill_and_resume(pretrain, tmp_path):
-    """SIGKILL of a real process at a random moment, then the same command."""
-    assert pretrain(tmp_path / "straight", **LONG).status == 0
-    child = start(tmp_path / "run", **LONG)
-    wait_for_checkpoint(child, tmp_path / "run")
-    pause = random.uniform(0, 0.8)
-    time.sleep(pause)
-    child.kill()
-    child.communicate()
-    print(f"killed {pause:.3f} s after the first checkpoint, {len(column(tmp_path / 'run', 'train/loss'))} steps logged")
-    assert child.returncode == -signal.SIGKILL
-    torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    said = pretrain(**LONG)
-    assert said.status == 0 and "resuming" in said.log
-    assert sha256(tmp_path / "run") == sha256(tmp_path / "straight")
-    # Only the step that was under way may be missing from the log.
-    ours, theirs = column(tmp_path / "run", "train/loss"), column(tmp_path / "straight", "train/loss")
-    assert len(theirs) - 1 <= len(ours) <= len(theirs) and set(ours) <= set(theirs)
-    assert not list((tmp_path / "run").rglob("*.partial"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated before the end")]
-)
-def test_ctrl_c_and_kill(pretrain, tmp_path, number, status, word):
-    child = start(tmp_path / "run", **LONG | {"trainer__max_epochs": 2000})
-    wait_for_checkpoint(child, tmp_path / "run")
-    child.send_signal(number)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == status and err.endswith(f"vit-suite: {word}\n") and "Traceback" not in err
-    done = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert done >= 1
-    said = pretrain(**LONG | {"trainer__max_epochs": done // 4 + 1})
-    assert said.status == 0 and f"last.ckpt, {done} steps done" in said.log

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from vit_suite import distributed
 from vit_suite.attention.export import ExportSummary, export_attention
 from vit_suite.attention.maps import require_cls
@@ -14,7 +12,7 @@ from vit_suite.config import AttentionConfig, DataConfig
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
-from vit_suite.hardware import pick_device
+from vit_suite.hardware import rank_device
 from vit_suite.reports.gallery import write_gallery
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
@@ -25,10 +23,7 @@ def run(cfg: AttentionConfig) -> None:
     with distributed.launched():
         loaded = load_backbone(cfg.checkpoint)
         require_cls(loaded.backbone)
-        device = pick_device(cfg.accelerator)
-        if device.type == "cuda":
-            device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
-            torch.cuda.set_device(device)
+        device = rank_device(cfg.accelerator)
         images = cfg.images or open_data(cfg, loaded)
         summary = export_attention(
             loaded.backbone.to(device),

@@ -8,15 +8,16 @@ from dataclasses import asdict
 
 import torch
 
+from vit_suite import distributed
 from vit_suite.commands.data_of import open_data, representation, results_path, view_size, view_text
 from vit_suite.commands.logs import speak
 from vit_suite.config import KNNConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.resident import GIB
-from vit_suite.evaluation.features import Features, extract_features, raw_pixel_features
+from vit_suite.evaluation.features import Features, extract_features, pick_rows, raw_pixel_features
 from vit_suite.evaluation.fewshot import Spread, draw_shots
 from vit_suite.evaluation.knn import KNNResult, knn_classify
-from vit_suite.hardware import pick_device, pick_precision
+from vit_suite.hardware import pick_precision, rank_device
 from vit_suite.reports.results import append_result, table
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
@@ -27,38 +28,39 @@ Shots = dict[int, list[KNNResult]]
 
 
 def run(cfg: KNNConfig) -> None:
-    """Score `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`."""
+    """Score `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`; on one rank or many."""
     speak()
-    loaded = load_backbone(cfg.checkpoint)
-    size, path = view_size(cfg, loaded), results_path(cfg)
-    data = open_data(cfg, loaded, "kNN")
-    scorer = Scorer(data, cfg.k, cfg.temperature, size, cfg.batch_size, pick_device(cfg.accelerator), cfg.precision)
-    features = {"checkpoint": scorer.features(loaded)}
-    if cfg.baselines:
-        features["untrained"] = scorer.features(loaded.untrained(cfg.seed))
-        need = 4 * data.cfg.channels * size[0] * size[1] * (len(scorer.bank) + len(scorer.test)) / GIB
-        if need <= cfg.data.memory_gb:
-            features["raw pixels"] = scorer.pixel_features()
+    with distributed.launched():
+        loaded = load_backbone(cfg.checkpoint)
+        size, path = view_size(cfg, loaded), results_path(cfg)
+        data = open_data(cfg, loaded, "kNN")
+        scorer = Scorer(data, cfg.k, cfg.temperature, size, cfg.batch_size, rank_device(cfg.accelerator), cfg.precision)
+        features = {"checkpoint": scorer.features(loaded)}
+        if cfg.baselines:
+            features["untrained"] = scorer.features(loaded.untrained(cfg.seed))
+            need = 4 * data.cfg.channels * size[0] * size[1] * (len(scorer.bank) + len(scorer.test)) / GIB
+            if need <= cfg.data.memory_gb:
+                features["raw pixels"] = scorer.pixel_features()
+            else:
+                log.info("raw pixels are left out: they take %.1f GiB, and data.memory_gb is %g", need, cfg.data.memory_gb)
+        protocol = scorer.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
+        if cfg.shots:
+            few = {name: scorer.few_shot(found, cfg.shots, cfg.draws, cfg.seed) for name, found in features.items()}
+            shown, metrics = shots_table(few), {name: shots_metrics(shots) for name, shots in few.items()}
+            protocol |= {"shots": cfg.shots, "draws": cfg.draws, "seed": cfg.seed}
+            protocol["spread"] = "mean and sample standard deviation over draws"
         else:
-            log.info("raw pixels are left out: they take %.1f GiB, and data.memory_gb is %g", need, cfg.data.memory_gb)
-    bank = f"bank of {len(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
-    print(f"{data.name}: top-1 % of {len(scorer.test)} images, {bank}, temperature {cfg.temperature}")
-    protocol = scorer.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
-    if cfg.shots:
-        few = {name: scorer.few_shot(found, cfg.shots, cfg.draws, cfg.seed) for name, found in features.items()}
-        print(shots_table(few))
-        metrics = {name: shots_metrics(shots) for name, shots in few.items()}
-        protocol |= {"shots": cfg.shots, "draws": cfg.draws, "seed": cfg.seed, "spread": "mean and sample standard deviation over draws"}
-    else:
-        results = {name: scorer.vote(*found) for name, found in features.items()}
-        print(accuracy_table(results))
-        metrics = {name: accuracies(result) for name, result in results.items()}
-    append_result(path, "knn few-shot" if cfg.shots else "knn", metrics, protocol, loaded.sha256)
-    print(f"appended to {path}")
+            results = {name: scorer.vote(*found) for name, found in features.items()}
+            shown, metrics = accuracy_table(results), {name: accuracies(result) for name, result in results.items()}
+        if distributed.rank() == 0:
+            bank = f"bank of {len(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
+            print(f"{data.name}: top-1 % of {len(scorer.test)} images, {bank}, temperature {cfg.temperature}\n{shown}")
+            append_result(path, "knn few-shot" if cfg.shots else "knn", metrics, protocol, loaded.sha256)
+            print(f"appended to {path}")
 
 
 class Scorer:
-    """kNN of one backbone after another on the same images under the same protocol."""
+    """kNN of one backbone after another on the same images under the same protocol. Ranks share the bank, and all get the results."""
 
     def __init__(
         self,
@@ -82,16 +84,15 @@ class Scorer:
         network = loaded.backbone.to(self.options["device"])
         network.set_fused_attention(self.options["device"].type != "cpu")
         self.representation = representation(network)
-        bank, test = (
-            extract_features(network, source, self.image_size, loaded.mean, loaded.std, **self.options) for source in (self.bank, self.test)
-        )
-        return bank, test
+        common = (self.image_size, loaded.mean, loaded.std)
+        bank = extract_features(network, self.bank, *common, shared=True, **self.options)
+        return bank, extract_features(network, self.test, *common, **self.options)
 
     def pixel_features(self) -> tuple[Features, Features]:
         """Of bank and test: the normalised pixels themselves, which a backbone has to beat."""
-        options = {"batch_size": self.options["batch_size"]}
-        bank, test = (raw_pixel_features(source, self.image_size, self.mean, self.std, **options) for source in (self.bank, self.test))
-        return bank, test
+        common, size = (self.image_size, self.mean, self.std), self.options["batch_size"]
+        bank = raw_pixel_features(self.bank, *common, batch_size=size, shared=True)
+        return bank, raw_pixel_features(self.test, *common, batch_size=size)
 
     def backbone(self, loaded: LoadedBackbone) -> KNNResult:
         """The vote with a backbone's features."""
@@ -103,17 +104,14 @@ class Scorer:
 
     def vote(self, bank: Features, test: Features) -> KNNResult:
         """Of the whole bank."""
-        return knn_classify(*bank[:2], *test[:2], ks=self.ks, temperature=self.temperature, device=self.options["device"])
+        vote = {"ks": self.ks, "temperature": self.temperature, "device": self.options["device"]}
+        return knn_classify(*bank[:2], *test[:2], rows=bank.rows, **vote)
 
     def few_shot(self, features: tuple[Features, Features], shots: Sequence[int], draws: int, seed: int) -> Shots:
         """Votes of banks of few images of each class; features are those of the whole sets. UserError as `draw_shots`."""
         bank, test = features
         drawn = {n: [draw_shots(bank.labels, n, draw, seed, self.bank.classes) for draw in range(draws)] for n in shots}
-
-        def part(rows: torch.Tensor) -> Features:
-            return bank._replace(features=bank.features[rows], labels=bank.labels[rows], indices=bank.indices[rows])
-
-        return {n: [self.vote(part(rows), test) for rows in banks] for n, banks in drawn.items()}
+        return {n: [self.vote(pick_rows(bank, rows), test) for rows in banks] for n, banks in drawn.items()}
 
     def protocol(self) -> dict:
         """Everything that decides the score besides the weights."""

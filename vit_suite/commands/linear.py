@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 
 from torch import Tensor
 
+from vit_suite import distributed
 from vit_suite.commands.data_of import open_data, results_path, view_size, view_text
 from vit_suite.commands.logs import speak
 from vit_suite.config import LinearConfig, SupervisedViewsConfig
 from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
 from vit_suite.data.module import ImageDataModule
-from vit_suite.data.order import EpochPlan
+from vit_suite.data.order import Batch, EpochPlan
 from vit_suite.data.resident import GIB, to_device
 from vit_suite.data.source import ImageSource, ResidentSource
 from vit_suite.errors import UserError
@@ -24,7 +26,7 @@ from vit_suite.evaluation.linear import ProbeResult, linear_probe, linear_probe_
 from vit_suite.evaluation.linear_heads import Batches, HeadScore, Setting
 from vit_suite.evaluation.linear_inputs import Feature, Subject, backbone_subject, pixel_subject
 from vit_suite.evaluation.linear_protocols import Protocol, resolve
-from vit_suite.hardware import pick_device, pick_precision
+from vit_suite.hardware import pick_precision, rank_device
 from vit_suite.reports.results import append_result, table
 from vit_suite.views.draw import alone
 from vit_suite.views.multicrop import MultiCrop, ViewsInWorkers, pick_backend
@@ -36,36 +38,55 @@ Result = ProbeResult | dict[int, ShotResult]
 
 
 def run(cfg: LinearConfig) -> None:
-    """Probe `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`."""
+    """Probe `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`; on one rank or many."""
     speak()
-    loaded = load_backbone(cfg.checkpoint)
-    size, path = view_size(cfg, loaded), results_path(cfg)
-    protocol, features = resolve(cfg, loaded.backbone)
-    if protocol.augment and size[0] != size[1]:
-        raise UserError(f"augment: random crops are square, and the view is {size[0]}x{size[1]}; give --image_size or --augment false.")
-    data = open_data(cfg, loaded, "linear evaluation")
-    prober = Prober(cfg, data, size, protocol)
-    results = {"checkpoint": prober.backbone(loaded, features)}
-    if cfg.baselines:
-        baselines = {"untrained": lambda: prober.backbone(loaded.untrained(cfg.seed), features), "raw pixels": prober.pixels}
-        for name, baseline in baselines.items():
-            try:
-                results[name] = baseline()
-            except UserError as error:  # what does not fit or diverges here must not cost the checkpoint its score
-                log.warning("%s left out: %s", name, error)
-    print(report(results, prober))
-    metrics = {name: as_metrics(result) for name, result in results.items()}
-    entry = prober.describe() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
-    append_result(path, "linear few-shot" if cfg.shots else "linear", metrics, entry, loaded.sha256)
-    print(f"appended to {path}")
+    with distributed.launched():
+        loaded = load_backbone(cfg.checkpoint)
+        size, path = view_size(cfg, loaded), results_path(cfg)
+        protocol, features = resolve(cfg, loaded.backbone)
+        if protocol.augment and size[0] != size[1]:
+            raise UserError(f"augment: random crops are square, and the view is {size[0]}x{size[1]}; give --image_size or --augment false.")
+        data = open_data(cfg, loaded, "linear evaluation")
+        prober = Prober(cfg, data, size, protocol)
+        results = {"checkpoint": prober.backbone(loaded, features)}
+        if cfg.baselines:
+            baselines = {"untrained": lambda: prober.backbone(loaded.untrained(cfg.seed), features), "raw pixels": prober.pixels}
+            for name, baseline in baselines.items():
+                try:
+                    results[name] = baseline()
+                except UserError as error:  # what does not fit or diverges here must not cost the checkpoint its score
+                    if prober.speaks:
+                        log.warning("%s left out: %s", name, error)
+        if prober.speaks:
+            print(report(results, prober))
+            metrics = {name: as_metrics(result) for name, result in results.items()}
+            entry = prober.describe() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
+            append_result(path, "linear few-shot" if cfg.shots else "linear", metrics, entry, loaded.sha256)
+            print(f"appended to {path}")
+
+
+@dataclass(frozen=True)
+class Turns(EpochPlan):
+    """Every `turns`-th batch of a plan, from number `turn` on; its length is that of the whole plan."""
+
+    turn: int = 0
+    turns: int = 1
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return islice(super().batches(epoch, self.turn + start * self.turns), None, None, self.turns)
 
 
 class Prober:
-    """The same heads under the same protocol on one backbone after another. Test images are decoded when a winner is to be scored."""
+    """The same heads under the same protocol on one backbone after another. Test images are decoded when a winner is to be scored.
+
+    Ranks share the passes through the backbone. Each then has the features of all images and trains the same heads in the same batches,
+    which takes seconds, and gives the numbers of one rank bit for bit; sums of gradients over ranks would not.
+    """
 
     def __init__(self, cfg: LinearConfig, data: ImageDataModule, size: list[int], protocol: Protocol):
         self.cfg, self.data, self.size, self.protocol = cfg, data, size, protocol
-        self.device = pick_device(cfg.accelerator)
+        self.device = rank_device(cfg.accelerator)
+        self.speaks = distributed.rank() == 0
         self.precision = pick_precision(cfg.precision, self.device)
         if isinstance(data.train_source, ResidentSource) and self.device.type == "cuda":
             to_device(data.train_source, self.device)
@@ -93,9 +114,9 @@ class Prober:
         train = self._extract(subject, self.train)
         common = {"columns": subject.columns, "holdout": cfg.holdout, "device": self.device}
         if cfg.shots:
-            few = {"shots": cfg.shots, "draws": cfg.draws, "names": self.train.classes, "progress": True}
+            few = {"shots": cfg.shots, "draws": cfg.draws, "names": self.train.classes, "progress": self.speaks}
             return few_shot_probe(train, lambda: self._test(subject), recipe, **few, **common)
-        return linear_probe(train, lambda: self._test(subject), recipe, **common, classes=self.classes, progress=True)
+        return linear_probe(train, lambda: self._test(subject), recipe, **common, classes=self.classes, progress=self.speaks)
 
     def _augmented(self, subject: Subject) -> ProbeResult:
         inner, held = self.train, None
@@ -104,7 +125,7 @@ class Prober:
             inner, held = self.train.subset(rows), self._extract(subject, self.train.subset(held_rows))
         recipe = self.protocol.recipe
         batches, count = self._batches(subject, inner, min(recipe.batch_size, len(inner)))
-        options = {"shape": subject.shape, "classes": self.classes, "images": len(inner), "device": self.device, "progress": True}
+        options = {"shape": subject.shape, "classes": self.classes, "images": len(inner), "device": self.device, "progress": self.speaks}
         return linear_probe_on_batches(batches, count, held, lambda: self._test(subject), recipe, subject.columns, **options)
 
     def _batches(self, subject: Subject, source: ImageSource, size: int) -> tuple[Batches, int]:
@@ -112,7 +133,7 @@ class Prober:
         seed, device = self.cfg.seed, self.device
         config = SupervisedViewsConfig(global_size=self.size[0], randaugment=0, erase=0.0)
         views = MultiCrop(config, subject.mean, subject.std)
-        plan = EpochPlan(len(source), size, seed)
+        plan = Turns(len(source), size, seed, turn=distributed.rank(), turns=distributed.world_size())
         if isinstance(source, ResidentSource):
             loader = ResidentLoader(source, plan)
         else:
@@ -120,18 +141,31 @@ class Prober:
             workers = auto_workers(self.data.cfg.workers, False)
             loader = FileLoader(source, plan, workers, self.data.quarantine, device.type == "cuda", ready)
 
-        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        def own(epoch: int) -> Iterator[tuple[Tensor, Tensor] | UserError]:
             loader.set_epoch(epoch)
-            for step, (images, labels, _) in enumerate(loader):
+            for number, (images, labels, _) in enumerate(loader):
                 if isinstance(images, Tensor) or images[0].ndim == 3:
                     images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
-                    images = views(images, alone(len(images), seed, epoch, step))
-                yield subject.embed(images[0]), labels.to(device)
+                    images = views(images, alone(len(images), seed, epoch, plan.turn + number * plan.turns))
+                try:
+                    part = subject.embed(images[0]), labels
+                    yield tuple(tensor.cpu() for tensor in part) if distributed.active() else part
+                except UserError as error:  # raised below, on all ranks
+                    yield error
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            mine = own(epoch)
+            for _ in range(-(-len(loader) // plan.turns)):  # a batch of each rank; in the last round some have none
+                for part in distributed.gather_objects(next(mine, None)):
+                    if isinstance(part, UserError):
+                        raise part
+                    if part is not None:
+                        yield part[0].to(device), part[1].to(device)
 
         return batches, len(loader)
 
     def _extract(self, subject: Subject, source: ImageSource) -> Features:
-        return subject.extract(source, self.size, self.device, self.cfg.batch_size, progress=True)
+        return subject.extract(source, self.size, self.device, self.cfg.batch_size, progress=self.speaks)
 
     def _test(self, subject: Subject) -> Features:
         return self._extract(subject, self.data.test())

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from vit_suite import distributed
 from vit_suite.attention.localize import Localizer, Looked, without_model
 from vit_suite.commands.data_of import results_path
 from vit_suite.commands.logs import speak
@@ -18,7 +19,7 @@ from vit_suite.data.source import ImageSource, stable_seed
 from vit_suite.data.truth import Truths, open_truths, source_truths
 from vit_suite.errors import UserError
 from vit_suite.evaluation.localization import Baselines, Score, score
-from vit_suite.hardware import pick_device, pick_precision
+from vit_suite.hardware import pick_precision, rank_device
 from vit_suite.reports.results import append_result, table
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
@@ -29,34 +30,37 @@ TITLES = {"attention": "", "lost": "LOST", "tokencut": "TokenCut"}
 
 
 def run(cfg: LocalizeConfig) -> None:
-    """Score `cfg.checkpoint` against truth."""
+    """Score `cfg.checkpoint` against truth, on one rank or many."""
     speak()
-    loaded = load_backbone(cfg.checkpoint)
-    if "attention" in cfg.method and not loaded.backbone.has_cls:
-        raise UserError(f"'{cfg.checkpoint}' has no CLS token, so no attention to score: use --method lost tokencut, which need none.")
-    path = results_path(cfg)
-    source, truths = open_images(cfg, loaded.backbone.cfg.channels)
-    device = pick_device(cfg.accelerator)
-    localizer = Localizer(
-        source,
-        truths,
-        list(dict.fromkeys(cfg.method)),
-        sorted(set(cfg.threshold)),
-        None if cfg.image_size == "own" else cfg.image_size,
-        cfg.max_tokens,
-        cfg.batch_size,
-        device,
-        pick_precision(cfg.precision, device),
-        progress=True,
-    )
-    found = localize(localizer, {"checkpoint": loaded, "untrained": loaded.untrained(cfg.seed)}, cfg.seed)
-    if found.looked.failures:
-        Quarantine(limit=cfg.data.max_corrupt).report(found.looked.failures, source.title, len(source))
-        log.warning("%d files do not decode, first %s", len(found.looked.failures), found.looked.failures[0])
-    print(found.text())
-    protocol = found.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "options": asdict(cfg)}
-    append_result(path, "localize", found.metrics(), protocol, loaded.sha256)
-    print(f"appended to {path}")
+    with distributed.launched():
+        loaded = load_backbone(cfg.checkpoint)
+        if "attention" in cfg.method and not loaded.backbone.has_cls:
+            raise UserError(f"'{cfg.checkpoint}' has no CLS token, so no attention to score: use --method lost tokencut, which need none.")
+        path = results_path(cfg)
+        source, truths = open_images(cfg, loaded.backbone.cfg.channels)
+        device = rank_device(cfg.accelerator)
+        localizer = Localizer(
+            source,
+            truths,
+            list(dict.fromkeys(cfg.method)),
+            sorted(set(cfg.threshold)),
+            None if cfg.image_size == "own" else cfg.image_size,
+            cfg.max_tokens,
+            cfg.batch_size,
+            device,
+            pick_precision(cfg.precision, device),
+            progress=True,
+        )
+        found = localize(localizer, {"checkpoint": loaded, "untrained": loaded.untrained(cfg.seed)}, cfg.seed)
+        if found.looked.failures:
+            Quarantine(limit=cfg.data.max_corrupt).report(found.looked.failures, source.title, len(source))
+        if distributed.rank() == 0:
+            if found.looked.failures:
+                log.warning("%d files do not decode, first %s", len(found.looked.failures), found.looked.failures[0])
+            print(found.text())
+            protocol = found.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "options": asdict(cfg)}
+            append_result(path, "localize", found.metrics(), protocol, loaded.sha256)
+            print(f"appended to {path}")
 
 
 def open_images(cfg: LocalizeConfig, channels: int) -> tuple[ImageSource, Truths]:

@@ -25,5 +25,6 @@ def speak() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of a torch name
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # images are in memory, or data.workers said so
+    warnings.filterwarnings("ignore", message=".*`srun` command is available")  # on a login node every plain run would hear it
     # The time limit of an interrupted run need not be that of the run that goes on.
     warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*\['Timer'\]")

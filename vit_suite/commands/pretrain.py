@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import Logger
 
+from vit_suite import distributed
 from vit_suite.attention.online import AttentionSnapshots
 from vit_suite.commands import rundir
+from vit_suite.commands.drill import drill_callbacks, run_drill
+from vit_suite.commands.loggers import build_loggers, remember
 from vit_suite.commands.logs import main_process, speak
 from vit_suite.commands.start import adopt
+from vit_suite.commands.stop import answer, cluster_environment, requeued
 from vit_suite.commands.supervised import check_test_labels, class_names, has_test, prepare_head, score_run, test_protocol
-from vit_suite.config import PretrainConfig, SiTConfig, SupervisedConfig
+from vit_suite.config import PretrainConfig, SiTConfig, SupervisedConfig, TrainerConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
@@ -27,12 +31,15 @@ from vit_suite.evaluation.classification import OnlineAccuracy
 from vit_suite.evaluation.online import OnlineKNN
 from vit_suite.hardware import pick_device, pick_precision
 from vit_suite.methods.base import Method
+from vit_suite.methods.ddp import OrderedDDP
 from vit_suite.methods.dino import DINO
+from vit_suite.methods.sharding import ShardedStrategy
 from vit_suite.methods.sit import SiT
 from vit_suite.methods.supervised import SupervisedViT
-from vit_suite.reports.metrics import MetricsLogger
+from vit_suite.reports.progress import Progress
 from vit_suite.reports.results import append_result
 from vit_suite.reports.sheets import COLUMNS, ReconstructionSheets
+from vit_suite.signals import Signals, Stopped
 from vit_suite.views.multicrop import ViewsInWorkers, pick_backend
 from vit_suite.weights.checkpoint import load_backbone, weights_sha256
 from vit_suite.weights.keeper import Keeper
@@ -46,14 +53,54 @@ Score = OnlineKNN | OnlineAccuracy
 def run(cfg: PretrainConfig) -> None:
     """Train, or resume, the run of `cfg`, and say what to do next."""
     speak()
+    if cfg.drill:
+        if status := run_drill(cfg):
+            raise SystemExit(status)
+        return
     if train(cfg):
         root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
         log.info("next: vit-suite knn --checkpoint %s --data.name %s%s --baselines", cfg.run.output, cfg.data.name, root)
         log.info("      vit-suite attention --checkpoint %s --images IMAGES --output %s/attention", cfg.run.output, cfg.run.output)
 
 
+class Run(NamedTuple):
+    """A training that is ready to start."""
+
+    cfg: PretrainConfig
+    folder: Path
+    trainer: pl.Trainer
+    method: Method
+    data: ImageDataModule
+    scores: list[Score]
+    progress: Progress
+    device: torch.device
+    precision: str
+    checkpoint: Path | None
+    """What it resumes from."""
+    steps_before: int
+    """Optimiser steps behind that."""
+
+
 def train(cfg: PretrainConfig) -> bool:
-    """Train, or resume; whether this process is the one that writes the results (rank 0)."""
+    """Train, or resume; whether this process is the one that writes the results (rank 0).
+
+    Raises:
+        Stopped: a signal asked for it, and the checkpoint is saved (rank 0; the others just end).
+    """
+    if cfg.run.overwrite and requeued():
+        cfg = replace(cfg, run=replace(cfg.run, overwrite=False))
+    with Signals() as signals:
+        run = prepare(cfg, signals)
+        started = time.perf_counter()
+        if not (run := fit(run)):
+            return False
+        record(run, time.perf_counter() - started)
+        run.progress.write("done")
+        return True
+
+
+def prepare(cfg: PretrainConfig, signals: Signals) -> Run:
+    """Everything of a run, checked; the run directory appears at the end."""
     start = load_backbone(cfg.method.start) if isinstance(cfg.method, SupervisedConfig) and cfg.method.start else None
     if start:
         cfg = adopt(cfg, start)
@@ -68,18 +115,16 @@ def train(cfg: PretrainConfig) -> bool:
     pl.seed_everything(cfg.run.seed, workers=True, verbose=False)
     device = pick_device(cfg.trainer.accelerator)
     precision = pick_precision(cfg.trainer.precision, device)
-    data = ImageDataModule(
-        cfg.data,
-        seed=cfg.run.seed,
-        quarantine=Quarantine(folder / "quarantine.txt", cfg.data.max_corrupt),
-        accumulate=cfg.trainer.accumulate,
-    )
+    quarantine = Quarantine(folder / "quarantine.txt", cfg.data.max_corrupt)
+    data = ImageDataModule(cfg.data, seed=cfg.run.seed, quarantine=quarantine, accumulate=cfg.trainer.accumulate)
     method = build_method(cfg, data)
     if isinstance(method, SupervisedViT):
         prepare_head(method, start, checkpoint)
     data.setup("fit")
     scores = build_scores(cfg, data, precision)
-    callbacks = build_callbacks(cfg, folder, data, scores, precision)
+    progress = build_progress(cfg, folder, data, scores, steps_before)
+    callbacks = build_callbacks(cfg, folder, data, scores, precision, signals)
+    callbacks += [progress, *drill_callbacks(steps_before, progress.max_steps)]  # after the scores, which status.json shows
     trainer = build_trainer(cfg, folder, callbacks, precision, steps_before)
     data.trainer = trainer
     data.plan()  # says now whether the global batch splits over the ranks
@@ -89,21 +134,48 @@ def train(cfg: PretrainConfig) -> bool:
         data.transform = ViewsInWorkers(method.views, cfg.run.seed, cfg.data.batch_size)
     if main:
         rundir.create(cfg)
+        remember(trainer.loggers, folder)
         data.quarantine.list_again()
-    if checkpoint:
-        log.info("resuming %s, %d steps done", checkpoint, steps_before)
-    started = time.perf_counter()
-    trainer.fit(method, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if checkpoint and trainer.global_step == steps_before:
-        log.info("%s is complete: %d steps, nothing left to train.", folder, steps_before)
+        progress.write("running")
+    return Run(cfg, folder, trainer, method, data, scores, progress, device, precision, checkpoint, steps_before)
+
+
+def fit(run: Run) -> Run | None:
+    """Train to the end; on rank 0 the run, with all weights where ranks shared them. Raises Stopped there, with status.json written, when
+    a signal ended it before."""
+    if run.checkpoint:
+        log.info("resuming %s, %d steps done", run.checkpoint, run.steps_before)
+    main = run.trainer.is_global_zero
+    try:
+        run.trainer.fit(run.method, run.data, ckpt_path=run.checkpoint, weights_only=True)
+    except Stopped as stop:
+        if not main:  # one rank speaks for all; a launcher that sees another fail first would end it before that
+            return None
+        run.progress.write("stopped", stop.signal.name)
+        if bar := run.trainer.progress_bar_callback:
+            bar.on_train_end(run.trainer, run.method)  # ends its line, which the message would go on
+        raise answer(stop, run.cfg.run.overwrite) from None
+    except BaseException as error:
+        if main:
+            run.progress.write("failed", " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise
+    method = run.method.whole()
+    return run._replace(method=method) if main else None
+
+
+def record(run: Run, seconds: float) -> None:
+    """Leave the results of a finished run; of one that was complete before, what a process that was killed at the end did not leave."""
+    complete = run.checkpoint is not None and run.trainer.global_step == run.steps_before
+    method = run.method.to(run.device)
+    if complete and rundir.recorded(run.folder, weights_sha256(method.evaluation_backbone().vit.state_dict())):
+        log.info("%s is complete: %d steps, nothing left to train.", run.folder, run.steps_before)
         log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
-        if trainer.is_global_zero and isinstance(method, SupervisedViT) and has_test(data):
-            score_run(cfg, method.to(device), data, precision, folder)
-    elif trainer.is_global_zero:
-        summarise(cfg, folder, trainer, method.to(device), scores, data, precision, time.perf_counter() - started)
-    return trainer.is_global_zero
+        if isinstance(method, SupervisedViT) and has_test(run.data):
+            score_run(run.cfg, method, run.data, run.precision, run.folder)
+        return
+    if complete:
+        run.trainer.checkpoint_callback.export(run.trainer, method)
+    summarise(run, seconds)
 
 
 def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:
@@ -140,12 +212,20 @@ def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> 
     return scores
 
 
+def build_progress(cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[Score], steps_before: int) -> Progress:
+    """What keeps status.json."""
+    per_epoch = len(data.plan()) // cfg.trainer.accumulate
+    planned = per_epoch * cfg.trainer.max_epochs
+    most = planned if cfg.trainer.max_steps == -1 else min(planned, cfg.trainer.max_steps)
+    return Progress(folder, cfg.data.batch_size, per_epoch, most, steps_before, scores[0] if scores else None)
+
+
 def build_callbacks(
-    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[Score], precision: str
+    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[Score], precision: str, signals: Signals
 ) -> list[pl.Callback]:
     """Checkpoints, scores and pictures of a run."""
     monitor = scores[-1].metric if scores else None
-    keeper = Keeper(folder, cfg.checkpoint, monitor, method=cfg.method.name, data=data.name, seed=cfg.run.seed)
+    keeper = Keeper(folder, cfg.checkpoint, monitor, signals, method=cfg.method.name, data=data.name, seed=cfg.run.seed)
     callbacks: list[pl.Callback] = [keeper, *scores]
     if isinstance(cfg.method, SiTConfig) and cfg.method.sheet_every_epochs and cfg.method.reconstruct != "none":
         sheets, shown = folder / "reconstructions", images_to_show(data, COLUMNS)
@@ -168,13 +248,15 @@ def build_trainer(
     cfg: PretrainConfig, folder: Path, callbacks: list[pl.Callback], precision: str, steps_done: int = 0
 ) -> pl.Trainer:
     """The Lightning trainer of a run that writes into `folder`, where `steps_done` steps have been done before."""
-    options = cfg.trainer
+    options = replace(cfg.trainer, **layout(cfg.trainer))
     cuda = pick_device(options.accelerator).type == "cuda"
     if cuda and options.devices != "auto" and options.devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices is {options.devices}, but torch sees {torch.cuda.device_count()} GPUs here.")
+    devices = options.devices if options.devices != "auto" else torch.cuda.device_count() if cuda else 1
     return pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
-        devices=options.devices if options.devices != "auto" or torch.cuda.is_available() else 1,
+        devices=devices,
+        strategy=pick_strategy(options, devices * options.nodes, cuda),
         num_nodes=options.nodes,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_epochs=options.max_epochs,
@@ -184,7 +266,7 @@ def build_trainer(
         log_every_n_steps=options.log_every,
         enable_progress_bar=options.progress,
         enable_model_summary=False,
-        sync_batchnorm=cuda,  # torch has it for GPUs alone
+        plugins=cluster_environment(),
         use_distributed_sampler=False,  # the data module slices the global batch itself
         num_sanity_val_steps=0,
         logger=build_loggers(cfg, folder, steps_done),
@@ -193,55 +275,46 @@ def build_trainer(
     )
 
 
-def build_loggers(cfg: PretrainConfig, folder: Path, steps_done: int) -> list[Logger]:
-    """metrics.csv, and W&B when asked for."""
-    loggers: list[Logger] = [MetricsLogger(folder, steps_done)]
-    if cfg.logger.wandb:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("logger.wandb needs the wandb package: pip install 'vit-suite[wandb]'.") from error
-        if not cfg.logger.wandb_offline and main_process():
-            try:
-                wandb.login()
-            except wandb.errors.UsageError as error:
-                hint = "run `wandb login` first, or keep the log on disk with --logger.wandb_offline"
-                raise UserError(f"logger.wandb: no account on this machine; {hint}.") from error
-        from pytorch_lightning.loggers import WandbLogger
+def pick_strategy(options: TrainerConfig, ranks: int, cuda: bool) -> pl.strategies.Strategy | str:
+    """How the ranks share a step."""
+    if options.strategy == "fsdp2":
+        return ShardedStrategy(ranks)
+    return "auto" if cuda or ranks == 1 else OrderedDDP()
 
-        loggers.append(
-            WandbLogger(name=cfg.run.name, project=cfg.logger.wandb_project, offline=cfg.logger.wandb_offline, save_dir=str(folder))
+
+def layout(options: TrainerConfig) -> dict[str, int]:
+    """`nodes` and `devices` where torchrun or srun started the processes: theirs. UserError where the options were given and differ."""
+    found = distributed.started()
+    if found is None:
+        return {}
+    nodes, devices = found
+    if options.nodes not in (1, nodes) or options.devices not in ("auto", devices):
+        raise UserError(
+            f"trainer.nodes x trainer.devices is {options.nodes} x {options.devices}, but {nodes} x {devices} processes were started: "
+            "leave both out, the launcher decides."
         )
-    return loggers
+    return {"nodes": nodes, "devices": devices}
 
 
-def summarise(
-    cfg: PretrainConfig,
-    folder: Path,
-    trainer: pl.Trainer,
-    method: Method,
-    scores: Sequence[Score],
-    data: ImageDataModule,
-    precision: str,
-    seconds: float,
-) -> None:
+def summarise(run: Run, seconds: float) -> None:
     """Append the run to results.json."""
+    cfg, trainer, method = run.cfg, run.trainer, run.method
     steps, images = trainer.global_step, trainer.global_step * cfg.data.batch_size
     metrics: dict[str, object] = {"steps": steps, "epochs": trainer.current_epoch, "images": images, "seconds": round(seconds, 1)}
-    for score in scores:
+    for score in run.scores:
         if score.history:
             name = score.metric.replace("/", "_")
             metrics |= {name: score.history[-1][1], f"{name}_by_epoch": score.history}
     protocol = {
         "method": cfg.method.name,
-        "data": data.name,
+        "data": run.data.name,
         "knn": asdict(cfg.evaluate),
         "config": "config.yaml",
     }
-    if isinstance(method, SupervisedViT) and has_test(data):
-        metrics |= score_run(cfg, method, data, precision, folder)
-        protocol["test"] = test_protocol(cfg, data, precision)
+    if isinstance(method, SupervisedViT) and has_test(run.data):
+        metrics |= score_run(cfg, method, run.data, run.precision, run.folder)
+        protocol["test"] = test_protocol(cfg, run.data, run.precision)
     task = "finetune" if isinstance(cfg.method, SupervisedConfig) and cfg.method.start else "pretrain"
-    append_result(folder / "results.json", task, metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
+    append_result(run.folder / "results.json", task, metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
     last = f", kNN {metrics['knn_top1']:.2f}%" if "knn_top1" in metrics else ""
-    log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, folder)
+    log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, run.folder)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError
-from vit_suite.files import write_atomically
+from vit_suite.files import remove_partial, write_atomically
 from vit_suite.parsing import dump_config, load_config, read_yaml
+from vit_suite.reports.results import read_results
 
 CONFIG = "config.yaml"
 FIXED = ("method", "backbone", "views", "optim", "data", "run.seed")
 """What a resumed run may not change: the rest of its training would be another run's."""
-FREE = ("data.root", "data.workers", "data.resident", "data.memory_gb", "data.max_corrupt", "data.download", "views.backend")
+FREE = ("data.root", "data.workers", "data.resident", "data.memory_gb", "data.max_corrupt", "data.download", "views.backend",
+        "backbone.checkpointing")  # fmt: skip
 """Except these, which change where things are and how fast they come, not what they are."""
-LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log")
-"""What a start that failed may have put there."""
+LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log", f".{CONFIG}.*", "status.json")
+"""What a start that failed, or was killed while it wrote its config, may have put there."""
+LAUNCHED = ("launch.*", "slurm-*.log")
+"""What a job that is about to start has there already, and writes to."""
 
 
 def check(cfg: PretrainConfig) -> Path | None:
@@ -37,8 +42,7 @@ def check(cfg: PretrainConfig) -> Path | None:
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
     if not _is_run(folder):
-        # Another process may be writing the config file at this moment, or have been killed while it did.
-        if any(path.name not in LEFT_BEHIND and not path.name.startswith(f".{CONFIG}.") for path in folder.iterdir()):
+        if not all(_matches(path, LEFT_BEHIND + LAUNCHED) for path in folder.iterdir()):
             consequence = "it will not be deleted" if cfg.run.overwrite else "name another"
             raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG} of a run); {consequence}.")
         return None
@@ -82,14 +86,28 @@ def steps_done(checkpoint: Path) -> int:
 
 
 def create(cfg: PretrainConfig) -> Path:
-    """Make the directory (emptied with run.overwrite) and save the resolved config in it."""
+    """Make the directory (emptied with run.overwrite) and save the resolved config in it.
+
+    The old config goes last, when the new one takes its place: a process that is killed in the middle leaves what is known for a run.
+    """
     folder = Path(cfg.run.output)
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.run.overwrite:
         for path in folder.iterdir():  # one by one: the folder itself may be a link to a larger disk
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.name != CONFIG and not _matches(path, LAUNCHED):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    remove_partial(folder)
     write_atomically(folder / CONFIG, lambda path: path.write_text(dump_config(cfg)))
     return folder
+
+
+def recorded(folder: Path, sha256: str) -> bool:
+    """Whether results.json has the training of these weights."""
+    return any(entry["task"] in ("pretrain", "finetune") and entry["sha256"] == sha256 for entry in read_results(folder / "results.json"))
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -10,7 +10,7 @@ from vit_suite.weights.checkpoint import LoadedBackbone
 
 UNSAID = {"mlp_ratio": 4.0, "registers": 0}
 """What a checkpoint means where it says None."""
-FREE = ("drop_path", "image_size", "channels")
+FREE = ("drop_path", "checkpointing", "image_size", "channels")
 """Options of the backbone that fine-tuning chooses, or that follow other options."""
 
 
@@ -31,6 +31,7 @@ def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
     if cfg.data.channels not in (theirs.channels, DataConfig.channels):
         raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{source}' takes {theirs.channels}.")
     size = cfg.backbone.image_size or [cfg.views.global_size] * 2
-    backbone = replace(theirs, drop_path=cfg.backbone.drop_path, image_size=size, pretrained=False)
+    own = {name: getattr(cfg.backbone, name) for name in ("drop_path", "checkpointing")}
+    backbone = replace(theirs, **own, image_size=size, pretrained=False)
     mean, std = cfg.data.mean or loaded.mean, cfg.data.std or loaded.std
     return replace(cfg, backbone=backbone, data=replace(cfg.data, channels=theirs.channels, mean=mean, std=std))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from vit_suite import distributed
 from vit_suite.commands.data_of import view_text
 from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
@@ -80,7 +81,8 @@ def test_protocol(cfg: PretrainConfig, data: ImageDataModule, precision: str) ->
 
 def score_run(cfg: PretrainConfig, method: SupervisedViT, data: ImageDataModule, precision: str, folder: Path) -> dict[str, float]:
     """Scores of the whole test split, for results.json; `confusion.png` and `confusion.csv` in the run directory."""
-    scores = classify(method, data.test(), [cfg.views.global_size] * 2, cfg.evaluate.batch_size, precision)
+    with distributed.apart():  # the run is over, and the other ranks have left
+        scores = classify(method, data.test(), [cfg.views.global_size] * 2, cfg.evaluate.batch_size, precision)
     save_confusion(folder, scores.confusion, method.classes, f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images")
     log.info("%s", sentence(scores))
     return {

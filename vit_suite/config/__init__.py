@@ -9,6 +9,7 @@ from vit_suite.config.demo import DemoConfig
 from vit_suite.config.dino import DINOConfig
 from vit_suite.config.evaluate import KNNConfig, LinearConfig, ScoreConfig
 from vit_suite.config.finetune import FinetuneConfig, FinetuneViewsConfig
+from vit_suite.config.launch import LaunchConfig
 from vit_suite.config.limits import Range
 from vit_suite.config.localize import LocalizeConfig
 from vit_suite.config.pretrain import METHODS, OPTIMS, VIEWS, PretrainConfig
@@ -41,6 +42,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneViewsConfig",
     "KNNConfig",
+    "LaunchConfig",
     "LinearConfig",
     "LocalizeConfig",
     "LoggerConfig",

@@ -23,8 +23,8 @@ class DINOConfig:
     head_layers: Count = 3
     """Layers of the head's MLP."""
     head_batch_norm: bool = False
-    """BatchNorm in the head's MLP (the release's option for ResNets). Statistics are over all ranks on GPUs, a rank's own on CPUs, and
-    over one micro-batch when gradients are accumulated."""
+    """BatchNorm in the head's MLP (the release's option for ResNets). Statistics are over all ranks, and over one
+    micro-batch when gradients are accumulated."""
     norm_last_layer: bool = True
     """Keep the gain of the weight-normed last layer at 1; the teacher's is always kept."""
     freeze_last_layer_epochs: Whole = 1

@@ -48,6 +48,9 @@ class PretrainConfig:
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunOptions = field(default_factory=RunOptions)
+    drill: str | None = None
+    """Interrupt the training on purpose and go on, to see that nothing is lost: preempt@STEP (SIGUSR1) or kill@STEP (SIGKILL), several
+    with commas."""
 
     def __post_init__(self) -> None:
         for value, variants in ((self.views, VIEWS), (self.optim, OPTIMS)):

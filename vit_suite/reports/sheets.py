@@ -39,7 +39,10 @@ class ReconstructionSheets(pl.Callback):
         self.images = [image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not (trainer.is_global_zero and self.images and due(trainer, self.every_epochs)):
+        if not (self.images and due(trainer, self.every_epochs)):
+            return
+        module = module.whole()
+        if not trainer.is_global_zero:
             return
         sheet = self.sheet(module)
         path = self.folder / f"epoch_{trainer.current_epoch + 1:04d}.png"

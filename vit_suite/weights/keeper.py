@@ -1,4 +1,4 @@
-"""What a training writes while it runs: last.ckpt, best.ckpt, kept epochs, and the backbone for everyone else.
+"""What a training writes while it runs: last.ckpt, best.ckpt, kept epochs, and the backbone for everyone else; where it stops for a signal.
 
 Own callback instead of Lightning's ModelCheckpoint, because several of those with equal triggers clash, and because their atomic save
 goes through the system's temporary folder: where that is another file system, as on most clusters, a kill leaves half a file.
@@ -6,8 +6,8 @@ goes through the system's temporary folder: where that is another file system, a
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 
+from vit_suite import distributed
 from vit_suite.config import CheckpointConfig
+from vit_suite.files import PARTIAL, put_in_place
+from vit_suite.signals import Signals, Stopped
 from vit_suite.weights.checkpoint import save_backbone
 from vit_suite.weights.head import save_head
 
@@ -27,13 +30,21 @@ class Keeper(Checkpoint):
     `best` follows the logged metric `monitor` (higher is better; None: there is no best) at the ends of epochs that logged it.
     `meta` goes into backbone.json.
     Lightning calls a `Checkpoint` after all other callbacks, so scores of the same epoch are there.
+
+    A signal that any rank has noted in `signals` stops all of them after the same step: `Stopped` is raised before the next one, when
+    the metrics of the last are logged. In the last step of an epoch it waits for the epoch's score, which a resumed run does not make up.
     """
 
-    def __init__(self, folder: str | Path, cfg: CheckpointConfig, monitor: str | None = None, **meta: object):
-        self.folder, self.cfg, self.monitor, self.meta = Path(folder), cfg, monitor, meta
+    def __init__(
+        self, folder: str | Path, cfg: CheckpointConfig, monitor: str | None = None, signals: Signals | None = None, **meta: object
+    ):
+        self.folder, self.cfg, self.monitor, self.signals, self.meta = Path(folder), cfg, monitor, signals, meta
         self.best: float | None = None
         self.saved_at = time.monotonic()
         self.saved_step = self.seen_step = 0
+        self.signal = 0  # the one that all ranks stop for
+        self.late = False  # every_minutes have passed since last.ckpt was written
+        self._answer: Callable[[], list[int]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -43,24 +54,52 @@ class Keeper(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.saved_at, self.saved_step, self.seen_step = time.monotonic(), -1, trainer.global_step
+        step = trainer.global_step
+        most, least = distributed.largest([step, -step], module.device)()
+        if most != -least:
+            raise RuntimeError(
+                f"ranks resume from different steps, {-least} to {most}: is run.output on a file system that all machines share?"
+            )
+        if self.signals:
+            self.signals.listen()  # here, because Lightning puts its own handlers in place just before
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        self._stop(trainer, module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stop(trainer, module)
+
+    def _stop(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.signal:
+            self.export(trainer, module)
+            raise Stopped(self.signal, trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         stepped, self.seen_step = trainer.global_step != self.seen_step, trainer.global_step
         if not stepped:  # between the micro-batches of a step, whose gradients no checkpoint holds: neither save nor stop here
             trainer.should_stop = False
             return
+        self._agree(module.device)
         if trainer.is_last_batch:  # saved after the epoch's score instead: a resumed run does not go back for that
             return
         # When training stops in mid-epoch this is the last moment at which Lightning still knows that it is one.
-        if self._due(trainer) or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        if self._due(trainer) or self.signal or trainer.should_stop or trainer.global_step == trainer.max_steps:
             self.save(trainer, "last")
 
+    def _agree(self, device: torch.device) -> None:
+        """Settle `signal` and `late` among the ranks: saving is collective, but signals come at different moments and clocks differ.
+
+        Every step, since a warning may come seconds before the end; one rank asks nobody. GPUs act on the answer of the step before, so
+        that none waits for it.
+        """
+        elapsed = bool(self.cfg.every_minutes) and time.monotonic() - self.saved_at >= 60 * self.cfg.every_minutes
+        answer = distributed.largest([self.signals.noted if self.signals else 0, elapsed and distributed.rank() == 0], device)
+        if device.type == "cuda" and distributed.active():
+            answer, self._answer = self._answer, answer
+        self.signal, self.late = answer() if answer else (0, False)
+
     def _due(self, trainer: pl.Trainer) -> bool:
-        due = bool(self.cfg.every_steps) and trainer.global_step % self.cfg.every_steps == 0
-        if self.cfg.every_minutes:
-            elapsed = time.monotonic() - self.saved_at >= 60 * self.cfg.every_minutes
-            due |= trainer.strategy.broadcast(elapsed)  # clocks of ranks differ, and saving is collective
-        return due
+        return self.late or bool(self.cfg.every_steps) and trainer.global_step % self.cfg.every_steps == 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         done = trainer.current_epoch + 1
@@ -73,7 +112,8 @@ class Keeper(Checkpoint):
             return
         if self.cfg.keep_every_epochs and done % self.cfg.keep_every_epochs == 0:
             self.save(trainer, f"epoch_{done:04d}")
-        if self._due(trainer) or done % self.cfg.every_epochs == 0 or done == trainer.max_epochs or trainer.should_stop:
+        ends = done == trainer.max_epochs or trainer.should_stop or self.signal
+        if self._due(trainer) or done % self.cfg.every_epochs == 0 or ends:
             self.save(trainer, "last")
             self.export(trainer, module)
 
@@ -84,22 +124,24 @@ class Keeper(Checkpoint):
 
     def save(self, trainer: pl.Trainer, name: str) -> None:
         """Write a checkpoint beside its final place and move it there in one step; never one whose weights are not finite."""
-        sums = torch.stack([parameter.detach().float().sum() for parameter in trainer.lightning_module.parameters()])
-        if not torch.isfinite(sums).all():
+        sums = torch.stack([distributed.own_part(parameter).float().sum() for parameter in trainer.lightning_module.parameters()])
+        if not torch.isfinite(distributed.mean_over_ranks(sums)).all():  # of all ranks, which stop or go on together
             raise RuntimeError(
                 f"the weights are not finite at step {trainer.global_step}; {name}.ckpt stays as it was. "
                 "Lower optim.lr, or train with trainer.precision=fp32."
             )
         path = self.folder / "checkpoints" / f"{name}.ckpt"
-        partial = path.with_suffix(".ckpt.partial")
+        partial = path.with_name(path.name + PARTIAL)
         trainer.save_checkpoint(partial, weights_only=False)  # False: optimiser and loops too
         if trainer.is_global_zero:
-            os.replace(partial, path)
+            put_in_place(partial, path)
         if name == "last":
             self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
+            self._answer = None  # to a question of before: a clock that has just been reset, or a signal that is asked for again
 
     def export(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write the backbone that is evaluated (the teacher's for DINO), and its head where there is one."""
+        """Write the backbone that is evaluated (the teacher's for DINO), and its head where there is one. All ranks call this."""
+        module = module.whole()
         if trainer.is_global_zero:
             at = {"epoch": trainer.current_epoch, "step": trainer.global_step}
             digest = save_backbone(module.evaluation_backbone(), self.folder, module.mean, module.std, **at, **self.meta)

@@ -1,0 +1,319 @@
+"""`vit-suite launch` without a cluster: the script it writes, what it refuses, and stand-ins for sbatch and squeue."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import words
+from vit_suite.cluster.script import seconds
+from vit_suite.config import PretrainConfig
+from vit_suite.parsing import load_config
+
+CPU = ("--gpus-per-node", 0)
+
+
+@pytest.fixture
+def launch(vit_suite, tmp_path, monkeypatch):
+    """`launch("--nodes", 2, data__length=64)` runs the command for the tiny run; `tmp_path / "run"` is its directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*launcher, output=None, **options):
+        return vit_suite("launch", *launcher, *words(run__output=output or tmp_path / "run", **options))
+
+    return call
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Programs on PATH that answer for SLURM: `slurm(sbatch="echo 17", squeue="...")`; without any there is no SLURM."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/nowhere")
+
+    def programs(**scripts):
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (folder / name).chmod(0o755)
+
+    return programs
+
+
+def squeue(*entries: tuple) -> str:
+    """A script that prints job, state, restarts, time left, start, reason in squeue's columns."""
+    lines = ["{:32}{:24}{:<12}{:24}{:24}{:80}".format(*entry) for entry in entries]
+    return "cat <<'END'\n" + "\n".join(lines) + "\nEND"
+
+
+def directives(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+def bash_accepts(script: str) -> bool:
+    return subprocess.run(["/bin/bash", "-n"], input=script, text=True).returncode == 0
+
+
+# The script ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_slurm_is_asked_for(launch, tmp_path):
+    options = "--nodes 4 --gpus-per-node 8 --partition fast --time 1-12:00:00 --cpus-per-task 6 --account us --qos high --mem 200G"
+    said = launch(*options.split(), "--sbatch", "constraint=a100", "--exclusive=x", "--dry-run", trainer__accelerator="auto")
+    assert said.status == 2  # words of an option carry no dashes
+    said = launch(
+        *options.split(), "--sbatch", "constraint=a100", "exclusive", "--dry-run", trainer__accelerator="auto", data__batch_size=32
+    )
+    assert said.status == 0 and bash_accepts(said.out), said.err
+    assert directives(said.out) == [
+        "job-name=vit-run", f"output={tmp_path}/run/slurm-%j.log", "open-mode=append", f"chdir={tmp_path}",
+        "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "mem=200G", "time=1-12:00:00",
+        "partition=fast", "account=us", "qos=high", "constraint=a100", "exclusive", "signal=USR1@90", "requeue",
+    ]  # fmt: skip
+    command = (
+        f'srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=6 \\\n  {sys.executable} -m vit_suite pretrain --config "$run/launch.yaml"'
+    )
+    assert command in said.out and f"\nrun={tmp_path}/run\n" in said.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_underscores_files_and_what_is_left_out(launch, tmp_path):
+    (tmp_path / "cluster.yaml").write_text("partition: night\ntime: 24:00:00\nsignal_seconds: 120\nrequeue: no\n")
+    said = launch("--config", "cluster.yaml", "--gpus_per_node", 0, "--tasks_per_node", 3, "--dry_run", data__batch_size=18)
+    given = directives(said.out)
+    assert {"partition=night", "time=24:00:00", "signal=USR1@120", "no-requeue", "ntasks-per-node=3"} <= set(given), said.err
+    assert not [word for word in given if word.startswith(("gpus", "cpus", "mem", "array", "account", "export"))]
+    assert "scontrol requeue" not in said.out and "export=NONE" not in "".join(given)
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("90:30", 5430), ("1:02:03", 3723), ("2-3", 183600), ("2-3:04", 183840), ("2-3:04:05", 183845)],
+)
+def test_times_are_those_of_sbatch(time, expected):
+    assert seconds(time) == expected
+
+
+def test_modules_setup_and_container(launch):
+    more = ("--modules", "cuda/12.4", "--setup", "export A=1", "source env.sh", "--container", "apptainer exec --nv 'my image.sif'")
+    said = launch(*CPU, *more, "--dry-run")
+    assert said.out.startswith("#!/bin/bash -l\n")  # a login shell knows `module`
+    lines = said.out.splitlines()
+    at = lines.index("module load cuda/12.4")
+    assert lines[at + 1 : at + 4] == ["export A=1", "source env.sh", "set -u"]  # which scripts of others do not stand
+    assert "apptainer exec --nv 'my image.sif' python -m vit_suite pretrain" in said.out and bash_accepts(said.out)
+
+
+def test_names_that_a_shell_would_take_apart(launch, tmp_path):
+    output = tmp_path / "it's 100% $HOME; rm -rf x"
+    said = launch(*CPU, "--dry-run", output=output)
+    assert bash_accepts(said.out), said.out
+    line = next(line for line in said.out.splitlines() if line.startswith("run="))
+    shown = subprocess.run(["/bin/bash", "-c", f'{line}\nprintf %s "$run"'], capture_output=True, text=True).stdout
+    assert shown == str(output)
+    assert "100%% $HOME; rm -rf x/slurm-%j.log'" in said.out
+
+
+# What is written and submitted -----------------------------------------------------------------------------------------------------
+
+
+def test_submission(launch, slurm, tmp_path):
+    slurm(sbatch='echo "$@" >&2; echo "17;cluster"')
+    said = launch(*CPU, "--nodes", 2, "--tasks-per-node", 2, "--cpus-per-task", 3)
+    assert said.status == 0, said.err
+    assert "job 17: 2 nodes x 2 ranks" in said.out and f"vit-suite launch --status {tmp_path}/run" in said.out
+    assert json.loads((tmp_path / "run" / "launch.json").read_text())["job"] == "17"
+    assert bash_accepts((tmp_path / "run" / "launch.sbatch").read_text())
+    training = load_config(tmp_path / "run" / "launch.yaml", cls=PretrainConfig)
+    assert (training.trainer.nodes, training.trainer.devices, training.trainer.accelerator, training.trainer.progress) == (
+        2,
+        2,
+        "cpu",
+        False,
+    )
+    assert training.data.workers == 3 and training.run.output == str(tmp_path / "run")
+
+
+def test_what_the_launcher_wrote_does_not_stop_the_training(launch, slurm, vit_suite, tmp_path):
+    slurm(sbatch="echo 17")
+    assert launch(*CPU, trainer__max_epochs=1, evaluate__every_epochs=0).status == 0
+    (tmp_path / "run" / "slurm-17.log").touch()
+    assert vit_suite("pretrain", "--config", tmp_path / "run" / "launch.yaml").status == 0
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_seeds_and_sweep(launch, slurm, tmp_path):
+    slurm(sbatch="echo 17")
+    (tmp_path / "sweep.yaml").write_text("- optim.lr: 1e-3\n- optim: {lr: 2e-3}\n  views.local_crops: 4\n")
+    assert launch(*CPU, "--seeds", 3, 5, "--sweep", "sweep.yaml", "--at-once", 2).status == 0
+    names = ["000-seed3", "000-seed5", "001-seed3", "001-seed5"]
+    assert json.loads((tmp_path / "run" / "launch.json").read_text()) == {"job": "17", "runs": names}
+    runs = [load_config(tmp_path / "run" / name / "launch.yaml") for name in names]
+    assert [(run.optim.lr, run.run.seed, run.views.local_crops) for run in runs] == [
+        (1e-3, 3, 2), (1e-3, 5, 2), (2e-3, 3, 4), (2e-3, 5, 4)
+    ]  # fmt: skip
+    assert [Path(run.run.output).name for run in runs] == names
+    script = (tmp_path / "run" / "launch.sbatch").read_text()
+    assert {"array=0-3%2", f"output={tmp_path}/run/slurm-%A_%a.log"} <= set(directives(script)) and bash_accepts(script)
+    part = "\n".join(line for line in script.splitlines() if line.startswith(("runs=", "run=")))
+    task = {"SLURM_ARRAY_TASK_ID": "2"}
+    shown = subprocess.run(["/bin/bash", "-c", f'{part}\nprintf %s "$run"'], capture_output=True, text=True, env=task).stdout
+    assert shown == f"{tmp_path}/run/001-seed3"
+    assert 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in script
+
+
+# Refused ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "message"),
+    [
+        (["--partitoin", "x"], {}, "unknown option '--partitoin'. Did you mean '--partition'?"),
+        ([], {"optim__lrr": 3}, "Did you mean '--optim.lr'?"),
+        (["--time", "tomorrow"], {}, "time: expected minutes, H:MM:SS or D-HH:MM:SS, got 'tomorrow'"),
+        (["--time", "2"], {}, "time 2 leaves no time to train before the warning of signal_seconds 90"),
+        (["--job-name", "bash"], {}, "job_name 'bash'"),
+        (["--nodes", 2], {"trainer__nodes": 3}, "trainer.nodes is 3, but the job has 2 nodes"),
+        (["--tasks-per-node", 2], {"trainer__devices": 4}, "trainer.devices is 4, but the job has 2 ranks a node"),
+        (["--gpus-per-node", 2], {}, "trainer.accelerator is cpu, but gpus_per_node is 2"),
+        (["--gpus-per-node", 2, "--tasks-per-node", 4], {}, "tasks_per_node is 4, but a GPU takes one process"),
+        (["--nodes", 3], {}, "data.batch_size 16 (global) does not split evenly over 3 ranks"),
+        ([], {"run__overwrite": True}, "run.overwrite would delete the run"),
+        ([], {"drill": "kill@3"}, "drill needs no cluster"),
+        (["--seeds", 1, 1], {}, "seeds: 1 1: one stands twice"),
+        (["--partition", "a\nb"], {}, "cannot stand in a line of the script"),
+        (["--sweep", "none.yaml"], {}, "none.yaml: no such config file"),
+    ],
+)
+def test_refused_before_anything_is_written(launch, slurm, tmp_path, launcher, options, message):
+    slurm(sbatch="echo 17")
+    said = launch(*CPU, *launcher, **options)
+    assert said.status == 2 and message in said.err and said.err.count("\n") == 1, said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lr: 3", "expected a list of options ('- optim.lr: 1e-3'), got a mapping"),
+        ("", "got nothing"),
+        ("- optim.lr: 1e-3\n- 3", ":2: expected options as 'key: value', got a scalar"),
+        ("- optim.lr: 1e-3\n- optim.lrr: 3", ":2: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
+        ("- optim.lr: fast", ":1: optim.lr: expected float (at least 0), got 'fast'"),
+        ("- method.name: sit", ":1: method.name: a sweep keeps to one method (dino)"),
+        ("- run.output: x", ":1: run.output: is the same for all runs of a sweep"),
+        ("- nodes: 3", ":1: unknown key 'nodes'"),
+        ("- {}\n- data.batch_size: 15", "data.batch_size 15 (global) does not split evenly over 2 ranks"),
+    ],
+)
+def test_every_entry_of_a_sweep_is_checked(launch, slurm, tmp_path, text, message):
+    slurm(sbatch="echo 17")
+    (tmp_path / "sweep.yaml").write_text(text)
+    said = launch(*CPU, "--tasks-per-node", 2, "--sweep", "sweep.yaml")
+    assert said.status == 2 and message in said.err and said.err.count("\n") == 1, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_slurm(launch, slurm, tmp_path):
+    said = launch(*CPU)
+    assert said.status == 2 and "no SLURM here (no sbatch on PATH): --dry-run prints" in said.err
+    assert not (tmp_path / "run").exists()
+    assert launch(*CPU, "--dry-run").status == 0
+
+
+def test_sbatch_has_the_last_word(launch, slurm, tmp_path):
+    slurm(sbatch="echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
+    said = launch(*CPU, "--partition", "x")
+    assert said.status == 2 and "invalid partition specified: x" in said.err and not (tmp_path / "run" / "launch.json").exists()
+
+
+def test_one_job_a_directory(launch, slurm):
+    slurm(sbatch="echo 17", squeue=squeue(("17", "PENDING", 0, "1:00:00", "N/A", "Priority")), cat="exec /bin/cat")
+    assert launch(*CPU).status == 0
+    said = launch(*CPU)
+    assert said.status == 2 and "is pending: `scancel 17` ends it" in said.err
+    slurm(squeue=squeue(("17", "FAILED", 0, "0:00", "N/A", "NonZeroExitCode")))
+    assert launch(*CPU).status == 0
+
+
+# Its state -------------------------------------------------------------------------------------------------------------------------
+
+
+STATUS = {
+    "state": "running", "step": 37, "max_steps": 100, "epoch": 3, "images_per_second": 1234.5, "knn": 41.2, "seconds_left": 3900.0,
+    "updated": 0.0, "job": "17", "reason": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def ask(vit_suite, slurm, tmp_path):
+    """`ask(entry, state=...)`: the answer of --status where squeue lists `entry` and status.json says `state` and so on."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "launch.json").write_text('{"job": "17", "runs": []}')
+
+    def call(*entries, **status):
+        slurm(squeue=squeue(*entries) if entries else "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+        slurm(cat='exec /bin/cat "$@"')
+        if status:
+            (tmp_path / "run" / "status.json").write_text(json.dumps(STATUS | status))
+        said = vit_suite("launch", "--status", tmp_path / "run")
+        assert said.status == 0, said.err
+        return said.out.strip().removeprefix(f"{tmp_path}/run: ").removesuffix(" (job 17)")
+
+    return call
+
+
+def test_status_in_the_queue(ask):
+    assert ask(("17", "PENDING", 0, "1:00:00", "2030-01-02T03:04:05", "Priority")) == "queued (Priority, from 2030-01-02 03:04:05)"
+    assert ask(("17", "RUNNING", 0, "59:00", "N/A", "None")) == "running, no step yet; 59:00 until the job's time is up"
+    waits = ask(("17", "PENDING", 2, "1:00:00", "N/A", "BeginTime"), state="stopped", reason="SIGUSR1")
+    assert waits == "pre-empted, waits to go on (BeginTime), step 37 of 100, kNN 41.20%"
+    runs = ask(("17", "RUNNING", 2, "UNLIMITED", "N/A", "None"), state="running")
+    assert runs == "running: step 37 of 100, 1234 images/s, kNN 41.20%, 65 min left"
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "answer"),
+    [
+        ("COMPLETED", {"state": "done"}, "done, step 37"),
+        ("FAILED", {"state": "failed", "reason": "RuntimeError: x"}, "failed (RuntimeError: x), step 37"),
+        ("TIMEOUT", {"state": "running"}, "failed (timeout), step 37"),
+        ("CANCELLED", {"state": "running"}, "failed (cancelled), step 37"),
+        (None, {"state": "done"}, "done, step 37"),
+        (None, {"state": "stopped"}, "stopped, goes on when it is started again, step 37"),
+        (None, {"state": "running"}, "failed: ended without a word, last heard of"),
+        (None, {}, "ended before its first step"),
+    ],
+)
+def test_status_of_the_ended(ask, state, status, answer):
+    entries = [("17", state, 0, "0:00", "N/A", "None")] if state else []
+    assert ask(*entries, **status).startswith(answer)
+
+
+def test_status_without_slurm(vit_suite, slurm, tmp_path):
+    (tmp_path / "run").mkdir()
+    said = vit_suite("launch", "--status", tmp_path / "run")
+    assert said.status == 2 and "holds neither a launched job (launch.json) nor the status.json of a run" in said.err
+    (tmp_path / "run" / "status.json").write_text(json.dumps(STATUS))
+    said = vit_suite("launch", "--status", tmp_path / "run")
+    assert "running: step 37 of 100" in said.out and "last heard of" in said.out and "job" not in said.out.removeprefix(str(tmp_path))
+
+
+def test_status_of_an_array(vit_suite, slurm, tmp_path):
+    (tmp_path / "launch.json").write_text('{"job": "17", "runs": ["seed0", "seed1"]}')
+    entries = ("17_1", "PENDING", 0, "1:00", "N/A", "Resources"), ("17_0", "RUNNING", 0, "UNLIMITED", "N/A", "None")
+    slurm(squeue=squeue(*entries), cat='exec /bin/cat "$@"')
+    lines = vit_suite("launch", "--status", tmp_path).out.splitlines()
+    assert lines == [f"{tmp_path}/seed0: running, no step yet (job 17_0)", f"{tmp_path}/seed1: queued (Resources) (job 17_1)"]
+
+
+def test_status_answers_at_once(tmp_path):
+    """--status imports no torch: one asks often."""
+    (tmp_path / "status.json").write_text(json.dumps(STATUS))
+    code = "import sys; from vit_suite import cli; cli.main(['launch', '--status', sys.argv[1]]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=os.environ)
+    assert done.stdout.endswith("False\n"), done

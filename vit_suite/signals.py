@@ -1,0 +1,89 @@
+"""Signals that ask a training to stop: noted when they come, answered by the training where it can be gone on with.
+
+SIGUSR1 is a cluster's warning (SLURM: `--signal=USR1@90`), SIGTERM its request to end (`scancel`, `kill`), SIGINT Ctrl-C. Nothing is
+saved inside a handler: it runs between any two bytecodes, with half a step done and other ranks elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+STATUS = {signal.SIGUSR1: os.EX_TEMPFAIL, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 128 + signal.SIGINT}
+"""Signal -> exit status of a training that it stopped: 75 says "try again", 143 and 130 are what shells give."""
+ECHO = 1.0
+"""Seconds within which a repeated signal is the same request: a launcher and the system may both deliver it."""
+GRACE = 60
+"""Seconds that a loader's worker process lives on after SIGTERM."""
+
+
+class Stopped(Exception):
+    """A signal ended the training after `step` optimiser steps; its checkpoint is saved. `status` is the command's exit status."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(number, step)
+        self.signal, self.step = signal.Signals(number), step
+        self.status = STATUS[self.signal]
+        self.advice = "the same command goes on"
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name} at step {self.step}, checkpoint saved; {self.advice}"
+
+
+class Signals:
+    """Notes signals between `with` and its end. `noted` is the number of the first one, 0 without.
+
+    SIGUSR1 is noted from the start, SIGTERM and SIGINT only after `listen()`: before the first step there is nothing to save, and they
+    end the process as ever. A second SIGTERM or SIGINT ends it at once. SIGUSR1 is a warning, however often it comes.
+    """
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self._noted_at = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.getsignal(number) for number in STATUS}
+        self._note(signal.SIGUSR1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            self._set(number, handler)
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGINT are noted too, by this alone: the handlers of others are set aside."""
+        self._note(signal.SIGTERM)
+        if self._before[signal.SIGINT] is not signal.SIG_IGN:  # nohup, and shells for background jobs, shield a process from Ctrl-C
+            self._note(signal.SIGINT)
+
+    def _note(self, number: int) -> None:
+        self._set(number, self._handle)
+
+    @staticmethod
+    def _set(number: int, handler: object) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == self.noted and number != signal.SIGUSR1:
+            if time.monotonic() - self._noted_at > ECHO:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if not self.noted:
+            self.noted, self._noted_at = number, time.monotonic()
+
+
+def outlive(worker: int = 0) -> None:
+    """Make this process, a loader's worker, leave the answer to signals to the main process.
+
+    Ctrl-C reaches every process of a terminal, and a cluster may signal every process of a job. A worker that died of it would take the
+    step under way, and the checkpoint after it, along. SIGTERM still ends it, a while later.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
