@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from vit_suite import distributed
+
 
 def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decay_tokens: bool = True) -> list[dict]:
     """AdamW groups: weights that decay, and biases and other 1-D parameters that do not.
@@ -47,10 +49,31 @@ def layer_of(name: str, blocks: int) -> int:
 def clip_each(gradients: Iterable[Tensor], limit: float) -> list[Tensor]:
     """Scale each gradient in place to an L2 norm of at most `limit`, by its own norm; returns the norms before (0-d tensors).
 
-    No value is read on the host, so a GPU does not wait.
+    No value is read on the host, so a GPU does not wait. Of sharded gradients each rank scales its part, by the norm of the whole.
     """
-    gradients = list(gradients)
-    norms = torch._foreach_norm(gradients)
-    factors = (limit / (torch.stack(norms) + 1e-6)).clamp(max=1.0)  # together: a launch a tensor would cost more than the arithmetic
-    torch._foreach_mul_(gradients, list(factors.unbind()))
+    norms, parts = _norms(gradients)
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)  # together: a launch a tensor would cost more than the arithmetic
+    torch._foreach_mul_(parts, list(factors.unbind()))
     return list(norms)
+
+
+@torch.no_grad()
+def clip_all(gradients: Iterable[Tensor], limit: float) -> Tensor:
+    """Scale all gradients in place by one factor, so that the L2 norm of all together is at most `limit`; returns the norm before.
+
+    torch's `clip_grad_norm_`, which for sharded gradients would sum over ranks once for each tensor.
+    """
+    norms, parts = _norms(gradients)
+    norm = norms.norm()
+    torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _norms(gradients: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The L2 norm of each gradient, and what this rank holds of it."""
+    gradients = list(gradients)
+    parts = [distributed.own_part(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(parts))
+    if any(map(distributed.is_sharded, gradients)):
+        norms = distributed.sum_over_ranks(norms.square()).sqrt()
+    return norms, parts

@@ -1,0 +1,99 @@
+"""What became of a job: what SLURM says of it, and what the training in it last said of itself (status.json)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from vit_suite.cluster.script import RECORD
+from vit_suite.cluster.slurm import Entry, queue
+from vit_suite.errors import UserError
+from vit_suite.reports.status import Status, read_status
+
+
+def report(folder: Path) -> str:
+    """A line on the run in `folder`, or on each run of its array. UserError where nothing was launched or trained there."""
+    record = read_record(folder)
+    names = record.get("runs") or [""]
+    if not record and read_status(folder) is None:
+        raise UserError(f"'{folder}' holds neither a launched job ({RECORD}) nor the status.json of a run.")
+    job = record.get("job")
+    entries = queue(job) if job else None
+    jobs = [f"{job}_{index}" for index in range(len(names))] if record.get("runs") else [job]
+    found = {entry.job: entry for entry in entries or []}
+    lines = []
+    for name, number in zip(names, jobs, strict=True):
+        text = describe(read_status(folder / name), found.get(number), asked=entries is not None)
+        lines.append(f"{folder / name}: {text}" + (f" (job {number})" if job else ""))
+    return "\n".join(lines)
+
+
+def read_record(folder: Path) -> dict:
+    """launch.json of a run directory: `job`, and of an array the names of its `runs`; empty where nothing was launched."""
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def describe(status: Status | None, entry: Entry | None, asked: bool) -> str:
+    """The state of one run in words. `asked`: SLURM answered; without an `entry` it no longer knows the job."""
+    if entry is None:
+        return _without_slurm(status, asked)
+    if entry.state == "PENDING":
+        start = "" if entry.start == "N/A" else f", from {entry.start.replace('T', ' ')}"
+        if entry.restarts:
+            return f"pre-empted, waits to go on ({entry.reason}{start}){_at(status)}"
+        return f"queued ({entry.reason}{start})"
+    if entry.state == "COMPLETED":
+        return "done" + _at(status) if status is None or status.state == "done" else f"ended, but its status is {status.state}{_at(status)}"
+    if entry.state == "PREEMPTED":
+        return f"pre-empted, will not start again{_at(status)}"
+    if entry.over:
+        own = status.reason if status and status.state == "failed" else None
+        return f"failed ({own or entry.state.lower().replace('_', ' ')}){_at(status)}"
+    if entry.state != "RUNNING":
+        return entry.state.lower().replace("_", " ") + _at(status)
+    limit = "" if entry.time_left in ("UNLIMITED", "NOT_SET", "INVALID") else f"; {entry.time_left} until the job's time is up"
+    return (_progress(status) if status else "running, no step yet") + limit
+
+
+def _without_slurm(status: Status | None, asked: bool) -> str:
+    """What status.json alone tells."""
+    if status is None:
+        return "ended before its first step" if asked else "no step yet"
+    if status.state != "running":
+        words = {"done": "done", "stopped": "stopped, goes on when it is started again", "failed": f"failed ({status.reason})"}
+        return words[status.state] + _at(status)
+    ago = duration(time.time() - status.updated)
+    if asked:
+        return f"failed: ended without a word, last heard of {ago} ago{_at(status)}"
+    return f"{_progress(status)}; last heard of {ago} ago"
+
+
+def _progress(status: Status) -> str:
+    parts = [f"running: step {status.step} of {status.max_steps}"]
+    if status.images_per_second:
+        parts.append(f"{status.images_per_second:.0f} images/s")
+    if status.knn is not None:
+        parts.append(f"kNN {status.knn:.2f}%")
+    if status.seconds_left is not None:
+        parts.append(f"{duration(status.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _at(status: Status | None) -> str:
+    """`, step 37 of 100, kNN 41.20%`"""
+    if status is None:
+        return ""
+    knn = "" if status.knn is None else f", kNN {status.knn:.2f}%"
+    return f", step {status.step} of {status.max_steps}{knn}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `12 min`, `3 h 05 min`"""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(0, round(seconds))} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
