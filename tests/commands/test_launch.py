@@ -184,6 +184,7 @@ def test_seeds_and_sweep(launch, slurm, tmp_path):
         (["--nodes", 3], {}, "data.batch_size 16 (global) does not split evenly over 3 ranks"),
         ([], {"run__overwrite": True}, "run.overwrite would delete the run"),
         ([], {"drill": "kill@3"}, "drill needs no cluster"),
+        (["--at-once", 2], {}, "at_once is for job arrays"),
         (["--seeds", 1, 1], {}, "seeds: 1 1: one stands twice"),
         (["--partition", "a\nb"], {}, "cannot stand in a line of the script"),
         (["--sweep", "none.yaml"], {}, "none.yaml: no such config file"),

@@ -99,7 +99,7 @@ def test_the_backbone_is_frozen_bit_for_bit(probe, tiny_run, monkeypatch, words)
 
 
 @pytest.mark.parametrize("words", [[], ["--augment", "true"], ["--shots", 2, *FEW], ["--lr", 0.3, "--blocks", 1, "--pool", "cls"]])
-def test_no_test_image_is_read_before_the_choice(probe, monkeypatch, words):
+def test_no_test_image_is_read_before_the_choice(probe, monkeypatch, tmp_path, words):
     events = []
     load = ShapesSource.load
     monkeypatch.setattr(ShapesSource, "load", lambda self, index: events.append(self.split) or load(self, index))
@@ -111,7 +111,9 @@ def test_no_test_image_is_read_before_the_choice(probe, monkeypatch, words):
     assert probe(*words).status == 0
     first = events.index("test")
     assert events.count("test") == 40 and "train" in events[:first] and "heads" in events[:first]
-    assert "choice" not in events[first:] and ("choice" in events[:first]) == ("cls" not in words)
+    single = "cls" in words
+    assert "choice" not in events[first:] and ("choice" in events[:first]) == (not single)
+    assert [entry["protocol"]["choice"].startswith("none") for entry in results(tmp_path / "scores.json")] == [single]
 
 
 def test_wrong_test_labels_change_no_choice(probe, monkeypatch, tmp_path):

@@ -110,7 +110,7 @@ def test_next_commands_are_named(pretrain, tmp_path):
 
 def test_best_is_the_epoch_with_the_highest_score(pretrain, monkeypatch, tmp_path):
     scores = iter([10.0, 30.0, 20.0, 30.0])
-    monkeypatch.setattr(OnlineKNN, "score", lambda self, module: next(scores))
+    monkeypatch.setattr(OnlineKNN, "score", lambda self, module: {"knn/top1": next(scores)})
     assert pretrain(trainer__max_epochs=4).status == 0
     assert load(tmp_path / "run" / "checkpoints" / "best.ckpt")["global_step"] == 8  # the first of the two that are equal
     assert column(tmp_path / "run", "knn/top1") == [10, 30, 20, 30]

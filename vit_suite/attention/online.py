@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from vit_suite.attention import render
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, upsample
 from vit_suite.data.source import ImageSource
-from vit_suite.evaluation.online import due
+from vit_suite.evaluation.online import due, show
 from vit_suite.files import write_atomically
 from vit_suite.hardware import autocast
 from vit_suite.views.evaluate import eval_view
@@ -66,7 +66,7 @@ class AttentionSnapshots(pl.Callback):
         if trainer.is_global_zero and not self.blind and (found := self.drawn(trainer.current_epoch)):
             strip = side_by_side(found, self.side + GAP)
             _save(strip, self.folder / STRIP)
-            _log(trainer, "attention/epochs", strip)
+            show(trainer, "attention/epochs", strip)
             log.info("attention of %d images over %d epochs: %s", len(self.images), max(found), self.folder / STRIP)
 
     def drawn(self, last: int) -> dict[int, Path]:
@@ -83,7 +83,7 @@ class AttentionSnapshots(pl.Callback):
             return
         sheet = self.sheet(module)
         _save(sheet, self.folder / f"epoch_{epoch:04d}.png")
-        _log(trainer, "attention", sheet)
+        show(trainer, "attention", sheet)
 
     @torch.no_grad()
     def sheet(self, module: pl.LightningModule) -> Image.Image:
@@ -134,9 +134,3 @@ def side_by_side(pictures: dict[int, Path], step: int) -> Image.Image:
 
 def _save(picture: Image.Image, path: Path) -> None:
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-def _log(trainer: pl.Trainer, name: str, picture: Image.Image) -> None:
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):  # W&B
-            logger.log_image(name, [picture], step=trainer.global_step)

@@ -87,7 +87,7 @@ def sbatch_script(cfg: LaunchConfig, folder: Path, names: Sequence[str], command
     )
     job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"  # an array's last run has the id of the whole array
     body = BODY.format(
-        prepare="".join(f"{line}\n" for line in [*(f"module load {shlex.quote(name)}" for name in cfg.modules), *cfg.setup]),
+        prepare="".join(f"{line}\n" for line in [*(f"module load {shlex.quote(name)}" for name in cfg.modules or []), *(cfg.setup or [])]),
         run=_run_directory(folder, names),
         srun=_srun(cfg),
         again=AGAIN.replace("JOB", job) if cfg.requeue else "",
@@ -134,7 +134,7 @@ def _size(cfg: LaunchConfig, runs: int) -> list[str]:
         "qos": cfg.qos,
         "array": f"0-{runs - 1}" + (f"%{cfg.at_once}" if cfg.at_once else "") if runs else None,
     }
-    return [f"{name}={value}" for name, value in given.items() if value is not None] + [word.lstrip("-") for word in cfg.sbatch]
+    return [f"{name}={value}" for name, value in given.items() if value is not None] + [word.lstrip("-") for word in cfg.sbatch or []]
 
 
 def _directive(words: str) -> str:

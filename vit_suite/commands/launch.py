@@ -48,6 +48,8 @@ def plan_runs(cfg: LaunchConfig, folder: Path) -> dict[str, PretrainConfig]:
         UserError: an entry of the sweep is wrong, or the training contradicts the job.
     """
     base = PretrainConfig(**{field.name: getattr(cfg, field.name) for field in fields(PretrainConfig)})
+    if cfg.at_once and cfg.seeds is None and cfg.sweep is None:
+        raise UserError("at_once is for job arrays: give seeds or sweep too, or leave it out.")
     entries = sweep_entries(base, cfg.sweep) if cfg.sweep else {"": base}
     if cfg.seeds is None:
         runs = entries

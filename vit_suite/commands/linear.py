@@ -181,8 +181,12 @@ class Prober:
         """Everything that decides the score besides the weights."""
         protocol, data, recipe = self.protocol, self.data, self.protocol.recipe
         test = data.test()
-        choice = "winner on the held-out training images by top-1, then cross-entropy; test is read once, after the choice"
-        retrained = "the head trained without them is scored" if protocol.augment else "the winner is trained again on all training images"
+        choice = "none: one setting, trained on all training images"
+        retrained = "not needed"
+        if self.choosing:
+            choice = "winner on the held-out training images by top-1, then cross-entropy; test is read once, after the choice"
+            again = "the winner is trained again on all training images"
+            retrained = "the head trained without them is scored" if protocol.augment else again
         few = {"shots": self.cfg.shots, "draws": self.cfg.draws, "spread": "mean and sample standard deviation over draws"}
         few["retrained"] = "the winner's heads, which never see the held-out images, are scored"
         return {
@@ -197,7 +201,7 @@ class Prober:
             "pool": list(protocol.pools),
             "head": self.cfg.head,
             "recipe": asdict(recipe),
-            "holdout": self.cfg.holdout,
+            "holdout": self.cfg.holdout if self.choosing else 0,
             "choice": choice,
             "retrained": retrained,
             "precision": self.precision,

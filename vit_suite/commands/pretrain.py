@@ -28,7 +28,7 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.evaluation.classification import OnlineAccuracy
-from vit_suite.evaluation.online import OnlineKNN
+from vit_suite.evaluation.online import OnlineKNN, OnlineScore
 from vit_suite.hardware import pick_device, pick_precision
 from vit_suite.methods.base import Method
 from vit_suite.methods.ddp import OrderedDDP
@@ -47,7 +47,6 @@ from vit_suite.weights.keeper import Keeper
 log = logging.getLogger("vit_suite")
 
 METHODS: dict[str, type[Method]] = {"dino": DINO, "sit": SiT, "supervised": SupervisedViT}
-Score = OnlineKNN | OnlineAccuracy
 
 
 def run(cfg: PretrainConfig) -> None:
@@ -71,7 +70,7 @@ class Run(NamedTuple):
     trainer: pl.Trainer
     method: Method
     data: ImageDataModule
-    scores: list[Score]
+    scores: list[OnlineScore]
     progress: Progress
     device: torch.device
     precision: str
@@ -189,7 +188,7 @@ def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:
     )
 
 
-def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> list[Score]:
+def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> list[OnlineScore]:
     """Online scores, where they are wanted and the data has labels: kNN, and the accuracy of a supervised head. The last one decides
     which checkpoint is the best."""
     if not cfg.evaluate.every_epochs:
@@ -205,14 +204,14 @@ def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> 
         log.info("%s has no split of its own to score: no scores during training; the best checkpoint is the last", data.name)
         return []
     size = [cfg.views.global_size, cfg.views.global_size]
-    scores: list[Score] = [OnlineKNN(cfg.evaluate, data, size, precision)]
+    scores: list[OnlineScore] = [OnlineKNN(cfg.evaluate, data, size, precision)]
     if cfg.method.name == "supervised":
         check_test_labels(data)
         scores.append(OnlineAccuracy(cfg.evaluate, data, size, precision))
     return scores
 
 
-def build_progress(cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[Score], steps_before: int) -> Progress:
+def build_progress(cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], steps_before: int) -> Progress:
     """What keeps status.json."""
     per_epoch = len(data.plan()) // cfg.trainer.accumulate
     planned = per_epoch * cfg.trainer.max_epochs
@@ -221,7 +220,7 @@ def build_progress(cfg: PretrainConfig, folder: Path, data: ImageDataModule, sco
 
 
 def build_callbacks(
-    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[Score], precision: str, signals: Signals
+    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], precision: str, signals: Signals
 ) -> list[pl.Callback]:
     """Checkpoints, scores and pictures of a run."""
     monitor = scores[-1].metric if scores else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from vit_suite.config.limits import Count, Range, Whole
@@ -33,7 +33,7 @@ class LaunchConfig(PretrainConfig):
     """Account that pays."""
     qos: str | None = None
     """Quality of service."""
-    sbatch: list[str] = field(default_factory=list)
+    sbatch: list[str] | None = None
     """Further options of sbatch without their dashes: `--sbatch constraint=a100 exclusive`."""
     job_name: str | None = None
     """Name in the queue; that of the run directory when not given."""
@@ -41,9 +41,9 @@ class LaunchConfig(PretrainConfig):
     """Seconds before the end of its time at which the job is told (SIGUSR1) to save: longer than a step and a checkpoint take."""
     requeue: bool = True
     """Queue again after pre-emption, the end of the time or the loss of a node, until the training is done."""
-    modules: list[str] = field(default_factory=list)
+    modules: list[str] | None = None
     """Environment modules to load."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] | None = None
     """Lines of bash before the training: `export NAME=VALUE`, `source FILE`."""
     container: str | None = None
     """Words before the training's command that run it in a container: `apptainer exec --nv IMAGE`."""

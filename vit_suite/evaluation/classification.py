@@ -12,12 +12,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from vit_suite.config import EvaluateConfig
-from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.evaluation.calibration import expected_calibration_error, negative_log_likelihood
 from vit_suite.evaluation.features import extract_features
-from vit_suite.evaluation.online import due
+from vit_suite.evaluation.online import OnlineScore
 
 
 class Classification(NamedTuple):
@@ -67,29 +65,11 @@ def classify(module: pl.LightningModule, source: Any, image_size: Iterable[int],
     return score_logits(logits, labels)
 
 
-class OnlineAccuracy(pl.Callback):
-    """Every `every_epochs` epochs and after the last one, scores the classifier on clean test images; logs `val/top1`, `val/top5`
-    in percent. Ranks share the work and all get the same scores, so that they agree on the best checkpoint."""
+class OnlineAccuracy(OnlineScore):
+    """Top-1 and top-5 of a supervised method's classifier, `val/top1` and `val/top5`."""
 
     metric = "val/top1"
 
-    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
-        self.cfg, self.precision = cfg, precision
-        self.image_size = list(image_size)
-        self.test = data.test(cfg.test_size)
-        self.history: list[tuple[int, float]] = []
-        """(epochs done, top-1 in percent)."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [tuple(entry) for entry in state_dict["history"]]
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not due(trainer, self.cfg.every_epochs):
-            return
-        scores = classify(module.whole(), self.test, self.image_size, self.cfg.batch_size, self.precision)
-        self.history.append((trainer.current_epoch + 1, scores.top1))
-        module.log(self.metric, scores.top1, prog_bar=True, sync_dist=True)
-        module.log("val/top5", scores.top5, sync_dist=True)
+    def score(self, module: pl.LightningModule) -> dict[str, float]:
+        found = classify(module.whole(), self.test, self.image_size, self.cfg.batch_size, self.precision)
+        return {self.metric: found.top1, "val/top5": found.top5}

@@ -1,4 +1,4 @@
-"""Weighted kNN during training: the score that picks the best checkpoint (dino#229: the loss does not)."""
+"""Scores during training, one of which picks the best checkpoint (dino#229: the loss does not), and when to take them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
+from PIL import Image
 
 from vit_suite.config import EvaluateConfig
 from vit_suite.data.module import ImageDataModule
@@ -13,21 +14,21 @@ from vit_suite.evaluation.features import extract_features
 from vit_suite.evaluation.knn import knn_classify
 
 
-class OnlineKNN(pl.Callback):
-    """Every `every_epochs` epochs and after the last one, scores the method's evaluation backbone; logs `knn/top1` in percent.
+class OnlineScore(pl.Callback):
+    """Scores the module every `every_epochs` epochs and after the last one, on clean test images that are drawn once, class by class, so
+    that the scores of a run compare; logs what `score` returns, in percent.
 
-    Bank and queries are clean (no augmentation), drawn once, class by class, so that the scores of a run compare.
-    Ranks share the work and all get the same score, so that they agree on the best checkpoint.
+    Ranks share the work and all get the same score, so that they agree on the best checkpoint, which `metric` decides.
     """
 
-    metric = "knn/top1"
+    metric: str
 
     def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
         self.cfg, self.precision = cfg, precision
         self.image_size = list(image_size)
-        self.bank, self.test = data.bank(cfg.bank_size), data.test(cfg.test_size)
+        self.test = data.test(cfg.test_size)
         self.history: list[tuple[int, float]] = []
-        """(epochs done, top-1 in percent)."""
+        """(epochs done, `metric`)."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -38,18 +39,32 @@ class OnlineKNN(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not due(trainer, self.cfg.every_epochs):
             return
-        score = self.score(module)
-        self.history.append((trainer.current_epoch + 1, score))
-        module.log(self.metric, score, prog_bar=True, sync_dist=True)
+        scores = self.score(module)
+        self.history.append((trainer.current_epoch + 1, scores[self.metric]))
+        for name, value in scores.items():
+            module.log(name, value, prog_bar=name == self.metric, sync_dist=True)
 
-    def score(self, module: pl.LightningModule) -> float:
-        """Top-1 in percent of the module's evaluation backbone."""
+    def score(self, module: pl.LightningModule) -> dict[str, float]:
+        """Name -> percent; `metric` is among the names."""
+        raise NotImplementedError
+
+
+class OnlineKNN(OnlineScore):
+    """Weighted kNN of the method's evaluation backbone, `knn/top1`; the bank is clean and drawn once too."""
+
+    metric = "knn/top1"
+
+    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
+        super().__init__(cfg, data, image_size, precision)
+        self.bank = data.bank(cfg.bank_size)
+
+    def score(self, module: pl.LightningModule) -> dict[str, float]:
         options = {"batch_size": self.cfg.batch_size, "device": module.device, "precision": self.precision}
         backbone = module.whole().evaluation_backbone()
         bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, shared=True, **options)
         test = extract_features(backbone, self.test, self.image_size, module.mean, module.std, **options)
         vote = {"ks": [self.cfg.k], "temperature": self.cfg.temperature, "device": module.device}
-        return knn_classify(*bank[:2], *test[:2], rows=bank.rows, **vote).top1[self.cfg.k]
+        return {self.metric: knn_classify(*bank[:2], *test[:2], rows=bank.rows, **vote).top1[self.cfg.k]}
 
 
 def due(trainer: pl.Trainer, every_epochs: int) -> bool:
@@ -57,3 +72,10 @@ def due(trainer: pl.Trainer, every_epochs: int) -> bool:
     done = trainer.current_epoch + 1
     last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
     return not done % every_epochs or last
+
+
+def show(trainer: pl.Trainer, name: str, picture: Image.Image) -> None:
+    """Give a picture to the loggers that take some (W&B)."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(name, [picture], step=trainer.global_step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any, Self, TypeVar
 
 import pytorch_lightning as pl
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vit_suite import distributed
-from vit_suite.config import CropConfig, OptimConfig
+from vit_suite.config import BackboneConfig, CropConfig, OptimConfig
 from vit_suite.data.source import stable_seed
 from vit_suite.errors import UserError
 from vit_suite.methods.sharding import Sharded
-from vit_suite.models.backbone import Backbone
+from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size
 from vit_suite.models.blocks import DropPath
 from vit_suite.optim.groups import clip_all, clip_each, parameter_groups
 from vit_suite.optim.schedules import cosine
@@ -35,6 +35,13 @@ T = TypeVar("T")
 def as_config(cls: type[T], value: T | dict | None) -> T:
     """A dataclass from itself, from the plain dict a checkpoint holds, or its defaults."""
     return value if is_dataclass(value) else cls(**(value or {}))
+
+
+def for_views(backbone: BackboneConfig, views: CropConfig) -> BackboneConfig:
+    """`backbone` with the position grid of the global crop where it names none. UserError when its patches do not tile that crop."""
+    if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
+        check_image_size([views.global_size], patch, "views.global_size")
+    return replace(backbone, image_size=backbone.image_size or [views.global_size, views.global_size])
 
 
 class Method(pl.LightningModule):

@@ -22,9 +22,9 @@ from vit_suite import distributed
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, ViewsConfig
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
 from vit_suite.losses.koleo import koleo_loss
-from vit_suite.methods.base import Method, as_config
+from vit_suite.methods.base import Method, as_config, for_views
 from vit_suite.methods.collapse import CollapseMonitor
-from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size
+from vit_suite.models.backbone import Backbone, check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.schedules import cosine, teacher_temperature
@@ -88,10 +88,7 @@ class DINO(Method):
         method, views, optim = as_config(DINOConfig, method), as_config(ViewsConfig, views), as_config(OptimConfig, optim)
         backbone = as_config(BackboneConfig, backbone)
         super().__init__(optim, views, list(mean), list(std), seed, batch_size)
-        if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
-            check_image_size([views.global_size], patch, "views.global_size")
-        if backbone.image_size is None:
-            backbone = replace(backbone, image_size=[views.global_size, views.global_size])
+        backbone = for_views(backbone, views)
         self.method = method
         self.student = Network(backbone, method, method.norm_last_layer)
         # The release builds the teacher's head with a fixed gain whatever the student's, and drop path is the student's alone.

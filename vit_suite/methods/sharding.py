@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vit_suite import distributed
+from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.heads import ContrastiveHead, DINOHead, PatchDecoder
 
@@ -41,6 +42,8 @@ class Sharded:
         for part in list(method.modules()):
             if isinstance(part, Backbone):
                 for block in part.vit.blocks:
+                    if not (hasattr(block, "attn") and hasattr(block, "mlp")):
+                        raise UserError(f"trainer.strategy fsdp2: a {type(block).__name__} has no attention and MLP to shard; use ddp.")
                     distributed.shard([block.attn, block.mlp], mesh, torch.bfloat16 if bf16 else None)
             elif isinstance(part, HEADS):
                 distributed.shard(part, mesh)

@@ -29,8 +29,8 @@ from vit_suite.errors import UserError
 from vit_suite.losses.contrastive import info_nce, info_nce_logits, nt_xent_logits
 from vit_suite.losses.reconstruction import psnr, reconstruction_l1
 from vit_suite.losses.uncertainty import uncertainty_sum, uncertainty_weights
-from vit_suite.methods.base import Method, as_config
-from vit_suite.models.backbone import EXPLICIT, Backbone, check_image_size, known_patch_size
+from vit_suite.methods.base import Method, as_config, for_views
+from vit_suite.models.backbone import EXPLICIT, Backbone, check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import ContrastiveHead, PatchDecoder, init_linear_
 from vit_suite.optim.schedules import cosine
@@ -272,25 +272,23 @@ def accuracy(logits: Tensor, label: Tensor) -> Tensor:
 
 def network_config(backbone: BackboneConfig, method: SiTConfig, views: SiTViewsConfig) -> BackboneConfig:
     """The backbone with its position grid, the rotation token and the order of its patches."""
-    if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
-        check_image_size([views.global_size], patch, "views.global_size")
+    backbone = for_views(backbone, views)
     if method.order == "causal" and backbone.class_token and (method.contrastive == "none" or backbone.pool == "mean"):
         # Patches do not see the prefix, so only a loss on the token itself trains it.
         raise UserError(
             "method.order causal without a contrastive loss on the CLS token trains no CLS token: set backbone.class_token false and "
             "backbone.pool mean."
         )
-    size = backbone.image_size or [views.global_size, views.global_size]
     registers = backbone.registers
     if method.rotation:
         if backbone.pretrained:
             raise UserError("backbone.pretrained: timm's weights have no rotation token; set method.rotation false.")
         if registers is None and backbone.name != EXPLICIT:
             with torch.device("meta"):  # how many the model has of its own
-                probe = Backbone(replace(backbone, image_size=size))
+                probe = Backbone(backbone)
             registers = probe.prefix_tokens - int(probe.has_cls)
         registers = (registers or 0) + 1
-    return replace(backbone, image_size=size, registers=registers, causal=backbone.causal or method.order == "causal")
+    return replace(backbone, registers=registers, causal=backbone.causal or method.order == "causal")
 
 
 def check_options(method: SiTConfig) -> None:

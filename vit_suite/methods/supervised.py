@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from vit_suite.config import BackboneConfig, SupervisedConfig, SupervisedOptimConfig, SupervisedViewsConfig
 from vit_suite.errors import UserError
-from vit_suite.methods.base import Method, as_config
-from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size, resize_position
+from vit_suite.methods.base import Method, as_config, for_views
+from vit_suite.models.backbone import Backbone, check_image_size, resize_position
 from vit_suite.models.ema import copy_weights, ema_update
 from vit_suite.views.draw import Draw
 from vit_suite.views.mix import mix
@@ -79,10 +79,7 @@ class SupervisedViT(Method):
         method, backbone = as_config(SupervisedConfig, method), as_config(BackboneConfig, backbone)
         views, optim = as_config(SupervisedViewsConfig, views), as_config(SupervisedOptimConfig, optim)
         super().__init__(optim, views, list(mean), list(std), seed, batch_size)
-        if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
-            check_image_size([views.global_size], patch, "views.global_size")
-        if backbone.image_size is None:
-            backbone = replace(backbone, image_size=[views.global_size, views.global_size])
+        backbone = for_views(backbone, views)
         self.method = method
         self.classes = [str(index) for index in range(classes)] if isinstance(classes, int) else list(classes)
         if len(self.classes) < 2:

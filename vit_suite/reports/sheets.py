@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vit_suite.data.source import ImageSource
-from vit_suite.evaluation.online import due
+from vit_suite.evaluation.online import due, show
 from vit_suite.files import write_atomically
 from vit_suite.hardware import autocast
 from vit_suite.views.draw import alone
@@ -48,9 +48,7 @@ class ReconstructionSheets(pl.Callback):
         path = self.folder / f"epoch_{trainer.current_epoch + 1:04d}.png"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B
-                logger.log_image("reconstructions", [sheet], step=trainer.global_step)
+        show(trainer, "reconstructions", sheet)
 
     def sheet(self, module: pl.LightningModule) -> Image.Image:
         """Rows clean, corrupted, reconstructed."""
