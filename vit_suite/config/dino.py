@@ -43,4 +43,4 @@ class DINOConfig:
     """EMA momentum of the teacher at the start; a cosine takes it to 1."""
     koleo_weight: NotNegative = 0.0
     """Weight of DINOv2's KoLeo term on the student's CLS tokens of the global crops (DINOv2: 0.1); 0 is DINO. Neighbours are sought
-    within a rank's micro-batch, as there."""
+    among the images of all ranks (DINOv2: of a rank), so that any number of ranks trains alike."""
