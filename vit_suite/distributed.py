@@ -157,9 +157,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        ctx.count = len(tensor)
+        ctx.count, tensor = len(tensor), tensor.contiguous()  # `empty_like` would repeat the strides of a transposed one
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor)
         return torch.cat(parts)
 
     @staticmethod

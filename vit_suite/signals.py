@@ -37,12 +37,12 @@ class Signals:
     """Notes signals between `with` and its end. `noted` is the number of the first one, 0 without.
 
     SIGUSR1 is noted from the start, SIGTERM and SIGINT only after `listen()`: before the first step there is nothing to save, and they
-    end the process as ever. A second SIGTERM or SIGINT ends it at once. SIGUSR1 is a warning, however often it comes.
+    end the process as ever. A second SIGTERM, or SIGINT, ends it at once. SIGUSR1 is a warning, however often it comes.
     """
 
     def __init__(self) -> None:
         self.noted = 0
-        self._noted_at = 0.0
+        self._came: dict[int, float] = {}  # signal -> when it first came
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
@@ -69,13 +69,12 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == self.noted and number != signal.SIGUSR1:
-            if time.monotonic() - self._noted_at > ECHO:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        if not self.noted:
-            self.noted, self._noted_at = number, time.monotonic()
+        now = time.monotonic()
+        if number != signal.SIGUSR1 and now - self._came.get(number, now) > ECHO:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._came.setdefault(number, now)
+        self.noted = self.noted or number
 
 
 def outlive(worker: int = 0) -> None:

@@ -217,6 +217,14 @@ def test_a_repeated_signal(monkeypatch):
         monkeypatch.setattr(signals, "ECHO", -1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(signals, "ECHO", 0)
+    with Signals() as noted:  # a run that hangs after a warning
+        noted.listen()
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert noted.noted == signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_before_training_sigterm_and_ctrl_c_are_what_they_were():

@@ -1,4 +1,4 @@
-"""`vit-suite launch`: a training as a SLURM job. Everything is checked here, not after hours in the queue."""
+"""`vit-suite launch`: a training as a SLURM job. What can be is checked here, not after hours in the queue."""
 
 from __future__ import annotations
 
@@ -109,14 +109,22 @@ def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> Pretr
 
 
 def check(runs: dict[str, PretrainConfig]) -> None:
-    """What a training would refuse when it starts: its directory, and a batch that does not split over the ranks."""
-    from vit_suite.commands import rundir  # these two import torch, for which --status need not wait
+    """What a training would refuse when it starts, but for its data, which this machine may not see: its directory, a batch that does not
+    split over the ranks, a network or a method that cannot be."""
+    import torch  # for which --status need not wait
+
+    from vit_suite.commands import rundir
+    from vit_suite.commands.pretrain import METHODS
     from vit_suite.data.order import EpochPlan
+    from vit_suite.data.registry import statistics
 
     for training in runs.values():
         size, trainer = training.data.batch_size, training.trainer
         EpochPlan(size, size, world=trainer.nodes * trainer.devices, accumulate=trainer.accumulate)
         rundir.check(training)
+        backbone = replace(training.backbone, channels=training.data.channels, pretrained=False)
+        with torch.device("meta"):  # shapes alone
+            METHODS[training.method.name](training.method, backbone, training.views, training.optim, *statistics(training.data))
 
 
 def refuse_second_job(folder: Path) -> None:

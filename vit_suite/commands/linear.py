@@ -143,15 +143,15 @@ class Prober:
 
         def own(epoch: int) -> Iterator[tuple[Tensor, Tensor] | UserError]:
             loader.set_epoch(epoch)
-            for number, (images, labels, _) in enumerate(loader):
-                if isinstance(images, Tensor) or images[0].ndim == 3:
-                    images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
-                    images = views(images, alone(len(images), seed, epoch, plan.turn + number * plan.turns))
-                try:
+            try:
+                for number, (images, labels, _) in enumerate(loader):
+                    if isinstance(images, Tensor) or images[0].ndim == 3:
+                        images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+                        images = views(images, alone(len(images), seed, epoch, plan.turn + number * plan.turns))
                     part = subject.embed(images[0]), labels
                     yield tuple(tensor.cpu() for tensor in part) if distributed.active() else part
-                except UserError as error:  # raised below, on all ranks
-                    yield error
+            except UserError as error:  # raised below, on all ranks
+                yield error
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             mine = own(epoch)

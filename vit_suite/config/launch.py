@@ -38,7 +38,8 @@ class LaunchConfig(PretrainConfig):
     job_name: str | None = None
     """Name in the queue; that of the run directory when not given."""
     signal_seconds: Annotated[int, Range(1, 65535)] = 90
-    """Seconds before the end of its time at which the job is told (SIGUSR1) to save: longer than a step and a checkpoint take."""
+    """Seconds before the end of its time at which the job is told (SIGUSR1) to save: longer than a step, a score and a
+    checkpoint take."""
     requeue: bool = True
     """Queue again after pre-emption, the end of the time or the loss of a node, until the training is done."""
     modules: list[str] | None = None
@@ -56,6 +57,6 @@ class LaunchConfig(PretrainConfig):
     at_once: Count | None = None
     """Most runs of an array at one time."""
     dry_run: bool = False
-    """Check everything and print the script; write and submit nothing."""
+    """Check the options and print the script; write and submit nothing."""
     status: str | None = None
     """Say how the run in this directory is: queued, running (where it is), pre-empted, done or failed. Every other option is ignored."""

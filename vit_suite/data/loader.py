@@ -99,7 +99,7 @@ class FileLoader(EpochLoader):
 
 
 class EvaluationLoader:
-    """Every image once, in order, un-augmented; rank r of n takes images r, r + n, ... without padding. Bad files are left out.
+    """Every image once, in order, un-augmented. Bad files are left out.
 
     Yields `(images, labels, indices)` like the training loaders.
     """
@@ -110,12 +110,10 @@ class EvaluationLoader:
         batch_size: int,
         workers: int = 0,
         quarantine: Quarantine | None = None,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
         self.source, self.batch_size = source, batch_size
         self.quarantine = _quarantine(quarantine, source)
-        self.indices = torch.arange(rank, len(source), world)
+        self.indices = torch.arange(len(source))
         self._loader = None
         if not isinstance(source, ResidentSource):
             parts = self.indices.split(batch_size) if len(self.indices) else ()
@@ -146,6 +144,8 @@ def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> in
             raise UserError(f"data.workers is {workers!r}; expected 'auto' or a number from 0.")
         return 0 if resident else workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "SLURM_STEP_ID" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:  # what srun gave to this rank alone
+        cores, local_world = int(os.environ["SLURM_CPUS_PER_TASK"]), 1
     return 0 if resident else max(1, min(8, cores // max(1, local_world)))
 
 

@@ -163,12 +163,10 @@ class ImageDataModule(pl.LightningDataModule):
             return source
         return source.subset(stratified(source.labels, len(source), size, self.seed if seed is None else seed))
 
-    def evaluation_loader(
-        self, source: ImageSource, batch_size: int | None = None, rank: int = 0, world: int = 1
-    ) -> EvaluationLoader:
+    def evaluation_loader(self, source: ImageSource, batch_size: int | None = None) -> EvaluationLoader:
         """Every image of `source` once, in order; files that do not decode are left out and reported."""
         workers = auto_workers(self.cfg.workers, isinstance(source, ResidentSource))
-        return EvaluationLoader(source, batch_size or min(self.cfg.batch_size, 256), workers, self.quarantine, rank, world)
+        return EvaluationLoader(source, batch_size or min(self.cfg.batch_size, 256), workers, self.quarantine)
 
     def to(self, device: torch.device | str) -> bool:
         """Move the resident sets that are open to `device`, where they fit into half of its free memory; whether all did."""

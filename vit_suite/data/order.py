@@ -111,8 +111,8 @@ class EpochLoader:
 
     Iterating again goes on to the next epoch; `set_epoch` chooses one. `state_dict` holds the position after the last batch that
     was handed out, not after those that workers have prepared; `load_state_dict` makes the next iteration go on from there. The
-    state does not depend on the rank, and a resumed run may have another number of ranks or micro-batches. Lightning calls all
-    three.
+    state does not depend on the rank, and a resumed run may have another number of ranks; of micro-batches only from the start of an
+    epoch, because Lightning counts those. Lightning calls all three.
     """
 
     def __init__(self, plan: EpochPlan) -> None:
@@ -148,12 +148,12 @@ class EpochLoader:
             now = getattr(self.plan, key)
             if state[key] != now:
                 raise UserError(f"cannot resume: the run began with {name} {state[key]}, now it is {now}.")
-        if state["micro"] and state["accumulate"] != self.plan.accumulate:
-            change = f"{state['accumulate']} before, {self.plan.accumulate} now"
-            raise UserError(f"cannot resume within an optimiser step with another trainer.accumulate ({change}).")
         self.epoch, self.position, self._placed = state["epoch"], state["step"] * self.plan.accumulate + state["micro"], True
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
+        if self.position and state["accumulate"] != self.plan.accumulate:
+            change = f"{state['accumulate']} before, {self.plan.accumulate} now"
+            raise UserError(f"cannot resume within an epoch with another trainer.accumulate ({change}): go on with the first to its end.")
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing moves before the first batch is asked for, because Lightning makes iterators that it then drops.

@@ -18,6 +18,7 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +26,11 @@ import numpy as np
 
 from vit_suite.data.decode import EXTENSIONS
 from vit_suite.errors import UserError
-from vit_suite.files import write_atomically
+from vit_suite.files import locked, write_atomically
 
 log = logging.getLogger("vit_suite")
 
-INDEX = "index.npz"
+INDEX, LOCK = "index.npz", ".index.lock"
 BLOCK = tarfile.BLOCKSIZE
 READERS = 16  # shards whose headers are read at a time: a network disk answers many questions as fast as one
 
@@ -60,28 +61,42 @@ def open_index(folder: Path, names: Sequence[str], whole: bool) -> dict[str, Sha
     Raises UserError when the index and the files disagree, and with `whole` when a shard that it has is not in the folder.
     """
     file = folder / INDEX
-    known = read_index(file) if file.is_file() else {}
+    known = _known(file)
+    if not known.keys() >= set(names):
+        # Of the ranks that start together one reads the headers, and the others find what it wrote.
+        with locked(folder / LOCK) if os.access(folder, os.W_OK) else nullcontext():
+            known = _complete(file, _known(file), names)
     again = f"delete '{file}' and it is made again from the shards there are"
     gone = [name for name in known if not (folder / name).is_file()] if whole else []
     if gone:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
         raise UserError(f"shard '{folder / gone[0]}'{more} is missing, but {INDEX} names it: bring it back, or {again}.")
-    new = [name for name in names if name not in known]
-    if new:
-        log.info("reading the headers of %d shards in %s, which %s lacks", len(new), folder, INDEX)
-        with ThreadPoolExecutor(min(READERS, len(new))) as pool:
-            known |= zip(new, pool.map(lambda name: scan(folder / name), new), strict=True)
-        try:
-            write_index(file, known)
-        except OSError as error:
-            reason = error.strerror or error
-            log.warning("%s cannot be written (%s): every start reads the headers of the shards again", file, reason)
     for name in names:
         length = (folder / name).stat().st_size
         if length != known[name].length:
             what = f"has {length} bytes, but {known[name].length} in {INDEX}: it is cut off, or was written again"
             raise UserError(f"shard '{folder / name}' {what}. Bring the first one back, or {again}.")
     return {name: known[name] for name in names}
+
+
+def _known(file: Path) -> dict[str, Shard]:
+    return read_index(file) if file.is_file() else {}
+
+
+def _complete(file: Path, known: dict[str, Shard], names: Sequence[str]) -> dict[str, Shard]:
+    """`known` with the shards of `names` that it lacks; written to `file` where that is allowed."""
+    new = [name for name in names if name not in known]
+    if not new:
+        return known
+    log.info("reading the headers of %d shards in %s, which %s lacks", len(new), file.parent, INDEX)
+    with ThreadPoolExecutor(min(READERS, len(new))) as pool:
+        known |= zip(new, pool.map(lambda name: scan(file.parent / name), new), strict=True)
+    try:
+        write_index(file, known)
+    except OSError as error:
+        reason = error.strerror or error
+        log.warning("%s cannot be written (%s): every start reads the headers of the shards again", file, reason)
+    return known
 
 
 def write_index(file: Path, shards: dict[str, Shard]) -> None:

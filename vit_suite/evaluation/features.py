@@ -156,8 +156,8 @@ def collect(
 ) -> Features:
     """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `device`; drop and report what does not decode.
 
-    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none. A UserError that
-    `embed` raises on one rank is raised on all.
+    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none. A UserError of
+    one rank, of its images or of `embed`, is raised on all.
     """
     if len(source) == 0:
         raise UserError(f"{_title(source)} holds no images")
@@ -165,10 +165,17 @@ def collect(
     batches = _batches(source, batch_size, range(distributed.rank(), count, world), workers)
     rows, indices, failures, kept = None, [], [], 0
     bar = _bar(len(source), desc)
+
+    def next_part() -> tuple[list[int], Tensor | UserError | None, list[DecodeError]]:
+        """Numbers, rows and failures of this rank's next batch; of an error, which all ranks raise below, no numbers."""
+        try:
+            numbers, images, bad = next(batches, ([], [], []))
+            return numbers, embed(eval_view(_on(images, device), size, mean, std)).cpu() if numbers else None, bad
+        except UserError as error:
+            return [], error, []
+
     for _ in range(-(-count // world)):  # as many on each rank; in the last round some have no batch
-        numbers, images, bad = next(batches, ([], [], []))
-        own = _embedded(lambda images=images: embed(eval_view(_on(images, device), size, mean, std))) if numbers else None
-        for found, part, failed in distributed.gather_objects((numbers, own, bad)):
+        for found, part, failed in distributed.gather_objects(next_part()):
             if isinstance(part, UserError):
                 raise part
             if found:
@@ -216,13 +223,6 @@ def pick_rows(features: Features, rows: Tensor) -> Features:
         whole[where] = part
     own = own_rows(len(rows))
     return chosen._replace(features=whole[own], rows=own)
-
-
-def _embedded(embed: Callable[[], Tensor]) -> Tensor | UserError:
-    try:
-        return embed().cpu()
-    except UserError as error:
-        return error
 
 
 def _on(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:

@@ -246,8 +246,9 @@ class Method(pl.LightningModule):
         step = self.global_step  # Lightning counts it up after this hook, and calls the hook once per accumulated batch
         self.set_rates(optimizer, step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
-        self.log("train/weight_decay", optimizer.param_groups[0]["weight_decay"])
+        if (step + 1) % self.trainer.log_every_n_steps == 0:  # not at every step: a GPU waits for each number that it is sent
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+            self.log("train/weight_decay", optimizer.param_groups[0]["weight_decay"])
         self.after_step(step)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:

@@ -62,6 +62,8 @@ class Keeper(Checkpoint):
             )
         if self.signals:
             self.signals.listen()  # here, because Lightning puts its own handlers in place just before
+            # Its word to the other ranks of a SIGTERM, which its handler no longer hears, would make GPUs wait before every batch.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         self._stop(trainer, module)
