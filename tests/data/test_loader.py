@@ -134,6 +134,21 @@ def test_state_at_the_end_of_an_epoch_and_refusals(tmp_path):
     assert all(isinstance(value, int) for value in loader.state_dict().values())
 
 
+@pytest.mark.parametrize("before,now", [(1, 2), (2, 1)])
+def test_micro_batches_may_change_between_epochs_alone(tmp_path, before, now):
+    """Lightning counts the micro-batches of the epoch under way, and would take them for others."""
+    source = resident(make_files(tmp_path / "x", count=12))
+    loader, other = (ResidentLoader(source, EpochPlan(12, 4, accumulate=accumulate)) for accumulate in (before, now))
+    iterator = iter(loader)
+    for _ in range(before):
+        next(iterator)
+    with pytest.raises(UserError, match=f"within an epoch with another trainer.accumulate \\({before} before, {now} now\\)"):
+        other.load_state_dict(loader.state_dict())
+    list(iterator)
+    other.load_state_dict(loader.state_dict())
+    assert other.epoch == 1 and other.position == 0
+
+
 def test_ragged_images_come_as_a_list(tmp_path):
     source = make_files(tmp_path / "x", sizes=((8, 6), (5, 9)))
     images, _, indices = next(iter(FileLoader(source, EpochPlan(23, 12))))
