@@ -30,8 +30,8 @@ install_packages() {
 # Nodes are addresses of the loopback device: a node list then resolves to where rank 0 listens, without names in /etc/hosts.
 # cred_expire: SLURM holds a requeued job back until the old job's credential is void, two minutes by default.
 # FirstJobId: the ranks of a job meet at a port that follows from its number, and there may be another cluster on this machine.
-# KillWait: seconds from SIGTERM to SIGKILL. preempt_send_user_signal: a job that is pre-empted hears its --signal at once, and has
-# GraceTime from then.
+# KillWait: seconds from SIGTERM to SIGKILL. MinJobAge: seconds for which a job that has ended can be asked about.
+# preempt_send_user_signal: a job that is pre-empted hears its --signal at once, and has GraceTime from then.
 write_conf() {
   local host
   host=$(hostname -s)
@@ -64,6 +64,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 ReturnToService=2
 KillWait=5
+MinJobAge=86400
 MailProg=/bin/true
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

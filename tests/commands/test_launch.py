@@ -74,9 +74,8 @@ def test_what_slurm_is_asked_for(launch, tmp_path):
         "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "mem=200G", "time=1-12:00:00",
         "partition=fast", "account=us", "qos=high", "constraint=a100", "exclusive", "signal=USR1@90", "requeue",
     ]  # fmt: skip
-    command = (
-        f'srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=6 \\\n  {sys.executable} -m vit_suite pretrain --config "$run/launch.yaml"'
-    )
+    assert "srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=6 bash -c " in said.out
+    command = f' rank \\\n  {sys.executable} -m vit_suite pretrain --config "$run/launch.yaml"'
     assert command in said.out and f"\nrun={tmp_path}/run\n" in said.out
     assert not (tmp_path / "run").exists()
 
@@ -164,6 +163,37 @@ def test_seeds_and_sweep(launch, slurm, tmp_path):
     shown = subprocess.run(["/bin/bash", "-c", f'{part}\nprintf %s "$run"'], capture_output=True, text=True, env=task).stdout
     assert shown == f"{tmp_path}/run/001-seed3"
     assert 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in script
+
+
+# What the script does --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("training", "array", "requeued"),
+    [
+        ('echo \'{"state": "stopped"}\' > status.json; exit 143', False, "requeue 17"),
+        ('echo \'{"state": "stopped"}\' > status.json; exit 143', True, "requeue 15_1"),
+        ('echo \'{"state": "stopped"}\' > status.json; exit 0', False, None),  # it has requeued itself
+        ('echo \'{"state": "failed"}\' > status.json; exit 143', False, None),
+        ("exit 137", False, None),  # what an earlier start said does not count
+        ("kill -USR1 $$; kill -TERM $$; exit 3", False, None),  # signals before the training listens pass it by
+    ],
+)
+def test_who_is_queued_again(launch, slurm, tmp_path, training, array, requeued):
+    """The script itself, with stand-ins for srun, scontrol and the training."""
+    slurm(sbatch="echo 17", srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"', scontrol='echo "$@" >> "$ASKED"')
+    slurm(bash='exec /bin/bash "$@"', sleep="true", grep='exec /bin/grep "$@"', rm='exec /bin/rm "$@"')
+    run = tmp_path / "run" / "seed4" if array else tmp_path / "run"
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/bash\ncd {run}\n{training}\n")
+    fake.chmod(0o755)
+    assert launch(*CPU, "--python", fake, *(["--seeds", 3, 4] if array else [])).status == 0
+    (run / "status.json").write_text('{"state": "stopped"}')
+    asked = tmp_path / "asked"
+    job = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "1", "ASKED": str(asked)}
+    done = subprocess.run(["/bin/bash", tmp_path / "run" / "launch.sbatch"], env=os.environ | job, capture_output=True, text=True)
+    assert done.returncode == int(training.rpartition("exit ")[2]), done.stderr
+    assert (asked.read_text().strip() if asked.exists() else None) == requeued
 
 
 # Refused ---------------------------------------------------------------------------------------------------------------------------

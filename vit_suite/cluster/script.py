@@ -51,6 +51,7 @@ export MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}
 
 # A rank that dies ends the others, which would wait for it (kill-on-bad-exit); one that is done early does not (wait=0).
+# Signals pass a rank by until it listens, instead of ending it: SLURM requeues a job that outlives the notice of its pre-emption.
 status=0
 {srun} || status=$?
 {again}exit $status
@@ -58,9 +59,9 @@ status=0
 
 AGAIN = """
 # Asked to stop, the training saves, says `stopped` in status.json and queues again by itself; here it could not (a container without
-# scontrol), or the request was the SIGTERM before a pre-emption, and SLURM does not requeue a job that ends during that notice. 138 and
-# 143: the signal came before the training could listen. `scancel` ends this shell too and never comes here.
-if [ $status = 138 ] || [ $status = 143 ] || { [ $status != 0 ] && grep -qs '"state": "stopped"' "$run/status.json"; }; then
+# scontrol), or the request was the SIGTERM before a pre-emption, and SLURM does not requeue a job that ends during that notice.
+# `scancel` ends this shell too and never comes here.
+if [ $status != 0 ] && grep -qs '"state": "stopped"' "$run/status.json"; then
   scontrol requeue "JOB" && sleep 60 # SLURM ends this shell meanwhile
 fi
 """
@@ -156,4 +157,5 @@ def _srun(cfg: LaunchConfig) -> str:
         words.append(f"--cpus-per-task={cfg.cpus_per_task}")  # which srun no longer takes over from sbatch since SLURM 22.05
     python = cfg.python or ("python" if cfg.container else sys.executable)
     training = [*shlex.split(cfg.container or ""), python, "-m", "vit_suite", "pretrain"]
-    return f'{shlex.join(words)} \\\n  {shlex.join(training)} --config "$run/{OPTIONS}"'
+    shielded = """bash -c 'trap "" USR1 TERM; exec "$@"' rank"""
+    return f'{shlex.join(words)} {shielded} \\\n  {shlex.join(training)} --config "$run/{OPTIONS}"'

@@ -137,7 +137,7 @@ class TrainerConfig:
     """Machines; follows torchrun and srun too."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """Every rank holds all weights (ddp), or weights, gradients, optimiser state and teacher are spread over the ranks (fsdp2): for
-    networks that leave no memory for images otherwise. Results, up to rounding, and checkpoints are the same (docs/scaling.md: when it pays)."""
+    networks that leave no memory for images otherwise (docs/scaling.md). Results, up to rounding, and checkpoints are the same."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or fp32; auto = bf16 where the hardware multiplies it natively. Losses and norms stay fp32."""
     accumulate: Count = 1
