@@ -11,23 +11,20 @@ vision_transformer.py are imported from there and run in fp32, as they do withou
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_common import add_ratios, in_turn, publish, resident
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, ViewsConfig
 from vit_suite.evaluation.features import cores
-from vit_suite.hardware import autocast, pick_precision
+from vit_suite.hardware import autocast, matmul_rate, pick_precision
 from vit_suite.methods.dino import DINO
-from vit_suite.reports.results import table
 
 CASES = {
     "tiny": {"dim": 96, "depth": 6, "heads": 3, "patch": 4, "sizes": (32, 16), "local": 4, "batch": 128, "prototypes": 4096},
@@ -35,7 +32,6 @@ CASES = {
     "vits16": {"dim": 384, "depth": 12, "heads": 6, "patch": 16, "sizes": (224, 96), "local": 8, "batch": 8, "prototypes": 65536},
 }
 CPU = torch.device("cpu")
-MATMUL = 2048
 
 
 def views(case: dict) -> list[torch.Tensor]:
@@ -125,29 +121,10 @@ def contender(name: str, case: str, peer: Path | None) -> Callable[[], float]:
     return ours(CASES[case], precision) if who == "ours" else official(CASES[case], peer)
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of square products of this machine and number of threads: the best of three tries of a second."""
-    left, right = (torch.randn(MATMUL, MATMUL).to(dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(3):
-        started, count = time.perf_counter(), 0
-        while time.perf_counter() - started < 1:
-            left @ right
-            count += 1
-        best = max(best, 2 * MATMUL**3 * count / (time.perf_counter() - started))
-    return best
-
-
 def peak_memory(name: str, case: str, peer: Path | None, threads: int) -> float:
     """MiB that three steps add to a process that has imported everything."""
     words = [sys.executable, __file__, "--case", case, "--only", name, "--threads", str(threads)] + (["--peer", str(peer)] if peer else [])
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def resident(field: str) -> float:
-    """MiB of this process: VmRSS (now) or VmHWM (most ever)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def measure(case: str, names: list[str], peer: Path | None, rounds: int, threads: int) -> list[dict]:
@@ -158,35 +135,15 @@ def measure(case: str, names: list[str], peer: Path | None, rounds: int, threads
     with counter:
         steps[names[-1]]()
     flops = counter.get_total_flops() / batch  # products of matrices; counted on one of them, the network is the same
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    busy: dict[str, list[float]] = {name: [] for name in names}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            started, cpu = time.perf_counter(), time.process_time()
-            step()
-            wall[name].append(batch / (time.perf_counter() - started))
-            busy[name].append(batch / (time.process_time() - cpu))
-    rates = {"bf16": matmul_rate(torch.bfloat16), "fp32": matmul_rate(torch.float32)}
+    times = in_turn(steps, rounds)
+    rates = {precision: matmul_rate(precision, CPU) for precision in ("bf16", "fp32")}
     rows = []
     for name in names:
-        speed = statistics.median(wall[name])
-        rows.append(
-            {
-                "case": case,
-                "contender": name,
-                "images/s": speed,
-                "spread": (max(wall[name]) - min(wall[name])) / speed,
-                "images/CPU-s": statistics.median(busy[name]),
-                "GFLOP/s": speed * flops / 1e9,
-                "of matmul rate": speed * flops / rates[name.split()[1]],
-                "peak MiB": peak_memory(name, case, peer, threads),
-            }
-        )
-    for row in rows:
-        row["ratio"] = row["images/s"] / rows[-1]["images/s"]
-        row["CPU ratio"] = row["images/CPU-s"] / rows[-1]["images/CPU-s"]
+        row = {"case": case, "contender": name} | times[name].row(batch, "images")
+        row["GFLOP/s"] = row["images/s"] * flops / 1e9
+        row["of matmul rate"] = row["images/s"] * flops / rates[name.split()[1]]
+        rows.append(row | {"peak MiB": peak_memory(name, case, peer, threads)})
+    add_ratios(rows, "images")
     return rows
 
 
@@ -210,12 +167,7 @@ def main() -> None:
     names = (["ours bf16"] if pick_precision("auto", CPU) == "bf16" else []) + ["ours fp32"]
     names += ["official fp32"] if options.peer else []
     rows = [row for case in options.case for row in measure(case, names, options.peer, options.rounds, options.threads)]
-    percent = ("spread", "of matmul rate")
-    print(f"{options.threads} threads, torch {torch.__version__}; ratios to {names[-1]}")
-    print(table(list(rows[0]), [[f"{value:.0%}" if key in percent else value for key, value in row.items()] for row in rows]))
-    if options.output:
-        about = {"threads": options.threads, "torch": torch.__version__, "rows": rows}
-        options.output.write_text(json.dumps(about, indent=2) + "\n")
+    publish(rows, options.output, ratio_to=names[-1])
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ COMMANDS = {
         "vit_suite.config:LocalizeConfig",
         "vit_suite.commands.localize:run",
     ),
+    "profile": Command(
+        "Say where the time of a training step goes",
+        "vit_suite.config:ProfileConfig",
+        "vit_suite.commands.profile:run",
+    ),
     "launch": Command(
         "Submit a training to SLURM, or say how it is",
         "vit_suite.config:LaunchConfig",

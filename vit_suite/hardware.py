@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Literal
 
 import torch
@@ -48,3 +49,26 @@ def pick_precision(precision: Literal["auto", "bf16", "fp32"], device: torch.dev
 def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> contextlib.AbstractContextManager:
     """The context a forward pass of that precision runs in."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def matmul_rate(precision: Literal["bf16", "fp32"], device: torch.device, seconds: float = 0.5) -> float:
+    """FLOP/s of products of square matrices on this device and number of threads: the best of three tries of `seconds` each.
+
+    What a training step can at most come to, which a data sheet does not say. On a CPU by CPU time: what it would be without other jobs.
+    """
+    cuda = device.type == "cuda"
+    side, at_once = (8192, 10) if cuda else (2048, 1)  # a GPU is given several before it is waited for
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(3):
+        started, cpu, count = time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() - started < seconds:
+            for _ in range(at_once):
+                left @ right
+            if cuda:
+                torch.cuda.synchronize(device)
+            count += at_once
+        spent = time.perf_counter() - started if cuda else (time.process_time() - cpu) / torch.get_num_threads()
+        best = max(best, 2 * side**3 * count / spent)
+    return best

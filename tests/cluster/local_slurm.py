@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.commands.conftest import words
 from vit_suite import cli
+from vit_suite.cluster.slurm import OVER
 from vit_suite.reports.status import read_status
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "local_slurm.sh"
@@ -108,7 +109,7 @@ class Cluster:
         """The step the training says it has done, from `step` on."""
 
         def there(state: dict[str, str]) -> bool:
-            assert state["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), f"{state['JobState']}\n{self.log(job)}"
+            assert state["JobState"] not in OVER, f"{state['JobState']}\n{self.log(job)}"
             status = read_status(run)
             return state["JobState"] == "RUNNING" and status is not None and status.state == "running" and status.step >= step
 
@@ -117,7 +118,7 @@ class Cluster:
 
     def finish(self, job: str) -> dict[str, str]:
         """The state of the job when it has ended, which must be well."""
-        state = self.wait(job, "its end", lambda state: state["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"))
+        state = self.wait(job, "its end", lambda state: state["JobState"] in OVER)
         assert state["JobState"] == "COMPLETED", f"{state['JobState']} {state['Reason']}\n{self.log(job)}"
         return state
 

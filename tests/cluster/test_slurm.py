@@ -18,6 +18,7 @@ import yaml
 from tests.cluster.local_slurm import Cluster, missing, rank_pid
 from tests.commands.conftest import column, sha256, words
 from vit_suite import cli
+from vit_suite.cluster.slurm import OVER
 from vit_suite.reports.status import read_status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -106,7 +107,7 @@ def test_a_rank_and_then_a_node_that_die(started, tmp_path):
     seen = cluster.wait_for_step(job, run, 6)
     killed = time.monotonic()
     os.kill(rank_pid(job, 3), signal.SIGKILL)
-    state = cluster.wait(job, "its end", lambda state: state["JobState"] not in ("RUNNING", "COMPLETING"))
+    state = cluster.wait(job, "its end", lambda state: state["JobState"] in OVER)
     assert state["JobState"] == "FAILED" and time.monotonic() - killed < 30  # nothing waits for the dead
     job = cluster.launch(run, pause=0.5, **RUN)
     cluster.wait_for_step(job, run, 11)
@@ -114,37 +115,28 @@ def test_a_rank_and_then_a_node_that_die(started, tmp_path):
     node = cluster.nodes(job)[1]
     cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     cluster.wait(job, "the queue", lambda state: state["Restarts"] == "1")
-    cluster.call("scontrol", "update", f"nodename={node}", "state=resume")
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)  # refused where it is back already
     cluster.finish(job)
     assert sha256(run) == sha256(started.straight)
 
 
-def test_a_request_to_end_that_is_no_scancel_queues_again(started, tmp_path):
-    """SIGTERM to the tasks alone: what SLURM sends before a pre-emption where it does not send the user's signal."""
-    cluster, run = started.cluster, tmp_path / "run"
-    job = cluster.launch(run, pause=0.5, **RUN)
-    seen = cluster.wait_for_step(job, run, 3)
-    cluster.call("scancel", "--signal=TERM", job)
-    assert cluster.finish(job)["Restarts"] == "1"
-    log = cluster.log(job)
-    assert "stopped by SIGTERM" in log and resumed_at(log)[0] >= seen
-    assert sha256(run) == sha256(started.straight)
-
-
 def test_an_array_over_seeds(started, tmp_path, capsys):
-    """The last run of an array has the array's own number: requeued by that, all of them would start again."""
+    """One run is asked to end by SIGTERM to its tasks alone, which SLURM sends before a pre-emption where it does not send the user's
+    signal. The other is warned: it is the last of the array and has the array's own number, and requeued by that all would start again."""
     cluster, run = started.cluster, tmp_path / "sweep"
     job = cluster.launch(run, "--nodes", 1, "--seeds", 0, 1, pause=0.5, **RUN)
-    cluster.wait_for_step(f"{job}_1", run / "seed1", 3)
-    cluster.call("scancel", "--signal=USR1", f"{job}_1")
-    assert cluster.finish(f"{job}_0")["Restarts"] == "0"
-    assert cluster.finish(f"{job}_1")["Restarts"] == "1"
+    for seed, name in enumerate(("TERM", "USR1")):
+        seen = cluster.wait_for_step(f"{job}_{seed}", run / f"seed{seed}", 3)
+        cluster.call("scancel", f"--signal={name}", f"{job}_{seed}")
+        cluster.wait(f"{job}_{seed}", "the queue", lambda state: state["Restarts"] == "1")
+        assert f"stopped by SIG{name}" in cluster.log(f"{job}_{seed}") and read_status(run / f"seed{seed}").step >= seen
+    for seed in range(2):
+        assert cluster.finish(f"{job}_{seed}")["Restarts"] == "1"
+        assert len(resumed_at(cluster.log(f"{job}_{seed}"))) == 1
+        assert len(column(run / f"seed{seed}", "train/loss")) == STEPS
     assert sha256(run / "seed0") != sha256(run / "seed1")
-    said = status(run, capsys).splitlines()
-    assert [f"{run}/seed{seed}: done, step 24 of 24" in line and f"(job {job}_{seed})" in line for seed, line in enumerate(said)] == [
-        True
-    ] * 2
-    assert len(column(run / "seed1", "train/loss")) == STEPS
+    lines = status(run, capsys).splitlines()
+    assert [line.endswith(f"(job {job}_{seed})") and "done, step 24 of 24" in line for seed, line in enumerate(lines)] == [True, True]
 
 
 def test_one_config_under_three_launchers(started, tmp_path):

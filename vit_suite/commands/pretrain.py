@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -107,6 +107,26 @@ def prepare(cfg: PretrainConfig, signals: Signals) -> Run:
     main = main_process()
     checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
     steps_before = rundir.steps_done(checkpoint) if checkpoint else 0
+    data, method, device, precision = build_parts(cfg, folder)
+    if isinstance(method, SupervisedViT):
+        prepare_head(method, start, checkpoint)
+    scores = build_scores(cfg, data, precision)
+    progress = build_progress(cfg, folder, data, scores, steps_before)
+    callbacks = build_callbacks(cfg, folder, data, scores, precision, signals)
+    callbacks += [progress, *drill_callbacks(steps_before, progress.max_steps)]  # after the scores, which status.json shows
+    trainer = build_trainer(cfg, folder, callbacks, precision, steps_before)
+    data.trainer = trainer
+    data.plan()  # says now whether the global batch splits over the ranks
+    if main:
+        rundir.create(cfg)
+        remember(trainer.loggers, folder)
+        data.quarantine.list_again()
+        progress.write("running")
+    return Run(cfg, folder, trainer, method, data, scores, progress, device, precision, checkpoint, steps_before)
+
+
+def build_parts(cfg: PretrainConfig, folder: Path) -> tuple[ImageDataModule, Method, torch.device, Literal["bf16", "fp32"]]:
+    """Data and method of a training whose files lie in `folder`, seeded; its device and precision."""
     if cfg.trainer.max_steps == 0:
         raise UserError("trainer.max_steps is 0; expected at least 1, or -1 to let trainer.max_epochs decide.")
     if cfg.trainer.threads:
@@ -117,26 +137,12 @@ def prepare(cfg: PretrainConfig, signals: Signals) -> Run:
     quarantine = Quarantine(folder / "quarantine.txt", cfg.data.max_corrupt)
     data = ImageDataModule(cfg.data, seed=cfg.run.seed, quarantine=quarantine, accumulate=cfg.trainer.accumulate)
     method = build_method(cfg, data)
-    if isinstance(method, SupervisedViT):
-        prepare_head(method, start, checkpoint)
     data.setup("fit")
-    scores = build_scores(cfg, data, precision)
-    progress = build_progress(cfg, folder, data, scores, steps_before)
-    callbacks = build_callbacks(cfg, folder, data, scores, precision, signals)
-    callbacks += [progress, *drill_callbacks(steps_before, progress.max_steps)]  # after the scores, which status.json shows
-    trainer = build_trainer(cfg, folder, callbacks, precision, steps_before)
-    data.trainer = trainer
-    data.plan()  # says now whether the global batch splits over the ranks
     if data.resident and cfg.views.backend == "workers":
         raise UserError("views.backend is workers, but the images are held in memory and no worker reads them: add --data.resident false.")
     if not data.resident and pick_backend(cfg.views, device.type, ragged=True) == "workers":
         data.transform = ViewsInWorkers(method.views, cfg.run.seed, cfg.data.batch_size)
-    if main:
-        rundir.create(cfg)
-        remember(trainer.loggers, folder)
-        data.quarantine.list_again()
-        progress.write("running")
-    return Run(cfg, folder, trainer, method, data, scores, progress, device, precision, checkpoint, steps_before)
+    return data, method, device, precision
 
 
 def fit(run: Run) -> Run | None:

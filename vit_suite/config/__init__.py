@@ -13,6 +13,7 @@ from vit_suite.config.launch import LaunchConfig
 from vit_suite.config.limits import Range
 from vit_suite.config.localize import LocalizeConfig
 from vit_suite.config.pretrain import METHODS, OPTIMS, VIEWS, PretrainConfig
+from vit_suite.config.profile import ProfileConfig
 from vit_suite.config.shared import (
     BackboneConfig,
     CheckpointConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "LoggerConfig",
     "OptimConfig",
     "PretrainConfig",
+    "ProfileConfig",
     "Range",
     "RunOptions",
     "ScoreConfig",

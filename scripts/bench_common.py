@@ -1,0 +1,68 @@
+"""What the benches share: contenders that take turns, the memory of a process, a table and JSON of the figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vit_suite.reports.results import table
+
+PERCENT = ("spread", "of matmul rate")
+
+
+class Times(NamedTuple):
+    """Seconds of each call."""
+
+    wall: list[float]
+    cpu: list[float]
+
+    def row(self, count: int, unit: str) -> dict[str, float]:
+        """Median of `count` units a second, (largest - smallest) / median of it, and units a second of CPU time."""
+        speeds = [count / seconds for seconds in self.wall]
+        speed = statistics.median(speeds)
+        spread = (max(speeds) - min(speeds)) / speed
+        return {f"{unit}/s": speed, "spread": spread, f"{unit}/CPU-s": count / statistics.median(self.cpu)}
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int, cpu: Callable[[], float] = time.process_time) -> dict[str, Times]:
+    """Time the calls one after the other, `rounds` times after a round that warms up, so that ratios hold on a busy machine.
+
+    `cpu`: seconds of CPU time spent so far.
+    """
+    times = {name: Times([], []) for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            started, before = time.perf_counter(), cpu()
+            call()
+            if number:
+                times[name].wall.append(time.perf_counter() - started)
+                times[name].cpu.append(cpu() - before)
+    return times
+
+
+def add_ratios(rows: Sequence[dict], unit: str) -> None:
+    """Write the ratio to the last row into all, of wall time and of CPU time."""
+    for row in rows:
+        row["ratio"] = row[f"{unit}/s"] / rows[-1][f"{unit}/s"]
+        row["CPU ratio"] = row[f"{unit}/CPU-s"] / rows[-1][f"{unit}/CPU-s"]
+
+
+def resident(field: str) -> float:
+    """MiB of this process: VmRSS (now) or VmHWM (most ever)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def publish(rows: Sequence[dict], output: Path | None, **about: Any) -> None:
+    """Print the rows, and write them to `output` with what else is worth knowing."""
+    about = {"threads": torch.get_num_threads(), "torch": torch.__version__} | about
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(table(list(rows[0]), [[f"{value:.0%}" if key in PERCENT else value for key, value in row.items()] for row in rows]))
+    if output:
+        output.write_text(json.dumps(about | {"rows": list(rows)}, indent=2) + "\n")

@@ -1,0 +1,133 @@
+"""Where the time of a training step goes: labels on its parts for torch.profiler, and a clock that gives each part its own time.
+
+Nothing in the methods knows of it: the functions that a step goes through are wrapped on the objects of one training.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from vit_suite.data.module import ImageDataModule
+from vit_suite.methods.base import Method
+
+OTHER = "other"
+"""What no part claims: logging, checks, Lightning's own loop."""
+HOOKS = {
+    "transfer_batch_to_device": "data",
+    "training_step": OTHER,
+    "crops": "views",
+    "losses": "loss",
+    "backward": "backward",
+    "configure_gradient_clipping": "clip",
+    "optimizer_step": "optimiser",
+    "after_step": "EMA",
+}
+"""Function of a method -> the part of a step that it is, less the parts within it: a loss calls the networks, an optimiser its closure.
+SiT turns and corrupts its views in `losses`; DINO moves its centre in `after_step`."""
+NETWORKS = {"student": "student forward", "teacher": "teacher forward", "network": "student forward"}
+"""Attribute of a method -> what its network does. Supervised training calls its only one `network`."""
+PARTS = ["data", "views", "student forward", "teacher forward", "loss", "backward", "clip", "optimiser", "EMA", OTHER]
+
+
+class Phases:
+    """Labels the parts of a step and, between `start` and `stop`, adds up the seconds of each.
+
+    A part within another counts for itself alone, so that all of them add up to the time between `start` and `stop`. While they are
+    timed, a GPU is waited for at every border: work that would have been done side by side is then done in turn.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._running = False
+        self._since = 0.0
+        self._within = [OTHER]
+
+    def start(self) -> None:
+        self.seconds, self._running = dict.fromkeys(PARTS, 0.0), True
+        self._since = now(self.device)
+
+    def stop(self) -> None:
+        self._charge()
+        self._running = False
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What runs in this context is the part `name`."""
+        self._charge()
+        self._within.append(name)
+        try:
+            with record_function(name):
+                yield
+        finally:
+            self._charge()
+            self._within.pop()
+
+    def wrap(self, owner: Any, function: str, name: str) -> None:
+        """Make `owner.function` the part `name`, on this object alone."""
+        inner = getattr(owner, function)
+
+        @functools.wraps(inner)  # Lightning looks through it to see which hooks a module overrides
+        def labelled(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, function, labelled)
+
+    def each(self, items: Iterable, name: str) -> Iterator:
+        """`items`; getting the next is the part `name`."""
+        iterator = iter(items)
+        while True:
+            with self.part(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def _charge(self) -> None:
+        if self._running:
+            moment = now(self.device)
+            self.seconds[self._within[-1]] += moment - self._since
+            self._since = moment
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when `device` has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
+    """Wrap what a step of `method` on `data` goes through."""
+    for function, name in HOOKS.items():
+        phases.wrap(method, function, name)
+    for attribute, name in NETWORKS.items():
+        network = getattr(method, attribute, None)
+        for owner, function in entrances(network):
+            phases.wrap(owner, function, name)
+    open_loader = data.train_dataloader
+
+    @functools.wraps(open_loader)
+    def labelled_loader() -> Any:
+        loader = open_loader()
+        produce = loader._produce  # not __iter__, which Python looks up on the class
+        loader._produce = lambda epoch, start: phases.each(produce(epoch, start), "data")
+        return loader
+
+    data.train_dataloader = labelled_loader
+
+
+def entrances(network: torch.nn.Module | None) -> Iterator[tuple[torch.nn.Module, str]]:
+    """Where others call `network`: the functions that its class defines for them, and its backbone and heads."""
+    if network is not None:
+        yield from ((network, name) for name, value in vars(type(network)).items() if callable(value) and not name.startswith("_"))
+        yield from ((child, "forward") for child in network.children())
