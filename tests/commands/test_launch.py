@@ -134,7 +134,7 @@ def test_submission(launch, slurm, tmp_path):
         "cpu",
         False,
     )
-    assert training.data.workers == 3 and training.run.output == str(tmp_path / "run")
+    assert training.run.output == str(tmp_path / "run")
 
 
 def test_what_the_launcher_wrote_does_not_stop_the_training(launch, slurm, vit_suite, tmp_path):
@@ -212,6 +212,7 @@ def test_who_is_queued_again(launch, slurm, tmp_path, training, array, requeued)
         (["--gpus-per-node", 2], {}, "trainer.accelerator is cpu, but gpus_per_node is 2"),
         (["--gpus-per-node", 2, "--tasks-per-node", 4], {}, "tasks_per_node is 4, but a GPU takes one process"),
         (["--nodes", 3], {}, "data.batch_size 16 (global) does not split evenly over 3 ranks"),
+        ([], {"views__global_size": 36}, "views.global_size 36x36 is not divisible by the patch size 8"),
         ([], {"run__overwrite": True}, "run.overwrite would delete the run"),
         ([], {"drill": "kill@3"}, "drill needs no cluster"),
         (["--at-once", 2], {}, "at_once is for job arrays"),

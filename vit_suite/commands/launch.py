@@ -102,10 +102,7 @@ def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> Pretr
     if training.drill:
         raise UserError("drill needs no cluster: `vit-suite pretrain` does it.")
     trainer = replace(trainer, nodes=cfg.nodes, devices=ranks, accelerator=accelerator, progress=False)
-    data = training.data
-    if data.workers == "auto" and cfg.cpus_per_task:  # auto shares the cores it sees among the ranks of a machine: here they are its own
-        data = replace(data, workers=min(8, cfg.cpus_per_task))
-    return replace(training, data=data, trainer=trainer, run=replace(training.run, output=str(output)))
+    return replace(training, trainer=trainer, run=replace(training.run, output=str(output)))
 
 
 def check(runs: dict[str, PretrainConfig]) -> None:
