@@ -17,6 +17,7 @@ from vit_suite.config import DataConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.evaluation.classification import OnlineAccuracy
 from vit_suite.evaluation.features import extract_features
+from vit_suite.reports.status import read_status
 from vit_suite.weights.checkpoint import load_backbone
 from vit_suite.weights.head import load_head
 
@@ -93,12 +94,17 @@ def test_resume_after_any_step_ends_with_the_same_weights(supervised, supervised
 
 def test_a_finished_run_says_its_scores_again(supervised, tmp_path):
     first = supervised(trainer__max_epochs=1)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = files(tmp_path / "run")
     second = supervised(trainer__max_epochs=1)
     assert second.status == 0 and "is complete: 4 steps" in second.log
     line = next(line for line in first.log.splitlines() if line.startswith("test: top-1"))
     assert line in second.log
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert files(tmp_path / "run") == before and read_status(tmp_path / "run").state == "done"
+
+
+def files(folder):
+    """What a run directory holds, but for status.json, which has the time."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "status.json"}
 
 
 def test_accumulated_batches_train_alike(supervised, supervised_run, tmp_path):
