@@ -196,15 +196,15 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
     """Class -> field -> docstring; read once a module, because inspect.getsource(cls) parses the whole file for each class."""
     import ast
     import inspect
+    import itertools
     import sys
 
     docs: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if isinstance(node, ast.ClassDef):
-            pairs = zip(node.body, node.body[1:], strict=False)
             docs[node.name] = {
                 field.target.id: " ".join(text.value.value.split())
-                for field, text in pairs
+                for field, text in itertools.pairwise(node.body)
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
             }
     return docs

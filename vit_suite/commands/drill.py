@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def parse(text: str) -> list[Event]:
             raise UserError(f"drill '{word.strip()}': expected {kind}@STEP with a step from 1.")
         events.append(Event(kind, int(step)))
     events.sort(key=lambda event: event.step)
-    for first, second in zip(events, events[1:], strict=False):
+    for first, second in pairwise(events):
         if first.step == second.step:
             raise UserError(f"drill '{first},{second}': one event a step; a step that is done is not done again.")
     return events
