@@ -126,7 +126,7 @@ def test_keys_are_those_the_last_block_computes(options):
     hook = backbone.vit.blocks[-1].attn.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
     backbone.eval()
     with torch.no_grad():
-        backbone(images)
+        backbone.tokens(images)
     hook.remove()
     backbone.train()
     keys = last_keys(backbone, images)

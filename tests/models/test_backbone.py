@@ -52,7 +52,7 @@ def test_attention_is_what_the_block_used():
     seen = {}
     attention_module = backbone.vit.blocks[-1].attn
     attention_module.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], out=output))
-    backbone(images)
+    backbone.tokens(images)
     qkv = attention_module.qkv(seen["x"]).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
     mixed = (backbone.last_attention(images) @ qkv[2]).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention_module.proj(mixed), seen["out"], atol=1e-5, rtol=1e-5)

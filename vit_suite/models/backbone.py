@@ -7,6 +7,8 @@ those of timm and of the DINO release. Deliberate differences from timm:
   and DINOv2 weights were trained that way, and `size=` moves the CLS output by 0.035-0.49.
 - The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not from 1e-6.
 - On a CPU attention is plain softmax(q k^T) v, which was 2x faster in bf16 than the fused kernel; on a GPU it is the fused kernel.
+- `backbone(images)` works out the last block for the CLS token alone, since nobody asks for its patches: 14% fewer FLOP at depth 6, 7%
+  at depth 12, the same numbers to rounding. `tokens` runs it whole; so hooks on that block's parts belong on `tokens`.
 
 Options beyond timm's, for `vit`: fixed sine positions, post-norm blocks, causal order over patches (models/blocks.py).
 
@@ -16,9 +18,10 @@ Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +32,15 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError, nearest
-from vit_suite.models.blocks import PostNormBlock, causal_mask, replace_drop_path, sincos_positions
+from vit_suite.models.blocks import (
+    PostNormBlock,
+    answers_first,
+    causal_mask,
+    of_first,
+    replace_attention,
+    replace_drop_path,
+    sincos_positions,
+)
 
 EXPLICIT = "vit"
 """The name that stands for explicit dimensions instead of a timm model."""
@@ -184,6 +195,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = build_vit(cfg)
         replace_drop_path(self.vit)
+        replace_attention(self.vit)
         self.has_cls: bool = self.vit.cls_token is not None
         if cfg.pool == "cls" and not self.has_cls:
             raise UserError(f"backbone '{cfg.name}' has no CLS token: set backbone.pool to mean, or use a model with one.")
@@ -233,11 +245,15 @@ class Backbone(nn.Module):
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """The tokens (B, T, D) after each block in turn."""
         mask = causal_mask(x.shape[1], self.prefix_tokens, x.device) if self.cfg.causal else None
-        again = self.cfg.checkpointing and self.training and torch.is_grad_enabled()
         for block in self.vit.blocks:
-            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block  # draws the same drop path again
-            x = run(x) if mask is None else run(x, attn_mask=mask)
+            x = self._run(block, x) if mask is None else self._run(block, x, attn_mask=mask)
             yield x
+
+    def _run(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """`function` of the arguments; with backbone.checkpointing it is run again for its gradient (and draws the same drop path)."""
+        if self.cfg.checkpointing and self.training and torch.is_grad_enabled():
+            function = functools.partial(checkpoint, function, use_reentrant=False)
+        return function(*args, **kwargs)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) of the last block -> representation (B, D)."""
@@ -248,6 +264,10 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> representation (B, D)."""
         x, _ = self.embed(images)
+        block = self.vit.blocks[-1]
+        if self.cfg.pool == "cls" and answers_first(block):  # nobody asks for the patches of the last block
+            x = last(islice(self.blocks(x), self.depth - 1), x)
+            return self.pooled(self._run(of_first, block, x, first=1))
         return self.pooled(last(self.blocks(x), x))
 
     def tokens(
