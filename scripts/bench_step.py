@@ -1,11 +1,11 @@
 """A DINO step (both networks, loss, backward, clipping, AdamW, EMA) on ready views: ours beside the official code, on this CPU.
 
-    python scripts/bench_step.py [--case tiny small vits16] [--peer DINO_CHECKOUT] [--threads N] [--output FILE.json]
+    python scripts/bench_step.py [--case tiny small vits16] [--lean] [--peer DINO_CHECKOUT] [--threads N] [--output FILE.json]
 
-Images a second (median of the rounds and their spread), FLOP/s counted from the network and their share of the machine's own matrix
-products, and peak memory in a process of its own. The contenders take turns in one process, so that ratios hold on a busy machine;
-CPU time says what they cost where others compute too. `--peer` is a checkout of facebookresearch/dino: its main_dino.py, utils.py and
-vision_transformer.py are imported from there and run in fp32, as they do without a GPU.
+Images a second (median of the rounds and their spread), FLOP of matrix products counted as they run and their share of what this machine
+multiplies at best, and peak memory in a process of its own. The contenders take turns in one process, so that ratios hold on a busy
+machine; CPU time says what they cost where others compute too. `--peer` is a checkout of facebookresearch/dino: its main_dino.py, utils.py
+and vision_transformer.py are imported from there and run in fp32, as they do without a GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ CASES = {
     "small": {"dim": 192, "depth": 12, "heads": 3, "patch": 4, "sizes": (32, 16), "local": 8, "batch": 64, "prototypes": 4096},
     "vits16": {"dim": 384, "depth": 12, "heads": 6, "patch": 16, "sizes": (224, 96), "local": 8, "batch": 8, "prototypes": 65536},
 }
+LEAN: dict[str, tuple[dict, dict]] = {
+    "groups of crops": ({"crops_at_once": 1}, {}),
+    "checkpointing": ({}, {"checkpointing": True}),
+    "both": ({"crops_at_once": 1}, {"checkpointing": True}),
+}
+"""Ways to need less memory: options of the method, and of the backbone."""
 CPU = torch.device("cpu")
 
 
@@ -41,13 +47,13 @@ def views(case: dict) -> list[torch.Tensor]:
     return [torch.randn(case["batch"], 3, side, side, generator=generator) for side in sides]
 
 
-def ours(case: dict, precision: str) -> Callable[[], float]:
+def ours(case: dict, precision: str, lean: str | None = None) -> Callable[[], float]:
     """One call is one step; the loss."""
     torch.manual_seed(0)
-    size, local = case["sizes"]
+    (size, local), (method, backbone) = case["sizes"], LEAN[lean] if lean else ({}, {})
     module = DINO(
-        DINOConfig(out_dim=case["prototypes"], freeze_last_layer_epochs=0),
-        BackboneConfig(patch_size=case["patch"], dim=case["dim"], depth=case["depth"], heads=case["heads"], drop_path=0.0),
+        DINOConfig(out_dim=case["prototypes"], freeze_last_layer_epochs=0, **method),
+        BackboneConfig(patch_size=case["patch"], dim=case["dim"], depth=case["depth"], heads=case["heads"], drop_path=0.0, **backbone),
         ViewsConfig(global_size=size, local_size=local, local_crops=case["local"]),
         OptimConfig(),
         batch_size=case["batch"],
@@ -116,9 +122,17 @@ def official(case: dict, checkout: Path) -> Callable[[], float]:
 
 
 def contender(name: str, case: str, peer: Path | None) -> Callable[[], float]:
-    """`ours bf16`, `ours fp32` or `official fp32`."""
-    who, precision = name.split()
-    return ours(CASES[case], precision) if who == "ours" else official(CASES[case], peer)
+    """`ours bf16`, `ours fp32`, or one of these followed by a name of LEAN; `official fp32`."""
+    who, *how = name.split(maxsplit=2)
+    return ours(CASES[case], *how) if who == "ours" else official(CASES[case], peer)
+
+
+def products(step: Callable[[], float]) -> int:
+    """FLOP of the matrix products of a step."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    return counter.get_total_flops()
 
 
 def peak_memory(name: str, case: str, peer: Path | None, threads: int) -> float:
@@ -131,17 +145,14 @@ def measure(case: str, names: list[str], peer: Path | None, rounds: int, threads
     """All contenders of a case in turn, `rounds` times."""
     batch = CASES[case]["batch"]
     steps = {name: contender(name, case, peer) for name in names}
-    counter = FlopCounterMode(display=False)
-    with counter:
-        steps[names[-1]]()
-    flops = counter.get_total_flops() / batch  # products of matrices; counted on one of them, the network is the same
+    flops = {name: products(step) / batch for name, step in steps.items()}
     times = in_turn(steps, rounds)
     rates = {precision: matmul_rate(precision, CPU) for precision in ("bf16", "fp32")}
     rows = []
     for name in names:
         row = {"case": case, "contender": name} | times[name].row(batch, "images")
-        row["GFLOP/s"] = row["images/s"] * flops / 1e9
-        row["of matmul rate"] = row["images/s"] * flops / rates[name.split()[1]]
+        row["GFLOP an image"] = flops[name] / 1e9
+        row["of matmul rate"] = row["images/s"] * flops[name] / rates[name.split()[1]]
         rows.append(row | {"peak MiB": peak_memory(name, case, peer, threads)})
     add_ratios(rows, "images")
     return rows
@@ -151,6 +162,7 @@ def main() -> None:
     """Parses the options, measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="which cases (default: all)")
+    parser.add_argument("--lean", action="store_true", help="ours also in groups of crops, with checkpointing, and both, for less memory")
     parser.add_argument("--peer", type=Path, help="checkout of facebookresearch/dino to run beside ours")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender (default: 5)")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads (default: the cores)")
@@ -165,6 +177,7 @@ def main() -> None:
         print(resident("VmHWM") - before)
         return
     names = (["ours bf16"] if pick_precision("auto", CPU) == "bf16" else []) + ["ours fp32"]
+    names = [f"{names[0]} {lean}" for lean in LEAN if options.lean] + names
     names += ["official fp32"] if options.peer else []
     rows = [row for case in options.case for row in measure(case, names, options.peer, options.rounds, options.threads)]
     publish(rows, options.output, ratio_to=names[-1])

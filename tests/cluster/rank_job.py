@@ -35,6 +35,7 @@ DINO = [
 SIT = ["--method.name=sit", "--method.contrastive_dim=16", "--method.sheet_every_epochs=0"]
 METHODS = {
     "dino": DINO,
+    "dino_in_groups": [*DINO, "--method.head_batch_norm=false", "--method.crops_at_once=1"],
     "sit_v1": SIT,
     "sit_v3": [
         *SIT, "--method.rotation=false", "--method.contrastive=info_nce", "--method.contrastive_head=mlp", "--method.hidden_dim=32",
@@ -149,7 +150,7 @@ def world() -> int:
 
 def run(folder: Path, checkpoint: Path, photographs: Path) -> None:
     """Everything, into FOLDER."""
-    features.TILE = knn.TILE = 8
+    features.TILE = 8
     try:
         with distributed.launched():  # once: the commands find the group there
             for command in evaluations(folder, checkpoint, photographs).values():
@@ -159,7 +160,7 @@ def run(folder: Path, checkpoint: Path, photographs: Path) -> None:
             for name in METHODS:
                 train(folder, name)
     finally:
-        features.TILE = knn.TILE = 256
+        features.TILE = 256
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from . import rank_job
 pytestmark = pytest.mark.slow
 LOSSES = {
     "dino": ("loss", "dino", "koleo", "teacher_entropy", "kl", "center_norm", "feature_std", "prototypes_used"),
+    "dino_in_groups": ("loss", "dino", "koleo", "kl"),
     "sit_v1": ("loss", "contrastive", "contrastive_accuracy", "rotation", "rotation_accuracy", "reconstruction", "psnr"),
     "sit_v3": ("loss", "contrastive", "contrastive_accuracy", "reconstruction", "psnr"),
 }

@@ -198,6 +198,13 @@ def test_checkpointing_activations_repeats_the_run(pretrain, tiny_run, tmp_path)
     assert "is complete" in pretrain(backbone__checkpointing=False).log
 
 
+def test_some_crops_at_a_time_repeat_the_run(pretrain, tiny_run, tmp_path):
+    """Drop path included, to rounding; a run may also be resumed with another choice."""
+    assert pretrain(method__crops_at_once=1).status == 0
+    assert column(tmp_path / "run", "train/loss") == pytest.approx(column(tiny_run, "train/loss"), abs=1e-4)
+    assert "is complete" in pretrain().log
+
+
 def test_timm_name_as_backbone(pretrain, tmp_path):
     dims = dict.fromkeys(("backbone__patch_size", "backbone__dim", "backbone__depth", "backbone__heads"))
     options = {"backbone__name": "vit_tiny_patch16_224", "trainer__max_steps": 2, "evaluate__every_epochs": 0}

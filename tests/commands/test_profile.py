@@ -53,6 +53,12 @@ def test_parts_and_trace(profile, tmp_path, name):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["profile.json", "trace.json"]
 
 
+def test_backward_passes_within_the_loss(profile):
+    """Of a student that learns from some crops at a time."""
+    parts = profile("dino", method__crops_at_once=1)[1]["parts"]
+    assert parts["backward"] > parts["loss"]
+
+
 def test_products_are_counted(profile):
     """A bigger network in the same place: the count follows the blocks; accumulation does not change it, nor do views count."""
     flops = profile("supervised")[1]["flops"]

@@ -14,6 +14,7 @@ from vit_suite.config import BackboneConfig, DataConfig, DINOConfig, OptimConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss
+from vit_suite.losses.koleo import koleo_loss
 from vit_suite.methods.collapse import CollapseMonitor
 from vit_suite.methods.dino import DINO
 
@@ -90,6 +91,15 @@ def test_every_crop_has_a_gradient(offline):
     module.losses(views)["loss"].backward()
     norms = [float(view.grad.norm()) for view in views]
     assert all(norm > 0 for norm in norms)
+
+
+def test_koleo_is_of_both_global_crops(offline):
+    module = make(method={"koleo_weight": 0.5})
+    values = module.losses(crops(), logged=True)
+    expected = sum(koleo_loss(view) for view in module.student.features(crops())[:2]) / 2
+    torch.testing.assert_close(values["koleo"], expected)
+    torch.testing.assert_close(values["loss"], values["dino"] + 0.5 * expected)
+    torch.testing.assert_close(values["kl"], values["dino"].detach() - values["teacher_entropy"])
 
 
 def test_no_gradient_reaches_the_teacher(offline):

@@ -19,7 +19,7 @@ CONFIG = "config.yaml"
 FIXED = ("method", "backbone", "views", "optim", "data", "run.seed")
 """What a resumed run may not change: the rest of its training would be another run's."""
 FREE = ("data.root", "data.workers", "data.resident", "data.memory_gb", "data.max_corrupt", "data.download", "views.backend",
-        "backbone.checkpointing")  # fmt: skip
+        "backbone.checkpointing", "method.crops_at_once")  # fmt: skip
 """Except these, which change where things are and how fast they come, not what they are."""
 LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log", f".{CONFIG}.*", "status.json")
 """What a start that failed, or was killed while it wrote its config, may have put there."""

@@ -12,6 +12,7 @@ crops. Deliberate differences from the official code:
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, ViewsConfig
+from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
 from vit_suite.losses.koleo import koleo_loss
 from vit_suite.methods.base import Method, as_config, for_views
 from vit_suite.methods.collapse import CollapseMonitor
+from vit_suite.methods.gradients import Gradients, add_gradients, with_gradients
 from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.blocks import drawing_for
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.schedules import cosine, teacher_temperature
@@ -66,6 +70,17 @@ class Network(nn.Module):
         return self.logits(self.features(crops))
 
 
+def groups(crops: list[Tensor], at_once: int) -> Iterator[tuple[range, range]]:
+    """Indices of consecutive crops of one size that have together at most the pixels of `at_once` global crops, the first of `crops`;
+    beside each group, the indices of all crops of that size."""
+    start = 0
+    for shape, same in groupby(crop.shape[-2:] for crop in crops):
+        alike = range(start, start + len(list(same)))
+        start = alike.stop
+        most = max(1, at_once * crops[0].shape[-2:].numel() // shape.numel())
+        yield from ((alike[first : first + most], alike) for first in range(0, len(alike), most))
+
+
 class DINO(Method):
     """DINO as a LightningModule. The teacher is what is scored and exported.
 
@@ -88,6 +103,11 @@ class DINO(Method):
         method, views, optim = as_config(DINOConfig, method), as_config(ViewsConfig, views), as_config(OptimConfig, optim)
         backbone = as_config(BackboneConfig, backbone)
         super().__init__(optim, views, list(mean), list(std), seed, batch_size)
+        if method.crops_at_once and method.head_batch_norm:
+            raise UserError(
+                "method.head_batch_norm takes statistics over all crops, and method.crops_at_once has some of them at a time: "
+                "leave one out; backbone.checkpointing saves memory with either."
+            )
         backbone = for_views(backbone, views)
         self.method = method
         self.student = Network(backbone, method, method.norm_last_layer)
@@ -115,6 +135,14 @@ class DINO(Method):
     def compares_images(self) -> list[str]:
         return super().compares_images() + ["KoLeo"] * bool(self.method.koleo_weight)
 
+    def configure_model(self) -> None:
+        if self.method.crops_at_once and self.device_mesh is not None:
+            raise UserError(
+                "trainer.strategy fsdp2 averages the gradients of one backward pass, and method.crops_at_once has several: "
+                "leave one out; backbone.checkpointing saves memory with either."
+            )
+        super().configure_model()
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         for network in (self.student, self.teacher):
@@ -128,7 +156,10 @@ class DINO(Method):
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
     ) -> dict[str, Tensor]:
-        """DINO's loss over all crops, globals first; adds the batch to the centre's running sum."""
+        """DINO's loss over all crops, globals first; adds the batch to the centre's running sum.
+
+        With `method.crops_at_once` its backward pass reaches the student's parameters alone, and not the crops.
+        """
         temperature = teacher_temperature(
             self.current_epoch,
             self.method.warmup_teacher_temperature_epochs,
@@ -141,17 +172,39 @@ class DINO(Method):
             target = teacher_probabilities(teacher_logits, self.center, temperature)
             self.center_sum += teacher_logits.sum((0, 1))
             self.center_count += teacher_logits.shape[:2].numel()
-        tokens = self.student.features(crops)  # (V, B, D)
-        distillation = dino_loss(self.student.logits(tokens), target, self.method.student_temperature)
-        values = {"loss": distillation}
-        if self.method.koleo_weight:
-            start, count = distributed.rank() * tokens.shape[1], tokens.shape[1]
-            own = slice(start, start + count)
-            koleo = sum(koleo_loss(distributed.gather_rows(view), own) for view in tokens[:GLOBAL_CROPS]) / GLOBAL_CROPS
-            values = {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
+        in_groups = self.method.crops_at_once and torch.is_grad_enabled()
+        values = self.losses_in_groups(crops, target) if in_groups else self.student_losses(crops, target, range(len(crops)))
         if logged:
-            values |= self.diagnostics(distillation.detach(), target, features)
+            values |= self.diagnostics(values.get("dino", values["loss"]).detach(), target, features)
         return values
+
+    def student_losses(self, crops: list[Tensor], target: Tensor, views: range) -> dict[str, Tensor]:
+        """What the student's `views` of the crops add to the losses; `target` (2, B, K) probabilities."""
+        tokens = self.student.features([crops[view] for view in views])  # (V, B, D)
+        logits = self.student.logits(tokens)
+        distillation = dino_loss(logits, target, self.method.student_temperature, views.start, len(crops))
+        if not self.method.koleo_weight:
+            return {"loss": distillation}
+        start, count = distributed.rank() * tokens.shape[1], tokens.shape[1]
+        own = slice(start, start + count)
+        spread = [koleo_loss(distributed.gather_rows(tokens[view - views.start]), own) for view in views if view < GLOBAL_CROPS]
+        koleo = sum(spread, start=distillation.new_zeros(())) / GLOBAL_CROPS
+        return {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
+
+    def losses_in_groups(self, crops: list[Tensor], target: Tensor) -> dict[str, Tensor]:
+        """The losses of all crops, of which one group at a time goes through the student, forward and backward."""
+        total: dict[str, Tensor] = {}
+        gradients: Gradients = {}
+        for views, alike in groups(crops, self.method.crops_at_once):
+            with drawing_for(self.student, views, alike):
+                values = self.student_losses(crops, target, views)
+                self.backward_of_group(values["loss"], gradients)
+            total = {name: total.get(name, 0) + value.detach() for name, value in values.items()}
+        return total | {"loss": with_gradients(total["loss"], gradients)}
+
+    def backward_of_group(self, loss: Tensor, gradients: Gradients) -> None:
+        """Adds the gradients of a group's loss to `gradients`, and lets its activations go."""
+        add_gradients(gradients, loss, [parameter for parameter in self.student.parameters() if parameter.requires_grad])
 
     @torch.no_grad()
     def diagnostics(self, loss: Tensor, target: Tensor, features: Tensor) -> dict[str, Tensor]:

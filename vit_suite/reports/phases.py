@@ -25,12 +25,14 @@ HOOKS = {
     "crops": "views",
     "losses": "loss",
     "backward": "backward",
+    "backward_of_group": "backward",
     "configure_gradient_clipping": "clip",
     "optimizer_step": "optimiser",
     "after_step": "EMA",
 }
 """Function of a method -> the part of a step that it is, less the parts within it: a loss calls the networks, an optimiser its closure.
-SiT turns and corrupts its views in `losses`; DINO moves its centre in `after_step`."""
+SiT turns and corrupts its views in `losses`; DINO moves its centre in `after_step`, and goes backward within `losses` where it has some
+crops at a time."""
 NETWORKS = {"student": "student forward", "teacher": "teacher forward", "network": "student forward"}
 """Attribute of a method -> what its network does. Supervised training calls its only one `network`."""
 PARTS = ["data", "views", "student forward", "teacher forward", "loss", "backward", "clip", "optimiser", "EMA", OTHER]
@@ -109,7 +111,8 @@ def now(device: torch.device) -> float:
 def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
     """Wrap what a step of `method` on `data` goes through."""
     for function, name in HOOKS.items():
-        phases.wrap(method, function, name)
+        if hasattr(method, function):
+            phases.wrap(method, function, name)
     for attribute, name in NETWORKS.items():
         network = getattr(method, attribute, None)
         for owner, function in entrances(network):
