@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,9 +60,18 @@ def resident(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def cpu() -> str:
+    """This machine's CPU: its model, the widest instructions that torch uses, and what multiplies bf16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    units = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
+    native = [name for probe, name in units.items() if getattr(torch.cpu, probe, lambda: False)()]
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, bf16 by {native[0] if native else 'nothing'}"
+
+
 def publish(rows: Sequence[dict], output: Path | None, **about: Any) -> None:
     """Print the rows, and write them to `output` with what else is worth knowing."""
-    about = {"threads": torch.get_num_threads(), "torch": torch.__version__} | about
+    about = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__} | about
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(table(list(rows[0]), [[f"{value:.0%}" if key in PERCENT else value for key, value in row.items()] for row in rows]))
     if output:
