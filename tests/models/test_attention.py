@@ -28,13 +28,16 @@ def test_the_gradient_by_hand_is_autograds(tokens, dtype, tolerance):
     torch.testing.assert_close(*(torch.autograd.grad(out, qkv, gradient)[0] for out in (found, expected)), atol=tolerance, rtol=tolerance)
 
 
-def test_blocks_use_it_off_the_fused_kernel_only(monkeypatch):
-    backbone, images, calls = tiny(), torch.randn(1, 3, 16, 16), []
-    monkeypatch.setattr(PlainAttention, "forward", lambda ctx, qkv, heads, scale: calls.append(heads) or qkv[..., :24].clone())
-    for fused in (True, False):
-        backbone.set_fused_attention(fused)
-        backbone.tokens(images)
-        assert calls == ([] if fused else [3, 3, 3])
+@pytest.mark.parametrize(("tokens", "plain"), [(17, True), (65, False)])  # fp32
+def test_blocks_use_it_off_the_fused_kernel_for_short_sequences(monkeypatch, tokens, plain):
+    attention, x, calls = tiny().vit.blocks[0].attn, torch.randn(2, tokens, 24), []
+    attention.fused_attn = True
+    expected = attention(x)
+    by_hand = PlainAttention.forward
+    monkeypatch.setattr(PlainAttention, "forward", lambda ctx, qkv, *rest: calls.append(qkv.shape[1]) or by_hand(ctx, qkv, *rest))
+    attention.fused_attn = False
+    torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=1e-5)
+    assert calls == [tokens] * plain
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -6,7 +6,7 @@ those of timm and of the DINO release. Deliberate differences from timm:
 - Position embeddings at other sizes are resized as the DINO release does it (`resize_position`), not as timm does: released DINO
   and DINOv2 weights were trained that way, and `size=` moves the CLS output by 0.035-0.49.
 - The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not from 1e-6.
-- On a CPU attention is plain softmax(q k^T) v, which was 2x faster in bf16 than the fused kernel; on a GPU it is the fused kernel.
+- On a CPU attention is plain softmax(q k^T) v up to the length where the fused kernel is faster; on a GPU it is the fused kernel.
 - `backbone(images)` works out the last block for the CLS token alone, since nobody asks for its patches: 14% fewer FLOP at depth 6, 7%
   at depth 12, the same numbers to rounding. `tokens` runs it whole; so hooks on that block's parts belong on `tokens`.
 
@@ -214,7 +214,7 @@ class Backbone(nn.Module):
         self.set_fused_attention(torch.cuda.is_available())
 
     def set_fused_attention(self, fused: bool) -> None:
-        """Use torch's fused attention kernel (GPU) or plain softmax attention (faster on a CPU in bf16)."""
+        """Use torch's fused attention kernel (GPU), or plain softmax attention for sequences where it is faster (CPU)."""
         for block in self.vit.blocks:
             if hasattr(block, "attn") and hasattr(block.attn, "fused_attn"):
                 block.attn.fused_attn = fused
