@@ -11,19 +11,19 @@ and vision_transformer.py are imported from there and run in fp32, as they do wi
 from __future__ import annotations
 
 import argparse
-import subprocess
+import math
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import add_ratios, in_turn, publish, resident
+from bench_common import add_ratios, in_turn, parse, peak_memory, publish, resident
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, ViewsConfig
-from vit_suite.evaluation.features import cores
+from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, TrainerConfig, ViewsConfig
 from vit_suite.hardware import autocast, matmul_rate, pick_precision
+from vit_suite.methods.compiled import check_compile, compile_blocks
 from vit_suite.methods.dino import DINO
 
 CASES = {
@@ -40,15 +40,17 @@ LEAN: dict[str, tuple[dict, dict]] = {
 CPU = torch.device("cpu")
 
 
-def views(case: dict) -> list[torch.Tensor]:
+def views(case: dict, device: torch.device = CPU) -> list[torch.Tensor]:
     """Two global and the local views of a batch, noise."""
     generator = torch.Generator().manual_seed(0)
     sides = [case["sizes"][0]] * 2 + [case["sizes"][1]] * case["local"]
-    return [torch.randn(case["batch"], 3, side, side, generator=generator) for side in sides]
+    return [torch.randn(case["batch"], 3, side, side, generator=generator).to(device) for side in sides]
 
 
-def ours(case: dict, precision: str, lean: str | None = None) -> Callable[[], float]:
-    """One call is one step; the loss."""
+def ours(
+    case: dict, precision: str, lean: str | None = None, device: torch.device = CPU, compile: str = "none"
+) -> Callable[[], torch.Tensor]:
+    """One call is one step, which a GPU is not waited for; the loss. `compile`: as trainer.compile."""
     torch.manual_seed(0)
     (size, local), (method, backbone) = case["sizes"], LEAN[lean] if lean else ({}, {})
     module = DINO(
@@ -58,26 +60,31 @@ def ours(case: dict, precision: str, lean: str | None = None) -> Callable[[], fl
         OptimConfig(),
         batch_size=case["batch"],
     )
-    module.train().max_steps = 10**6
+    module.to(device).train().max_steps = 10**6
     for network in (module.student, module.teacher):
-        network.backbone.set_fused_attention(False)  # as a training on a CPU has it
-    optimizer, crops = module.configure_optimizers(), views(case)
+        network.backbone.set_fused_attention(device.type != "cpu")  # as a training has it
+    check_compile(TrainerConfig(compile=compile), device)
+    if compile != "none":
+        compile_blocks(module, graphs=compile == "graphs")
+    optimizer, crops = module.configure_optimizers(), views(case, device)
 
-    def step() -> float:
-        with autocast(precision, CPU):
+    def step() -> torch.Tensor:
+        if compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
+        with autocast(precision, device):
             loss = module.losses(crops)["loss"]
         optimizer.zero_grad()
         loss.backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
         module.after_step(0)
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
-def official(case: dict, checkout: Path) -> Callable[[], float]:
-    """The same of the official code, on its own training loop's calls."""
+def official(case: dict, checkout: Path, precision: str = "fp32", device: torch.device = CPU) -> Callable[[], torch.Tensor]:
+    """The same of the official code, on its own training loop's calls: it reads the loss in every step, and scales it for fp16."""
     sys.path.insert(0, str(checkout))
     import main_dino
     import utils
@@ -85,7 +92,7 @@ def official(case: dict, checkout: Path) -> Callable[[], float]:
 
     if not torch.distributed.is_initialized():
         where = f"file://{tempfile.mkdtemp()}/group"
-        torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+        torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", init_method=where, rank=0, world_size=1)
     torch.manual_seed(0)
 
     def network() -> torch.nn.Module:
@@ -100,45 +107,46 @@ def official(case: dict, checkout: Path) -> Callable[[], float]:
         )
         return utils.MultiCropWrapper(vit, vision_transformer.DINOHead(case["dim"], case["prototypes"]))
 
-    student, teacher = network(), network()
+    student, teacher = network().to(device), network().to(device)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    loss_of = main_dino.DINOLoss(case["prototypes"], case["local"] + 2, 0.04, 0.04, 0, 1)
-    optimizer, crops = torch.optim.AdamW(utils.get_params_groups(student), lr=5e-4), views(case)
+    loss_of = main_dino.DINOLoss(case["prototypes"], case["local"] + 2, 0.04, 0.04, 0, 1).to(device)
+    optimizer, crops = torch.optim.AdamW(utils.get_params_groups(student), lr=5e-4), views(case, device)
+    low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    def step() -> float:
-        loss = loss_of(student(crops), teacher(crops[:2]), 0)
+    def step() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=low, enabled=low is not None):
+            loss = loss_of(student(crops), teacher(crops[:2]), 0)
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"the loss of the official code is {loss.item()}")
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         utils.clip_gradients(student, 3.0)
         utils.cancel_gradients_last_layer(0, student, 0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         with torch.no_grad():
             for ours, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
                 theirs.data.mul_(0.996).add_(0.004 * ours.detach().data)
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
-def contender(name: str, case: str, peer: Path | None) -> Callable[[], float]:
+def contender(name: str, case: str, peer: Path | None) -> Callable[[], torch.Tensor]:
     """`ours bf16`, `ours fp32`, or one of these followed by a name of LEAN; `official fp32`."""
     who, *how = name.split(maxsplit=2)
     return ours(CASES[case], *how) if who == "ours" else official(CASES[case], peer)
 
 
-def products(step: Callable[[], float]) -> int:
+def products(step: Callable[[], torch.Tensor]) -> int:
     """FLOP of the matrix products of a step."""
     counter = FlopCounterMode(display=False)
     with counter:
         step()
     return counter.get_total_flops()
-
-
-def peak_memory(name: str, case: str, peer: Path | None, threads: int) -> float:
-    """MiB that three steps add to a process that has imported everything."""
-    words = [sys.executable, __file__, "--case", case, "--only", name, "--threads", str(threads)] + (["--peer", str(peer)] if peer else [])
-    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def measure(case: str, names: list[str], peer: Path | None, rounds: int, threads: int) -> list[dict]:
@@ -153,7 +161,7 @@ def measure(case: str, names: list[str], peer: Path | None, rounds: int, threads
         row = {"case": case, "contender": name} | times[name].row(batch, "images")
         row["GFLOP an image"] = flops[name] / 1e9
         row["of matmul rate"] = row["images/s"] * flops[name] / rates[name.split()[1]]
-        rows.append(row | {"peak MiB": peak_memory(name, case, peer, threads)})
+        rows.append(row | {"peak MiB": peak_memory(name, "--case", case)})
     add_ratios(rows, "images")
     return rows
 
@@ -163,13 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="which cases (default: all)")
     parser.add_argument("--lean", action="store_true", help="ours also in groups of crops, with checkpointing, and both, for less memory")
-    parser.add_argument("--peer", type=Path, help="checkout of facebookresearch/dino to run beside ours")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender (default: 5)")
-    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads (default: the cores)")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser, "steps")
     if options.only:
         before, step = resident("VmRSS"), contender(options.only, options.case[0], options.peer)
         for _ in range(3):

@@ -7,6 +7,7 @@ import time
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vit_suite import distributed
 from vit_suite.errors import UserError
@@ -49,6 +50,12 @@ def pick_precision(precision: Literal["auto", "bf16", "fp32"], device: torch.dev
 def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> contextlib.AbstractContextManager:
     """The context a forward pass of that precision runs in."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`. A GPU is not waited for: the copy, from pinned memory, queues behind the work that it has."""
+    host = values.pin_memory() if device.type == "cuda" and values.device.type == "cpu" else values
+    return host.to(device, non_blocking=True)
 
 
 def matmul_rate(precision: Literal["bf16", "fp32"], device: torch.device, seconds: float = 0.5) -> float:

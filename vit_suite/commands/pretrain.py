@@ -31,12 +31,13 @@ from vit_suite.evaluation.classification import OnlineAccuracy
 from vit_suite.evaluation.online import OnlineKNN, OnlineScore
 from vit_suite.hardware import pick_device, pick_precision
 from vit_suite.methods.base import Method
+from vit_suite.methods.compiled import MarkSteps, check_compile, compile_blocks
 from vit_suite.methods.ddp import OrderedDDP
 from vit_suite.methods.dino import DINO
 from vit_suite.methods.sharding import ShardedStrategy
 from vit_suite.methods.sit import SiT
 from vit_suite.methods.supervised import SupervisedViT
-from vit_suite.reports.progress import Progress
+from vit_suite.reports.progress import PatientBar, Progress
 from vit_suite.reports.results import append_result
 from vit_suite.reports.sheets import COLUMNS, ReconstructionSheets
 from vit_suite.signals import Signals, Stopped
@@ -134,15 +135,34 @@ def build_parts(cfg: PretrainConfig, folder: Path) -> tuple[ImageDataModule, Met
     pl.seed_everything(cfg.run.seed, workers=True, verbose=False)
     device = pick_device(cfg.trainer.accelerator)
     precision = pick_precision(cfg.trainer.precision, device)
+    check_compile(cfg.trainer, device)
     quarantine = Quarantine(folder / "quarantine.txt", cfg.data.max_corrupt)
     data = ImageDataModule(cfg.data, seed=cfg.run.seed, quarantine=quarantine, accumulate=cfg.trainer.accumulate)
     method = build_method(cfg, data)
+    if cfg.trainer.compile != "none":
+        compile_blocks(method, graphs=cfg.trainer.compile == "graphs")
     data.setup("fit")
     if data.resident and cfg.views.backend == "workers":
         raise UserError("views.backend is workers, but the images are held in memory and no worker reads them: add --data.resident false.")
+    check_decode(cfg, data, device)
     if not data.resident and pick_backend(cfg.views, device.type, ragged=True) == "workers":
         data.transform = ViewsInWorkers(method.views, cfg.run.seed, cfg.data.batch_size)
     return data, method, device, precision
+
+
+def check_decode(cfg: PretrainConfig, data: ImageDataModule, device: torch.device) -> None:
+    """UserError where data.decode gpu has nothing to decode, or nothing to decode it with."""
+    if cfg.data.decode == "cpu":
+        return
+    reasons = {
+        "this training is on a CPU": device.type != "cuda",
+        f"it gives RGB, and data.channels is {cfg.data.channels}": cfg.data.channels != 3,
+        "the images are held in memory, decoded once (--data.resident false changes that)": data.resident,
+        "views.backend workers needs the pixels in the workers": cfg.views.backend == "workers",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"data.decode is gpu, but {reason}: use data.decode cpu.")
 
 
 def fit(run: Run) -> Run | None:
@@ -258,6 +278,10 @@ def build_trainer(
     if cuda and options.devices != "auto" and options.devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices is {options.devices}, but torch sees {torch.cuda.device_count()} GPUs here.")
     devices = options.devices if options.devices != "auto" else torch.cuda.device_count() if cuda else 1
+    if options.compile == "graphs":
+        callbacks = [*callbacks, MarkSteps()]
+    if cuda and options.progress:
+        callbacks = [*callbacks, PatientBar(refresh_rate=options.log_every * options.accumulate)]
     return pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=devices,

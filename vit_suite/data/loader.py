@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vit_suite.data.decode import DecodeError, Quarantine
+from vit_suite.data.gpu_decode import decode_jpegs, read
 from vit_suite.data.order import Batch, EpochLoader, EpochPlan
 from vit_suite.data.source import ImageSource, ResidentSource, stable_seed
 from vit_suite.errors import UserError
+from vit_suite.hardware import send
 from vit_suite.signals import outlive
 
 Images = Tensor | list[Tensor]
@@ -40,15 +42,15 @@ class ResidentLoader(EpochLoader):
         device = self.source.images.device
         labels = _labels(self.source)
         for batch in self.plan.batches(epoch, start):
-            indices = batch.indices.to(device, non_blocking=True)
-            yield self.source.images.index_select(0, indices), labels[batch.indices].to(device, non_blocking=True), indices
+            indices = send(batch.indices, device)
+            yield self.source.images.index_select(0, indices), send(labels[batch.indices], device), indices
 
 
 class FileLoader(EpochLoader):
     """Batches decoded in worker processes (in this one with `workers` 0), kept alive between epochs.
 
     `transform(images, batch)`, when given, runs in the worker on the list of images of a micro-batch and its `order.Batch`, and
-    its result takes the place of the images.
+    its result takes the place of the images. With `decode_on` workers only read, and images are decoded on that device (gpu_decode.py).
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class FileLoader(EpochLoader):
         quarantine: Quarantine | None = None,
         pin_memory: bool = False,
         transform: Callable[[list[Tensor], Batch], Any] | None = None,
+        decode_on: torch.device | None = None,
     ) -> None:
         super().__init__(plan)
-        self.source, self.quarantine = source, _quarantine(quarantine, source)
+        self.source, self.quarantine, self.decode_on = source, _quarantine(quarantine, source), decode_on
         self._batches = _Feed(plan)
         self._loader = DataLoader(
-            _Decoder(source, replace=True, transform=transform),
+            _Decoder(source, replace=True, transform=transform, read_only=decode_on is not None),
             batch_sampler=self._batches,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -86,10 +89,28 @@ class FileLoader(EpochLoader):
         self._batches.epoch, self._batches.start = epoch, start
         try:
             for result in self._loader:
-                yield _checked(result, self.source, self.quarantine)
+                images, labels, indices = _checked(result, self.source, self.quarantine)
+                if self.decode_on is not None:
+                    images = self._decoded(images, labels, indices)
+                yield images, labels, indices
         except UserError:
             self.close()
             raise
+
+    def _decoded(self, images: Images, labels: Tensor, indices: Tensor) -> Images:
+        """The images of a batch on `decode_on`, those that came as files decoded; labels and indices follow where one is replaced."""
+        if isinstance(images, Tensor):
+            return send(images, self.decode_on)
+        places = [place for place, image in enumerate(images) if image.ndim == 1]
+        failures: list[DecodeError] = []
+        for place, pixels in zip(places, decode_jpegs([images[place] for place in places], self.decode_on), strict=True):
+            if pixels is None:
+                pixels, index = _Decoder(self.source, replace=True).load(int(indices[place]), failures)
+                indices[place], labels[place] = index, self.source.label(index)
+            images[place] = pixels
+        if failures:
+            self.quarantine.report(failures, self.source.title, len(self.source))
+        return [send(image, self.decode_on) for image in images]
 
     def close(self) -> None:
         """Stop the workers; iterating again starts new ones."""
@@ -168,8 +189,14 @@ class _Decoder:
     Errors travel as data, because torch re-raises a worker's exception with the worker's traceback in its message.
     """
 
-    def __init__(self, source: ImageSource, replace: bool, transform: Callable[[list[Tensor], Batch], Any] | None = None) -> None:
-        self.source, self.replace, self.transform = source, replace, transform
+    def __init__(
+        self,
+        source: ImageSource,
+        replace: bool,
+        transform: Callable[[list[Tensor], Batch], Any] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.source, self.replace, self.transform, self.read_only = source, replace, transform, read_only
 
     def __len__(self) -> int:
         return len(self.source)
@@ -180,7 +207,7 @@ class _Decoder:
         failures: list[DecodeError] = []
         try:
             for index in batch.indices.tolist():
-                image, index = self._load(index, failures)
+                image, index = self.load(index, failures)
                 if image is not None:
                     images.append(image)
                     indices.append(index)
@@ -191,11 +218,12 @@ class _Decoder:
         labels = self.source.labels
         return result, torch.full_like(chosen, -1) if labels is None else labels[chosen], chosen, failures, None
 
-    def _load(self, index: int, failures: list[DecodeError]) -> tuple[Tensor | None, int]:
+    def load(self, index: int, failures: list[DecodeError]) -> tuple[Tensor | None, int]:
+        """Image `index`, or what takes its place, and the index of that."""
         place = index
         for attempt in range(ATTEMPTS):
             try:
-                return self.source.load(index), index
+                return (read(self.source, index) if self.read_only else self.source.load(index)), index
             except DecodeError as error:
                 failures.append(error)
                 if not self.replace:
@@ -232,7 +260,7 @@ def _stack(images: list[Tensor]) -> Tensor | list[Tensor] | _Packed:
     """One tensor (pages shared with the main process once, not per image), packed when the sizes differ."""
     if not images:
         return images
-    if all(image.shape == images[0].shape for image in images):
+    if images[0].ndim == 3 and all(image.shape == images[0].shape for image in images):
         return torch.stack(images)
     return _Packed(torch.cat([image.flatten() for image in images]), [image.shape for image in images])
 

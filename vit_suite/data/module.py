@@ -87,7 +87,8 @@ class ImageDataModule(pl.LightningDataModule):
             return ResidentLoader(source, plan)
         local_world = self.trainer.num_devices if self.trainer is not None else 1
         workers = auto_workers(self.cfg.workers, False, local_world)
-        return FileLoader(source, plan, workers, self.quarantine, pin_memory=device.type == "cuda", transform=self.transform)
+        decode_on = device if self.cfg.decode == "gpu" else None
+        return FileLoader(source, plan, workers, self.quarantine, device.type == "cuda", self.transform, decode_on)
 
     def test_dataloader(self) -> EvaluationLoader:
         """Un-augmented batches of the scored split, each image once."""

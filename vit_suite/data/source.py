@@ -51,6 +51,10 @@ class ImageSource:
         """The file of image `index`, or `name[index]` where there is no file."""
         return f"{self.name} {self.split}[{index}]"
 
+    def content(self, index: int) -> bytes | None:
+        """The bytes of that file; None where there is none, or none that can be read."""
+        return None
+
     def mask(self, index: int) -> Tensor:
         """The object of image `index` as bool (H, W), where `has_masks`."""
         raise NotImplementedError(f"{self.name} has no masks")
@@ -102,6 +106,9 @@ class Subset(ImageSource):
     def path(self, index: int) -> str:
         return self.base.path(int(self.indices[index]))
 
+    def content(self, index: int) -> bytes | None:
+        return self.base.content(int(self.indices[index]))
+
     def mask(self, index: int) -> Tensor:
         return self.base.mask(int(self.indices[index]))
 
@@ -134,6 +141,13 @@ class FileSource(ImageSource):
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def content(self, index: int) -> bytes | None:
+        try:
+            with open(self.path(index), "rb") as file:
+                return file.read()
+        except OSError:
+            return None
 
 
 class ArraySource(ImageSource):

@@ -226,7 +226,8 @@ class Method(pl.LightningModule):
         if logged:  # not by sync_dist: Lightning wants it alike at every step, and makes all ranks wait for each value
             means = distributed.mean_over_ranks(means)
         for name, value in zip(values, means, strict=True):
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
+            # Lightning reads a value of the progress bar after every batch, for which a GPU would have to be waited for.
+            self.log(f"train/{name}", value, prog_bar=name == "loss" and self.device.type == "cpu")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.trained(), self.optim.layer_decay, self.optim.decay_tokens)

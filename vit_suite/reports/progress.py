@@ -1,4 +1,4 @@
-"""Keeps status.json of a run up to date while it trains."""
+"""What a run shows of itself while it trains: status.json, and on a GPU its progress bar."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
 
 from vit_suite.evaluation.online import OnlineKNN
 from vit_suite.reports.status import Status, write_status
@@ -63,3 +64,12 @@ class Progress(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.write("running")
+
+
+class PatientBar(TQDMProgressBar):
+    """The progress bar of a GPU: reads the loss when it is drawn, once in `refresh_rate` batches. Lightning's own would read it after every
+    batch, and have the GPU waited for."""
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        loss = trainer.logged_metrics.get("train/loss")
+        return super().get_metrics(trainer, module) | ({} if loss is None else {"train/loss": float(loss)})

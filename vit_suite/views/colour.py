@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vit_suite.views.resample import full_precision, send
+from vit_suite.hardware import send
+from vit_suite.views.resample import full_precision
 
 LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in grey (torchvision; ITU-R BT.601)."""
@@ -172,7 +173,7 @@ def _taps_to_matrix(radius: int, size: int, device: torch.device) -> Tensor:
     for place in range(size):
         for offset in range(-radius, radius + 1):
             matrix[abs(offset), place, min(max(place + offset, 0), size - 1)] += 1
-    return matrix.view(radius + 1, -1).to(device)
+    return send(matrix.view(radius + 1, -1), device)
 
 
 def box_radius(sigma: Tensor) -> Tensor:

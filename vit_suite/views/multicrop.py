@@ -19,9 +19,10 @@ from torch import Tensor
 from vit_suite.config import CropConfig, ViewsConfig
 from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
+from vit_suite.hardware import send
 from vit_suite.views import colour
 from vit_suite.views.draw import Draw
-from vit_suite.views.resample import crop_resize_views, send
+from vit_suite.views.resample import crop_resize_views
 
 ATTEMPTS = 10
 """Tries of torchvision's RandomResizedCrop before it takes the centre."""

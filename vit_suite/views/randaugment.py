@@ -19,21 +19,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from vit_suite.config import SupervisedViewsConfig
+from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
-from vit_suite.views.resample import full_precision, send
+from vit_suite.views.resample import full_precision
 
 MOST = 10.0
 """The strength that stands for the full range."""
 CUTOUT = 80 / 224
 """Side of Cutout's square at full strength, as a share of the image's (2 x 40 pixels of 224)."""
+
+
+class _NoWait(TorchFunctionMode):
+    """Sends what `torch.tensor` is to make on a GPU instead of waiting for it: torchvision makes matrices and kernels so, one a call."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") is not None:
+            return send(torch.tensor(*args, **kwargs | {"device": "cpu"}), kwargs["device"])
+        return func(*args, **kwargs)
 
 
 class Context(NamedTuple):
@@ -144,7 +157,7 @@ def randaugment_(x: Tensor, draw: Draw, cfg: SupervisedViewsConfig, fill: Sequen
     uniform = draw.uniform(cfg.randaugment, 5, purpose="randaugment")  # operation, direction, whether at all, place (2)
     noise = torch.randn(cfg.randaugment, len(operations), 2, generator=draw.generator("randaugment strength"))
     levels = ((cfg.magnitude + cfg.magnitude_std * noise).clamp(0, MOST) / MOST).tolist()
-    with full_precision(x.device):
+    with full_precision(x.device), nullcontext() if x.device.type == "cpu" else _NoWait():
         for layer, drawn in enumerate(uniform.unbind(1)):
             operation = (drawn[:, 0] * len(operations)).long()
             back = (drawn[:, 1] < 0.5) & (operation >= len(plain))

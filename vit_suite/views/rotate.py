@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
-from vit_suite.views.resample import send
 
 
 def draw_turns(draw: Draw, views: int, device: torch.device) -> Tensor:

@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from vit_suite.config import SupervisedViewsConfig
 from vit_suite.errors import UserError
+from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
 from vit_suite.views.multicrop import ATTEMPTS, draw_boxes, draw_views, image_sizes, normalise_, recolour_, validate_views
 from vit_suite.views.randaugment import randaugment_
-from vit_suite.views.resample import crop_resize_views, send
+from vit_suite.views.resample import crop_resize_views
 
 BORDER = 1 / 8
 """Width of the black border of a padded crop, as a share of the image's side: 4 pixels of 32, as in every CIFAR recipe."""

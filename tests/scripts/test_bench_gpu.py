@@ -1,0 +1,46 @@
+"""bench_gpu.py, whole, on a CPU: every case runs, a contender that cannot is reported, and the figures agree with each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
+STEPS = ["step vits16", "step vitb16"]
+TRAININGS = ["training cifar", "training sit vits16", "training supervised vits16"]
+
+
+def bench(*arguments) -> subprocess.CompletedProcess:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_case_on_a_cpu(tmp_path):
+    size = ("--device", "cpu", "--tiny", "--rounds", 2, "--steps", 1)
+    contenders = ("--contender", "ours", "ours graphs", "lightly bf16", "official fp16")
+    done = bench(*size, *contenders, "--output", tmp_path / "gpu.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    rows = [row for row in found["rows"] if row["contender"] == "ours"]
+    assert [row["case"] for row in rows] == STEPS + TRAININGS
+    for row in rows:
+        assert row["images/s"] > 0 and row["GFLOP an image"] > 0 and row["peak MiB"] > 0 and row["case"] in done.stdout
+        assert row["TFLOP/s"] == pytest.approx(row["images/s"] * row["GFLOP an image"] / 1e3)
+        assert row["of matmul rate"] == pytest.approx(row["TFLOP/s"] / found["matmul_teraflops"], rel=0.5)  # which is rounded
+    assert found["rows"][-1]["ratio"] == 1 and found["tiny"] is True and found["torch"].startswith(found["versions"]["torch"])
+    refused = {key: reason for key, reason in found["failed"].items() if "lightly" not in key}  # another package, there or not
+    assert list(refused) == [f"{case}: ours graphs" for case in STEPS + TRAININGS]
+    assert all("captures CUDA graphs, and this training is on a CPU" in reason for reason in refused.values())
+    assert found["versions"]["lightly"] != "not installed" or "No module named 'lightly'" in found["failed"]["step vits16: lightly bf16"]
+
+
+def test_without_a_gpu():
+    done = bench()
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "bench_gpu.py: torch sees no GPU here; --device cpu --tiny shows on a CPU that the script works.\n"

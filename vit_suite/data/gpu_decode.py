@@ -1,0 +1,57 @@
+"""JPEG files decoded together on a GPU (nvJPEG, through torchvision): workers read them, and decode only what it would not decode alike.
+
+Its pixels may differ by a few of 255 levels from the CPU's, which rounds and enlarges the colours of a JPEG otherwise. The device is an
+argument: on a CPU the same steps give the pixels of `decode.py` to the bit.
+"""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vit_suite.data.decode import JPEG
+from vit_suite.data.source import ImageSource
+
+
+def read(source: ImageSource, index: int) -> Tensor:
+    """Image `index` as the bytes of its file, uint8 (n,), where a GPU can decode it, else as pixels, uint8 (C, H, W). Raises as `load`."""
+    content = source.content(index) if source.path(index).lower().endswith(JPEG) else None
+    if content is None or not is_plain(content):
+        return source.load(index)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def is_plain(content: bytes) -> bool:
+    """Whether this is a whole JPEG of grey or YCbCr pixels that stand upright.
+
+    nvJPEG does not turn them by their EXIF orientation, and what it makes of a file that is cut off, or of CMYK and RGB in a JPEG, is
+    for the CPU's decoder to say.
+    """
+    if not (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")):
+        return False
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            upright = image.getexif().get(0x0112, 1) == 1
+            return upright and image.mode in ("L", "RGB") and image.info.get("adobe_transform", 1) == 1
+    except Exception:  # as in decode.py: plugins raise almost anything
+        return False
+
+
+def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
+    """RGB pixels (3, H_i, W_i) on `device` of JPEG files, uint8 (n_i,) on the host; None for those that its decoder refuses.
+
+    They are decoded together; a refusal does not say of which file, so then they are decoded one by one.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    if not files:
+        return []
+    try:
+        return decode_jpeg(files, ImageReadMode.RGB, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return [None] if len(files) == 1 else [decode_jpegs([file], device)[0] for file in files]
