@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +15,28 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vit_suite.evaluation.features import cores
 from vit_suite.reports.results import table
 
 PERCENT = ("spread", "of matmul rate")
+
+
+def parse(parser: argparse.ArgumentParser, timed: str) -> argparse.Namespace:
+    """The options of `parser`, and those of all benches whose contenders take turns; sets the threads. `timed`: what a round times."""
+    parser.add_argument("--peer", type=Path, help="checkout of facebookresearch/dino to run beside ours")
+    parser.add_argument("--rounds", type=int, default=5, help=f"timed {timed} of each contender (default: 5)")
+    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads (default: the cores)")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # the contender whose memory this process measures
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def peak_memory(only: str, *words: str) -> float:
+    """MiB that a contender adds to a process of its own: this script again, with these options too, which prints it last."""
+    done = subprocess.run([sys.executable, *sys.argv, *words, "--only", only], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
 
 
 class Times(NamedTuple):

@@ -3,28 +3,27 @@
     python scripts/bench_knn.py [--bank 50000] [--queries 10000] [--dim 384] [--k 20] [--peer DINO_CHECKOUT] [--output FILE.json]
 
 Queries a second (median of the rounds and their spread), FLOP/s of the one big product and their share of the machine's own matrix
-products in fp32, and peak memory in a process of its own. `plain` follows the description of that file: the whole bank at once, a
-hundredth of the queries at a time, one product, topk, and a vote through one-hot rows. `--peer` is a checkout of facebookresearch/dino,
-whose knn_classifier is then called. The features lie around a direction a class, as those of a trained network do; the top-1 must be
-the same for all. Ratios are to the last row.
+products in fp32, and peak memory in a process of its own. Ours takes its candidates from products in bf16, where these are native, or in
+fp32; it finds the same. `plain` follows the description of that file: the whole bank at once, a hundredth of the queries at a time, one
+product, topk, and a vote through one-hot rows. `--peer` is a checkout of facebookresearch/dino, whose knn_classifier is then called. The
+features lie around a direction a class, as those of a trained network do; the top-1 must be the same for all. Ratios are to the last row.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from unittest import mock
 
 import torch
-from bench_common import add_ratios, in_turn, publish, resident
+from bench_common import add_ratios, in_turn, parse, peak_memory, publish, resident
 from torch import Tensor
 from torch.nn import functional
 
-from vit_suite.evaluation.features import cores
+from vit_suite.evaluation import search
 from vit_suite.evaluation.knn import knn_classify
-from vit_suite.hardware import matmul_rate
+from vit_suite.hardware import matmul_rate, native_bf16
 
 CLASSES = 100
 TEMPERATURE = 0.07
@@ -54,22 +53,18 @@ def contenders(options: argparse.Namespace) -> dict[str, Callable[[], float]]:
     k, (bank, bank_labels) = options.k, features(options.bank, options.dim, 1)
     queries, labels = features(options.queries, options.dim, 2)
 
-    def ours() -> float:
-        return knn_classify(bank, bank_labels, queries, labels, ks=[k], temperature=TEMPERATURE, classes=CLASSES).top1[k]
+    def ours(bf16: bool) -> float:
+        with mock.patch.object(search, "native_bf16", lambda device: bf16):
+            return knn_classify(bank, bank_labels, queries, labels, ks=[k], temperature=TEMPERATURE, classes=CLASSES).top1[k]
 
-    calls = {"ours": ours, "plain": lambda: plain(bank, bank_labels, queries, labels, k)}
+    calls = {"ours bf16": lambda: ours(True)} if native_bf16(torch.device("cpu")) else {}
+    calls |= {"ours fp32": lambda: ours(False), "plain": lambda: plain(bank, bank_labels, queries, labels, k)}
     if options.peer:
         sys.path.insert(0, str(options.peer))
         from eval_knn import knn_classifier
 
         calls["official"] = lambda: knn_classifier(bank, bank_labels, queries, labels, k, TEMPERATURE, CLASSES)[0]
     return calls
-
-
-def peak_memory(name: str) -> float:
-    """MiB that a search adds to a process that holds the features."""
-    words = [sys.executable, *sys.argv, "--only", name]
-    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
@@ -95,13 +90,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=10_000, help="rows that are classified (default: 10,000)")
     parser.add_argument("--dim", type=int, default=384, help="width of a row (default: 384)")
     parser.add_argument("--k", type=int, default=20, help="neighbours (default: 20)")
-    parser.add_argument("--peer", type=Path, help="checkout of facebookresearch/dino to run beside ours")
-    parser.add_argument("--rounds", type=int, default=5, help="timed searches of each contender (default: 5)")
-    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads (default: the cores)")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser, "searches")
     if options.only:
         call = contenders(options)[options.only]
         before = resident("VmRSS")

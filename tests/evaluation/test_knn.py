@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from vit_suite.errors import UserError
-from vit_suite.evaluation import knn
-from vit_suite.evaluation.knn import chunk_sizes, knn_classify, stable_topk
+from vit_suite.evaluation import knn, search
+from vit_suite.evaluation.knn import chunk_sizes, knn_classify
+from vit_suite.evaluation.search import stable_topk
 
 
 def features(rows, width=6, seed=0):
@@ -65,14 +66,14 @@ def test_bank_chunks_merge_exactly(monkeypatch):
 
 def test_chunks_stay_within_the_memory_budget(monkeypatch):
     largest = 0
-    original = knn.stable_topk
+    original = search.stable_topk
 
     def watch(values, k):
         nonlocal largest
         largest = max(largest, values.numel())
         return original(values, k)
 
-    monkeypatch.setattr(knn, "stable_topk", watch)
+    monkeypatch.setattr(search, "stable_topk", watch)
     memory = 2**20
     knn_classify(features(5000), torch.arange(5000) % 10, features(700, seed=1), ks=[20], memory=memory)
     assert 0 < largest * 12 <= memory

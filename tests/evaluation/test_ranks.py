@@ -22,7 +22,6 @@ from .test_features import MEAN, STD, Source
 def ranks(monkeypatch):
     """`ranks(n, function)`: what `function()` returns on each of n ranks. Tiles have 4 rows."""
     monkeypatch.setattr(features, "TILE", 4)
-    monkeypatch.setattr(knn, "TILE", 4)
 
     def call(count: int, function) -> list:
         place, meeting, given = threading.local(), threading.Barrier(count, timeout=60), [None] * count

@@ -30,7 +30,7 @@ from vit_suite.views.evaluate import eval_view
 BLOCK = 16
 """Images that a decoding thread takes at a time."""
 TILE = 256
-"""Rows that one matrix product of kNN takes of its bank. Ranks that share a bank take whole ones, in turn."""
+"""Rows that ranks which share a bank take at a time, in turn."""
 
 
 class Features(NamedTuple):

@@ -4,8 +4,9 @@ The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eva
 is the sum of exp(similarity / temperature) over those of its k nearest bank rows whose label is c. Deliberate deviations:
 
 - the bank is searched in chunks too, not only the queries, so memory is bounded whatever the sizes; ranks may share it, each searches
-  its rows for all queries, and the nearest of all are merged. The products are those of one rank (`features.TILE` bank rows each, since
-  another shape may round otherwise) and the rest is comparing, so any number of ranks gives the same neighbours, bit for bit;
+  its rows for all queries, and the nearest of all are merged;
+- a similarity is exact (`evaluation/search.py`), so neighbours and similarities of the same unit rows are the same bit for bit on every
+  machine, with any memory and any number of ranks;
 - votes are scattered by label instead of multiplied by a (k, classes) one-hot, so the number of classes is not a memory problem;
 - the vote runs in float64 after subtracting the largest similarity: the ranking is the same, a small temperature cannot overflow;
 - ties are resolved: between bank rows and between classes the lower index wins; a class without any vote is never a top-5 hit
@@ -18,22 +19,20 @@ Axes: N bank rows, M queries, D feature width, C classes, K largest number of ne
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vit_suite import distributed
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import TILE
+from vit_suite.evaluation.search import Bank, plain_products
 
 DEFAULT_MEMORY = 256 * 2**20
 """Bytes of working memory."""
 
 _BYTES_PER_PAIR = 12
-"""Of a (query, bank row) pair at the worst moment: similarity (4), running count (4) and masks (4) while ties are resolved."""
+"""Of a (query, bank row) pair at the worst moment: product (4), candidates (4), and masks (4)."""
 
 
 @dataclass
@@ -90,8 +89,8 @@ def knn_classify(
 ) -> KNNResult:
     """Classify `queries` (M, D) by a weighted vote of their nearest rows in `bank` (N, D), for every k of `ks` in one search.
 
-    Rows are L2-normalised here unless they already have unit length. Similarities are exact float32 cosines, whatever autocast
-    or TF32 setting is active. `bank_labels` (N,) and `query_labels` (M,) are integers 0..classes-1; `classes` is the largest
+    Rows are L2-normalised here unless they already have unit length. Similarities are exact cosines rounded to float32, whatever
+    autocast or TF32 setting is active. `bank_labels` (N,) and `query_labels` (M,) are integers 0..classes-1; `classes` is the largest
     label + 1 when not given. `memory` bounds the working memory in bytes, on top of inputs and results. `leave_one_out` is for
     queries that ARE the bank, row for row: each then ignores itself. Work happens on `device`, the bank's own when not given.
 
@@ -111,10 +110,12 @@ def knn_classify(
     device = torch.device(device) if device is not None else bank.device
     numbers = torch.arange(total, device=device) if rows is None else rows.to(device)
     parts: list[dict] = []
-    with torch.no_grad(), _exact_float32(device):
+    with torch.no_grad(), plain_products(device):
+        searched = Bank(bank, numbers, max(used.values()), columns, device)
         for start in _steps(len(queries), size, progress):
-            chunk = _unit_rows(queries[start : start + size].to(device))
-            similarities, neighbours = _search(chunk, bank, numbers, max(used.values()), columns, start if leave_one_out else None)
+            chunk = queries[start : start + size].to(device)
+            own = torch.arange(start, start + len(chunk), device=device) if leave_one_out else None
+            similarities, neighbours = searched.nearest(chunk, own)
             if rows is not None:
                 similarities, neighbours = _merge(similarities, neighbours, max(used.values()))
             truth = None if query_labels is None else query_labels[start : start + size].to(device)
@@ -128,8 +129,8 @@ def knn_classify(
 
 def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> tuple[int, int]:
     """(query rows, bank rows) of a chunk so that similarities, candidates and votes stay within `memory` bytes."""
-    # A query's candidates: two lists of k (value 4, index 8 bytes), joined, sorted, gathered. Its votes: scores, comparisons.
-    row = 96 * k + 16 * classes
+    # A query's candidates: about 2 k pairs (query 8, row 8, value 4 bytes), sorted, gathered, laid out. Its votes: scores, comparisons.
+    row = 160 * k + 16 * classes
     least = row + _BYTES_PER_PAIR * min(bank, 256)
     if memory < least:
         raise UserError(
@@ -141,31 +142,6 @@ def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> t
     return rows, min(bank, (memory - rows * row) // (rows * _BYTES_PER_PAIR))
 
 
-def _search(queries: Tensor, bank: Tensor, rows: Tensor, k: int, columns: int, first: int | None) -> tuple[Tensor, Tensor]:
-    """The k most similar of these bank rows (all, where there are fewer) for each query, exactly: (similarities, row numbers) (Q, k), ties
-    by the lower number.
-
-    `rows` (n,): the numbers of the rows of `bank` (n, D), ascending. `first` is the number of the row that IS query 0 (leave one out),
-    else None.
-    """
-    best_values = queries.new_empty(len(queries), 0)
-    best_rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    columns = max(1, columns // TILE) * TILE
-    for start in range(0, len(bank), columns):
-        tiles = _unit_rows(bank[start : start + columns].to(queries.device)).split(TILE)
-        numbers = rows[start : start + columns]
-        similarities = torch.cat([queries @ tile.T for tile in tiles], 1)  # (Q, B)
-        if first is not None:
-            own = torch.arange(first, first + len(queries), device=queries.device)
-            similarities.masked_fill_(numbers == own.unsqueeze(1), -torch.inf)
-        values, indices = stable_topk(similarities, min(k, len(numbers)))
-        # Chunks come in bank order, so a stable sort of (earlier, later) keeps the lower number first among equals.
-        values, order = torch.cat([best_values, values], 1).sort(dim=1, descending=True, stable=True)
-        best_rows = torch.cat([best_rows, numbers[indices]], 1).gather(1, order)[:, :k]
-        best_values = values[:, :k]
-    return best_values, best_rows
-
-
 def _merge(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of what all ranks found, (Q, k) each, of equal values the lower row first; values and rows (Q, at most k) of one rank."""
     parts = distributed.gather_objects((values.cpu(), rows.cpu()))
@@ -173,31 +149,6 @@ def _merge(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     numbers, order = numbers.sort(dim=1)
     found, best = found.gather(1, order).sort(dim=1, descending=True, stable=True)
     return found[:, :k], numbers.gather(1, best)[:, :k]
-
-
-def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k, dim=1)` of (Q, B) floats, sorted, where equal values come in the order of their column, and the lowest
-    columns are taken when the cut falls among equals. torch.topk promises neither; a full stable sort is many times slower."""
-    width = values.shape[1]
-    top, indices = values.topk(min(k + 1, width), dim=1)
-    if k < width:
-        cut = top[:, k] == top[:, k - 1]  # the (k+1)-th equals the k-th: which of them were taken was left to chance
-        top, indices = top[:, :k], indices[:, :k]
-        if cut.any():
-            indices = indices.clone()
-            indices[cut] = _first_of_equals(values[cut], top[cut, k - 1 : k], k)
-    indices = indices.sort(dim=1).values
-    top, order = values.gather(1, indices).sort(dim=1, descending=True, stable=True)
-    return top, indices.gather(1, order)
-
-
-def _first_of_equals(values: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """Columns (rows, k), ascending, of all values above the k-th largest and of the first ones that equal it."""
-    above = values > threshold
-    equal = values == threshold
-    missing = k - above.sum(1, keepdim=True)
-    taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
-    return taken.nonzero()[:, 1].view(len(values), k)
 
 
 def _vote(
@@ -238,25 +189,6 @@ def _gather(result: KNNResult, parts: list[dict]) -> KNNResult:
         result.neighbours = torch.cat([part["neighbours"] for part in parts])
         result.similarities = torch.cat([part["similarities"] for part in parts])
     return result
-
-
-def _unit_rows(features: Tensor) -> Tensor:
-    """float32 rows of unit length; rows that already are pass through bit for bit (a zero row stays zero)."""
-    features = features.float()
-    unit = (features.norm(dim=1, keepdim=True) - 1).abs() < 1e-5
-    return features if bool(unit.all()) else torch.where(unit, features, functional.normalize(features, dim=1))
-
-
-@contextmanager
-def _exact_float32(device: torch.device):
-    """Matrix products in true float32: no autocast, no TF32, no bf16 passes."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _steps(total: int, step: int, progress: bool):
