@@ -76,6 +76,14 @@ def add_ratios(rows: Sequence[dict], unit: str) -> None:
         row["CPU ratio"] = row[f"{unit}/CPU-s"] / rows[-1][f"{unit}/CPU-s"]
 
 
+def added(call: Callable[[], Any]) -> float:
+    """MiB that a call adds, at most, to what this process holds."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets what it held at most before
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
 def resident(field: str) -> float:
     """MiB of this process: VmRSS (now) or VmHWM (most ever)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))

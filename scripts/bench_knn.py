@@ -17,7 +17,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from bench_common import add_ratios, in_turn, parse, peak_memory, publish, resident
+from bench_common import add_ratios, added, in_turn, parse, peak_memory, publish
 from torch import Tensor
 from torch.nn import functional
 
@@ -92,10 +92,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20, help="neighbours (default: 20)")
     options = parse(parser, "searches")
     if options.only:
-        call = contenders(options)[options.only]
-        before = resident("VmRSS")
-        call()
-        print(resident("VmHWM") - before)
+        print(added(contenders(options)[options.only]))
         return
     size = {name: getattr(options, name) for name in ("bank", "queries", "dim", "k")}
     publish(measure(options), options.output, **size)

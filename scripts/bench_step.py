@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import add_ratios, in_turn, parse, peak_memory, publish, resident
+from bench_common import add_ratios, added, in_turn, parse, peak_memory, publish
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, TrainerConfig, ViewsConfig
@@ -149,6 +149,12 @@ def products(step: Callable[[], torch.Tensor]) -> int:
     return counter.get_total_flops()
 
 
+def repeat(step: Callable[[], torch.Tensor], count: int) -> None:
+    """Some steps."""
+    for _ in range(count):
+        step()
+
+
 def measure(case: str, names: list[str], peer: Path | None, rounds: int, threads: int) -> list[dict]:
     """All contenders of a case in turn, `rounds` times."""
     batch = CASES[case]["batch"]
@@ -173,10 +179,7 @@ def main() -> None:
     parser.add_argument("--lean", action="store_true", help="ours also in groups of crops, with checkpointing, and both, for less memory")
     options = parse(parser, "steps")
     if options.only:
-        before, step = resident("VmRSS"), contender(options.only, options.case[0], options.peer)
-        for _ in range(3):
-            step()
-        print(resident("VmHWM") - before)
+        print(added(lambda: repeat(contender(options.only, options.case[0], options.peer), 3)))
         return
     names = (["ours bf16"] if pick_precision("auto", CPU) == "bf16" else []) + ["ours fp32"]
     names = [f"{names[0]} {lean}" for lean in LEAN if options.lean] + names

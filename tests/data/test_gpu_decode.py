@@ -13,7 +13,7 @@ from vit_suite import DINO
 from vit_suite.commands.pretrain import check_decode
 from vit_suite.config import BackboneConfig, DataConfig, DINOConfig, PretrainConfig, ViewsConfig
 from vit_suite.data.decode import Quarantine
-from vit_suite.data.gpu_decode import decode_jpegs, is_plain, read
+from vit_suite.data.gpu_decode import check_decoder, decode_jpegs, is_plain, read
 from vit_suite.data.loader import FileLoader
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import EpochPlan
@@ -186,3 +186,23 @@ def test_on_a_gpu(source):
         for image, index in zip(images, indices.tolist(), strict=True):
             assert image.device.type == "cuda" and image.dtype == torch.uint8
             assert (image.cpu().float() - source.load(index).float()).abs().mean() < 4, source.path(index)
+
+
+def test_a_device_that_decodes_nothing_is_not_asked_for_a_run(monkeypatch):
+    check_decoder(CPU)
+
+    def unfit(*_, **__):
+        raise RuntimeError("driver version is\ninsufficient")
+
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", unfit)
+    with pytest.raises(UserError, match=r"torchvision decodes no JPEG on cpu \(driver version is insufficient\): use data.decode cpu"):
+        check_decoder(CPU)
+
+
+def test_a_broken_device_is_no_refused_file(monkeypatch):
+    def broken(*_, **__):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", broken)
+    with pytest.raises(torch.AcceleratorError):
+        decode_jpegs([torch.zeros(4, dtype=torch.uint8)] * 2, CPU)

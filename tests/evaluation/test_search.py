@@ -254,11 +254,22 @@ def test_candidates_that_better_ones_replace_do_not_count(tried, candidates_in):
 
 
 def test_settings_are_put_back():
+    """Those that torch recommends, and the older one."""
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with plain_products(CPU):
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        assert [setting.fp32_precision for setting in settings] == ["tf32", "bf16"]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_layout_of_rows_does_not_show():
+    """Rows that are not of unit length, in memory by rows and by columns."""
+    bank, queries = 5 * torch.randn(300, 48), 5 * torch.randn(20, 48)
+    by_columns = [rows.T.contiguous().T for rows in (queries, bank)]
+    assert torch.equal(unit_rows(bank), unit_rows(by_columns[1]))
+    assert nearest(queries, bank, 5)[0].equal(nearest(*by_columns, 5)[0])

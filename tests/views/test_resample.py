@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from vit_suite.views.resample import as_pair, axis_weights, crop_resize, crop_resize_views, pixel_products
+from vit_suite.views.resample import as_pair, axis_weights, crop_resize, crop_resize_views
 
 MODES = {"bicubic": (InterpolationMode.BICUBIC, Image.BICUBIC), "bilinear": (InterpolationMode.BILINEAR, Image.BILINEAR)}
 SHAPES = [((32, 32), 32), ((32, 32), 16), ((50, 37), (20, 64)), ((37, 50), 48), ((120, 90), 24)]
@@ -156,30 +156,6 @@ def test_autocast_does_not_reach_the_products():
         assert torch.equal(crop_resize(images, boxes, None, 16), crop_resize(images, boxes, None, 16))
         mixed = crop_resize(images, boxes, None, 16)
     assert torch.equal(mixed, crop_resize(images, boxes, None, 16))
-
-
-def test_products_of_a_gpu_move_no_pixel_by_a_third_of_a_level(monkeypatch):
-    """TF32 keeps 11 of the 24 bits of an fp32 number; here both factors are rounded to them."""
-    images = noise(4, 3, 90, 120)
-    images[2:] = (images[2:] > 127) * 255  # hard edges
-    boxes = torch.stack([random_boxes(90, 120, 4, seed) for seed in range(3)], 1)
-    exact = crop_resize_views(images, boxes, None, 64, method="dense")
-    bmm = torch.bmm
-    rounded = lambda x: ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)  # noqa: E731
-    monkeypatch.setattr(torch, "bmm", lambda left, right: bmm(rounded(left), rounded(right)))
-    difference = (crop_resize_views(images, boxes, None, 64, method="dense") - exact).abs().max()
-    assert 0 < difference < 1 / 3 / 255
-
-
-def test_tf32_is_for_the_products_of_a_gpu_alone():
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    with pixel_products(torch.device("cpu")):
-        assert setting.fp32_precision == before
-    with pytest.raises(KeyError), pixel_products(torch.device("cuda")):
-        assert setting.fp32_precision == "tf32" and not torch.is_autocast_enabled("cuda")
-        raise KeyError
-    assert setting.fp32_precision == before != "tf32"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -24,6 +24,7 @@ from vit_suite.commands.stop import answer, cluster_environment, requeued
 from vit_suite.commands.supervised import check_test_labels, class_names, has_test, prepare_head, score_run, test_protocol
 from vit_suite.config import PretrainConfig, SiTConfig, SupervisedConfig, TrainerConfig
 from vit_suite.data.decode import Quarantine
+from vit_suite.data.gpu_decode import check_decoder
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
@@ -163,6 +164,7 @@ def check_decode(cfg: PretrainConfig, data: ImageDataModule, device: torch.devic
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"data.decode is gpu, but {reason}: use data.decode cpu.")
+    check_decoder(device)
 
 
 def fit(run: Run) -> Run | None:

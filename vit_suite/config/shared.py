@@ -65,7 +65,8 @@ class DataConfig:
     """Decoding processes a rank; auto = 0 for images held in memory, else the cores of this rank, at most 8."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """Where JPEG files are decoded to train on: by the workers, or together on the GPU, where workers only read them (and decode other
-    formats). The GPU's pixels differ a little; scores keep the CPU's. Not tried on a GPU yet."""
+    formats). The GPU's pixels differ a little. For `pretrain` and `finetune`: scores, and all other commands, keep the CPU's. Not tried on
+    a GPU yet."""
     channels: Count = 3
     """Channels an image is converted to: 1 (grey), 3 (RGB) or N (files read as they are, which must have N)."""
     image_size: Count | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vit_suite.data.decode import JPEG
 from vit_suite.data.source import ImageSource
+from vit_suite.errors import UserError
 
 
 def read(source: ImageSource, index: int) -> Tensor:
@@ -40,6 +41,19 @@ def is_plain(content: bytes) -> bool:
         return False
 
 
+def check_decoder(device: torch.device) -> None:
+    """UserError where `device` does not decode a sound file: a torchvision without nvJPEG, a driver that does not fit."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg  # deprecated in 0.29, for torchcodec
+
+        decode_jpeg([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, device=device)
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data.decode is gpu, but torchvision decodes no JPEG on {device} ({reason}): use data.decode cpu.") from None
+
+
 def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
     """RGB pixels (3, H_i, W_i) on `device` of JPEG files, uint8 (n_i,) on the host; None for those that its decoder refuses.
 
@@ -51,7 +65,7 @@ def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | Non
         return []
     try:
         return decode_jpeg(files, ImageReadMode.RGB, device=device)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # say nothing of a file
         raise
     except RuntimeError:
         return [None] if len(files) == 1 else [decode_jpegs([file], device)[0] for file in files]

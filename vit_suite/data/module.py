@@ -88,6 +88,8 @@ class ImageDataModule(pl.LightningDataModule):
         local_world = self.trainer.num_devices if self.trainer is not None else 1
         workers = auto_workers(self.cfg.workers, False, local_world)
         decode_on = device if self.cfg.decode == "gpu" else None
+        if decode_on is not None and (self.transform is not None or self.cfg.channels != 3):
+            raise UserError("data.decode gpu gives RGB in the training process: not with data.channels 1 or views made in the workers.")
         return FileLoader(source, plan, workers, self.quarantine, device.type == "cuda", self.transform, decode_on)
 
     def test_dataloader(self) -> EvaluationLoader:

@@ -217,7 +217,7 @@ def _check_rows(bank: Tensor, queries: Tensor, temperature: float, shared: bool)
     for name, rows in (("bank", bank), ("queries", queries)):
         if rows.ndim != 2:
             raise UserError(f"the kNN {name} must be (rows, width), not {tuple(rows.shape)}")
-        broken, count = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(65536)), len(rows)  # in parts: memory
+        broken, count = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(4096)), len(rows)  # in parts: memory
         if shared and name == "bank":  # what one rank finds, all have to say
             broken, count = map(sum, zip(*distributed.gather_objects((broken, count)), strict=True))
         if count == 0:

@@ -180,7 +180,7 @@ class Bank:
         for start in range(0, len(self.rows), self.columns):
             similarities = queries.new_empty(len(queries), min(self.columns, len(self.rows) - start))
             for columns, rows in self._parts(start):
-                similarities[:, columns] = (queries.double() / GRID @ _steps(rows).double().T).float()
+                similarities[:, columns] = queries.double() / GRID @ _steps(rows).double().T  # rounded as it is written
             _leave_out(similarities, own - start)
             values, indices = stable_topk(similarities, min(self.k, similarities.shape[1]))
             # Chunks come in bank order, so a stable sort of (earlier, later) keeps the lower number first among equals.
@@ -238,12 +238,15 @@ def _first_of_equals(values: Tensor, threshold: Tensor, k: int) -> Tensor:
 
 def is_unit(rows: Tensor) -> Tensor:
     """Whether each row has unit length already, (rows, 1)."""
-    return (rows.float().norm(dim=1, keepdim=True) - 1).abs() < 1e-5
+    return (rows.double().norm(dim=1, keepdim=True) - 1).abs() < 1e-5
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """float32 rows of unit length; rows that already are pass through bit for bit (a zero row stays zero)."""
-    return torch.where(is_unit(rows), rows.float(), functional.normalize(rows.float(), dim=1))
+    """float32 rows of unit length; rows that already are pass through bit for bit (a zero row stays zero).
+
+    Divided in float64 and rounded once, so that the order in which a norm is summed up does not show.
+    """
+    return torch.where(is_unit(rows), rows.float(), functional.normalize(rows.double(), dim=1).float())
 
 
 def _steps(rows: Tensor) -> Tensor:
@@ -254,10 +257,13 @@ def _steps(rows: Tensor) -> Tensor:
 @contextmanager
 def plain_products(device: torch.device) -> Iterator[None]:
     """Matrix products as they are written: no autocast, no TF32 and no bf16 passes for float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

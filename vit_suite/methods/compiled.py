@@ -49,9 +49,6 @@ def compile_blocks(method: nn.Module, graphs: bool = False) -> None:
 
     graphs: record each graph's kernels as a CUDA graph, so that a GPU need not wait for the host to launch them.
     """
-    # Graphs are bound to this setting. Nobody has named it at first, and kNN, which changes it and restores it by name, would have all
-    # graphs made once more.
-    torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
     for part in method.modules():
         if isinstance(part, Backbone):
             for block in part.vit.blocks:

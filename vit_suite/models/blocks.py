@@ -17,6 +17,7 @@ from timm.layers import DropPath as TimmDropPath
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vit_suite.errors import UserError
 from vit_suite.views.draw import Draw, alone
@@ -93,6 +94,7 @@ class PlainAttention(torch.autograd.Function):
         return (weights @ v).view(batch, heads, tokens, -1).transpose(1, 2).flatten(2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         q, k, v, weights = ctx.saved_tensors
         batch, tokens, _ = gradient.shape

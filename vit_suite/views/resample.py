@@ -7,7 +7,7 @@ outside). As in Pillow the horizontal pass comes first and its result is clamped
 moves pixels beside hard edges by up to 10 / 255.
 
 Deviation: Pillow rounds to 8 bits after each pass, here values stay float; the tests hold the two within 2 / 255.
-Products run in fp32 (TF32 on a GPU), autocast off: bf16 has 8 bits of mantissa and would cost more than that tolerance. Pillow 13 runs the
+Products run in fp32, autocast off: bf16 has 8 bits of mantissa and would cost more than that tolerance. Pillow 13 runs the
 vertical pass first for some shapes (seen where the height shrinks and the width grows); here, as in torchvision, it comes second.
 
 Axes: B images, V boxes an image, C channels, H x W pixels of the image, h x w of the output.
@@ -15,8 +15,8 @@ Axes: B images, V boxes an image, C channels, H x W pixels of the image, h x w o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -192,7 +192,7 @@ def crop_resize_views(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Te
     device = images[0].device
     boxes = send(boxes, device)
     flip = None if flip is None else send(flip, device)
-    with pixel_products(device):
+    with full_precision(device):
         return (_dense if isinstance(images, Tensor) else _buckets)(images, boxes, flip, pair, kernel)
 
 
@@ -205,21 +205,3 @@ def crop_resize(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Tensor |
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Autocast off, on devices that have it."""
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
-
-
-@contextmanager
-def pixel_products(device: torch.device) -> Iterator[None]:
-    """Autocast off, and on a GPU TF32: pixels of 8 bits are exact in it, and weights rounded to 11 move no value by a third of 1 / 255.
-
-    Data sheets say 7 times the rate of fp32 (H100). Resampling is most of the arithmetic of photographs' views.
-    """
-    with full_precision(device):
-        if device.type != "cuda":
-            yield
-            return
-        setting = torch.backends.cuda.matmul
-        before, setting.fp32_precision = setting.fp32_precision, "tf32"
-        try:
-            yield
-        finally:
-            setting.fp32_precision = before
