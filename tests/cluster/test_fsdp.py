@@ -110,10 +110,15 @@ def test_resumed_on_shards_then_whole(runs):
 
 
 def test_bf16_rounds_what_autocast_rounds(runs):
-    """The first two losses see the same weights (the first learning rate is 0), after that gradients are rounded in another order."""
+    """The first two losses see the same weights (the first learning rate is 0), after that gradients are rounded in another order.
+
+    Measured in three variants of the network that differ by rounding alone: the third losses differ by 0.002 to 0.006, the later ones by
+    0.010 in the mean and in one step by up to 0.064.
+    """
     whole, sharded = (trace(runs / strategy, "bf16", "train/loss") for strategy in ("ddp", "fsdp2"))
     torch.testing.assert_close(sharded[:2], whole[:2], atol=1e-6, rtol=0)
-    torch.testing.assert_close(sharded, whole, atol=0.05, rtol=0)
+    torch.testing.assert_close(sharded[2], whole[2], atol=0.02, rtol=0)
+    assert (sharded - whole).abs().mean() < 0.03
     assert all(tensor.dtype != torch.bfloat16 for tensor in checkpoint(runs / "fsdp2" / "bf16")["state_dict"].values())
 
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from tests.commands.conftest import column, results, rows, sha256
+from vit_suite.commands import rundir
+from vit_suite.config import PretrainConfig
+from vit_suite.config.shared import RunOptions
 from vit_suite.evaluation.online import OnlineKNN
 from vit_suite.reports.status import read_status
 from vit_suite.weights.keeper import Keeper
@@ -229,3 +232,17 @@ def test_an_empty_directory_and_one_that_a_failed_start_left(pretrain, tmp_path)
     (tmp_path / "run" / "vit-suite-error.log").write_text("of yesterday")
     assert pretrain(trainer__max_steps=1, evaluate__every_epochs=0).status == 0
     assert (tmp_path / "run" / "vit-suite-error.log").read_text() == "of yesterday"
+
+
+def test_a_run_that_another_rank_starts_meanwhile_is_no_strangers_directory(tmp_path, monkeypatch):
+    """Its config appears between two looks of this rank, which starts afresh as that one does."""
+    looked = rundir._is_run
+
+    def look(folder):
+        found = looked(folder)
+        (folder / "config.yaml").write_text("run.output: here\n")
+        (folder / "checkpoints").mkdir()
+        return found
+
+    monkeypatch.setattr(rundir, "_is_run", look)
+    assert rundir.check(PretrainConfig(run=RunOptions(output=str(tmp_path)))) is None

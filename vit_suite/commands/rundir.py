@@ -41,8 +41,9 @@ def check(cfg: PretrainConfig) -> Path | None:
         return None
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
+    found = list(folder.iterdir())  # before the config is looked for: other ranks come while the first one starts the run
     if not _is_run(folder):
-        if not all(_matches(path, LEFT_BEHIND + LAUNCHED) for path in folder.iterdir()):
+        if not all(_matches(path, LEFT_BEHIND + LAUNCHED) for path in found):
             consequence = "it will not be deleted" if cfg.run.overwrite else "name another"
             raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG} of a run); {consequence}.")
         return None
