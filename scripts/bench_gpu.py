@@ -37,8 +37,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from bench_common import Times, in_turn, publish
-from bench_step import CASES, official, ours, products, views
-from torch import nn
+from bench_step import CASES, lightly, official, ours, products
 
 from vit_suite.commands.pretrain import build_parts, build_trainer
 from vit_suite.commands.profile import Recorder, peak_memory
@@ -58,7 +57,7 @@ from vit_suite.config import (
     TrainerConfig,
     ViewsConfig,
 )
-from vit_suite.hardware import autocast, matmul_rate
+from vit_suite.hardware import matmul_rate
 from vit_suite.reports.phases import Phases, now
 
 STEPS = {"step vits16": CASES["vits16"] | {"batch": 64}, "step vitb16": CASES["vits16"] | {"dim": 768, "heads": 12, "batch": 64}}
@@ -97,39 +96,6 @@ def trainings(tiny: bool) -> dict[str, PretrainConfig]:
             SupervisedConfig(), SupervisedViewsConfig(**sizes), SupervisedOptimConfig(), vits16, *photo[:2], 4 * photo[2]
         ),
     }
-
-
-def lightly(case: dict, precision: str, device: torch.device) -> Callable[[], torch.Tensor]:
-    """One call is one step of lightly's DINO, by the calls of its example and its ImageNet benchmark; the loss."""
-    from lightly.loss import DINOLoss
-    from lightly.models.modules import DINOProjectionHead
-    from lightly.models.utils import update_momentum
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(0)
-
-    def network() -> nn.Sequential:
-        shape = {"patch_size": case["patch"], "embed_dim": case["dim"], "depth": case["depth"], "num_heads": case["heads"]}
-        vit = VisionTransformer(img_size=case["sizes"][0], num_classes=0, dynamic_img_size=True, **shape)
-        return nn.Sequential(vit, DINOProjectionHead(case["dim"], 2048, 256, case["prototypes"])).to(device)
-
-    student, teacher, loss_of = network(), network().requires_grad_(False), DINOLoss(case["prototypes"]).to(device)
-    teacher.load_state_dict(student.state_dict())
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer, crops = torch.optim.AdamW(trained, lr=5e-4), views(case, device)
-
-    def step() -> torch.Tensor:
-        update_momentum(student, teacher, m=0.996)
-        with autocast(precision, device):
-            loss = loss_of([teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 3.0)
-        student[1].cancel_last_layer_gradients(current_epoch=0)
-        optimizer.step()
-        return loss.detach()
-
-    return step
 
 
 def measure_step(name: str, case: dict, device: torch.device, options: argparse.Namespace) -> dict:

@@ -1,6 +1,6 @@
 """A DINO step (both networks, loss, backward, clipping, AdamW, EMA) on ready views: ours beside the official code, on this CPU.
 
-    python scripts/bench_step.py [--case tiny small vits16] [--lean] [--peer DINO_CHECKOUT] [--threads N] [--output FILE.json]
+    python scripts/bench_step.py [--case tiny small vits16] [--lean] [--lightly] [--peer DINO_CHECKOUT] [--threads N] [--output FILE.json]
 
 Images a second (median of the rounds and their spread), FLOP of matrix products counted as they run and their share of what this machine
 multiplies at best, and peak memory in a process of its own. The contenders take turns in one process, so that ratios hold on a busy
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from bench_common import add_ratios, added, in_turn, parse, peak_memory, publish
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, TrainerConfig, ViewsConfig
@@ -135,9 +136,44 @@ def official(case: dict, checkout: Path, precision: str = "fp32", device: torch.
     return step
 
 
+def lightly(case: dict, precision: str, device: torch.device) -> Callable[[], torch.Tensor]:
+    """One call is one step of lightly's DINO, by the calls of its example and its ImageNet benchmark; the loss."""
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.models.utils import update_momentum
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+
+    def network() -> nn.Sequential:
+        shape = {"patch_size": case["patch"], "embed_dim": case["dim"], "depth": case["depth"], "num_heads": case["heads"]}
+        vit = VisionTransformer(img_size=case["sizes"][0], num_classes=0, dynamic_img_size=True, **shape)
+        return nn.Sequential(vit, DINOProjectionHead(case["dim"], 2048, 256, case["prototypes"])).to(device)
+
+    student, teacher, loss_of = network(), network().requires_grad_(False), DINOLoss(case["prototypes"]).to(device)
+    teacher.load_state_dict(student.state_dict())
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer, crops = torch.optim.AdamW(trained, lr=5e-4), views(case, device)
+
+    def step() -> torch.Tensor:
+        update_momentum(student, teacher, m=0.996)
+        with autocast(precision, device):
+            loss = loss_of([teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 3.0)
+        student[1].cancel_last_layer_gradients(current_epoch=0)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 def contender(name: str, case: str, peer: Path | None) -> Callable[[], torch.Tensor]:
-    """`ours bf16`, `ours fp32`, or one of these followed by a name of LEAN; `official fp32`."""
+    """`ours bf16`, `ours fp32`, or one of these followed by a name of LEAN; `lightly bf16`, `lightly fp32`; `official fp32`."""
     who, *how = name.split(maxsplit=2)
+    if who == "lightly":
+        return lightly(CASES[case], *how, CPU)
     return ours(CASES[case], *how) if who == "ours" else official(CASES[case], peer)
 
 
@@ -177,12 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="which cases (default: all)")
     parser.add_argument("--lean", action="store_true", help="ours also in groups of crops, with checkpointing, and both, for less memory")
+    parser.add_argument("--lightly", action="store_true", help="lightly's DINO too (pip install 'vit-suite[bench]')")
     options = parse(parser, "steps")
     if options.only:
         print(added(lambda: repeat(contender(options.only, options.case[0], options.peer), 3)))
         return
     names = (["ours bf16"] if pick_precision("auto", CPU) == "bf16" else []) + ["ours fp32"]
     names = [f"{names[0]} {lean}" for lean in LEAN if options.lean] + names
+    names += [name.replace("ours", "lightly") for name in names if options.lightly and name.count(" ") == 1]
     names += ["official fp32"] if options.peer else []
     rows = [row for case in options.case for row in measure(case, names, options.peer, options.rounds, options.threads)]
     publish(rows, options.output, ratio_to=names[-1])
