@@ -1,9 +1,10 @@
-"""How much of an attention export is the model: overlay and mask of each head and the mean of 1,000 images of 64 x 64, on this CPU.
+"""How much of an attention export is the model: overlay and mask of each head and the mean of 1,000 images of 64 x 64,
+on this CPU.
 
     python scripts/bench_attention.py [--images 1000] [--threads N] [--precision fp32] [--output FILE.json]
 
-Prints for each ViT the images a second of the whole export (decode, look, draw, write) and of its forward passes alone in as many
-threads, and three shares of the model in an export; 70% and more is the aim:
+Prints for each ViT the images a second of the whole export (decode, look, draw, write) and of its forward passes alone
+in as many threads, and three shares of the model in an export; 70% and more is the aim:
 
     time       the forward passes alone, over the whole export
     threads    of the time of the export's threads, what they spent in the forward pass, waiting for each other included
@@ -77,7 +78,9 @@ def measure(name: str, images: Path, output: Path, count: int, threads: int, pre
     started, busy = time.perf_counter(), time.process_time()
     summary = export_attention(backbone, images, output, mean=MEAN, std=STD, **options)
     seconds, processor = time.perf_counter() - started, time.process_time() - busy
-    model_seconds, model_processor = (sum(pair) / 2 for pair in zip(before, alone(backbone, count, threads, precision), strict=True))
+    model_seconds, model_processor = (
+        sum(pair) / 2 for pair in zip(before, alone(backbone, count, threads, precision), strict=True)
+    )
     return {
         "model": name,
         "files an image": sum(summary.files.values()) // count,
@@ -94,24 +97,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="images (default: 1000)")
     parser.add_argument("--threads", type=int, default=min(8, cores()), help="threads (default: the cores, at most 8)")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the forward pass (default: auto)")
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the forward pass (default: auto)"
+    )
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)  # an export uses one for each of its own threads
     precision = pick_precision(options.precision, CPU)
-    with tempfile.TemporaryDirectory() as folder:  # deleted at the end: on ext4, new files cost 10 times more after many deletions
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # deleted at the end: on ext4, new files cost 10 times more after many deletions
         images = Path(folder) / "images"
         write_images(images, options.images)
         outputs = [Path(folder) / str(number) for number in range(len(MODELS))]
         rows = [
-            measure(name, images, output, options.images, options.threads, precision) for name, output in zip(MODELS, outputs, strict=True)
+            measure(name, images, output, options.images, options.threads, precision)
+            for name, output in zip(MODELS, outputs, strict=True)
         ]
     about = f"{options.threads} threads, {precision}, torch {torch.__version__}"
     print(f"{options.images} images of {SIDE} x {SIDE}, overlay and mask, {about}")
     shares = ("time", "threads", "processor")
-    print(table(list(rows[0]), [[f"{value:.0%}" if key in shares else value for key, value in row.items()] for row in rows]))
+    print(
+        table(
+            list(rows[0]), [[f"{value:.0%}" if key in shares else value for key, value in row.items()] for row in rows]
+        )
+    )
     if options.output:
-        options.output.write_text(json.dumps({"threads": options.threads, "precision": precision, "rows": rows}, indent=2) + "\n")
+        options.output.write_text(
+            json.dumps({"threads": options.threads, "precision": precision, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

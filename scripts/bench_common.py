@@ -23,7 +23,8 @@ PERCENT = ("spread", "of matmul rate")
 
 
 def parse(parser: argparse.ArgumentParser, timed: str) -> argparse.Namespace:
-    """The options of `parser`, and those of all benches whose contenders take turns; sets the threads. `timed`: what a round times."""
+    """The options of `parser`, and those of all benches whose contenders take turns; sets the threads. `timed`: what a
+    round times."""
     parser.add_argument("--peer", type=Path, help="checkout of facebookresearch/dino to run beside ours")
     parser.add_argument("--rounds", type=int, default=5, help=f"timed {timed} of each contender (default: 5)")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads (default: the cores)")
@@ -35,8 +36,11 @@ def parse(parser: argparse.ArgumentParser, timed: str) -> argparse.Namespace:
 
 
 def peak_memory(only: str, *words: str) -> float:
-    """MiB that a contender adds to a process of its own: this script again, with these options too, which prints it last."""
-    done = subprocess.run([sys.executable, *sys.argv, *words, "--only", only], check=True, capture_output=True, text=True)
+    """MiB that a contender adds to a process of its own: this script again, with these options too, which prints it
+    last."""
+    done = subprocess.run(
+        [sys.executable, *sys.argv, *words, "--only", only], check=True, capture_output=True, text=True
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -54,8 +58,11 @@ class Times(NamedTuple):
         return {f"{unit}/s": speed, "spread": spread, f"{unit}/CPU-s": count / statistics.median(self.cpu)}
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int, cpu: Callable[[], float] = time.process_time) -> dict[str, Times]:
-    """Time the calls one after the other, `rounds` times after a round that warms up, so that ratios hold on a busy machine.
+def in_turn(
+    calls: dict[str, Callable[[], Any]], rounds: int, cpu: Callable[[], float] = time.process_time
+) -> dict[str, Times]:
+    """Time the calls one after the other, `rounds` times after a round that warms up, so that ratios hold on a busy
+    machine.
 
     `cpu`: seconds of CPU time spent so far.
     """
@@ -96,7 +103,9 @@ def resident(field: str) -> float:
 def cpu() -> str:
     """This machine's CPU: its model, the widest instructions that torch uses, and what multiplies bf16."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     units = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
     native = [name for probe, name in units.items() if getattr(torch.cpu, probe, lambda: False)()]
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, bf16 by {native[0] if native else 'nothing'}"
@@ -106,6 +115,10 @@ def publish(rows: Sequence[dict], output: Path | None, **about: Any) -> None:
     """Print the rows, and write them to `output` with what else is worth knowing."""
     about = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__} | about
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(table(list(rows[0]), [[f"{value:.0%}" if key in PERCENT else value for key, value in row.items()] for row in rows]))
+    print(
+        table(
+            list(rows[0]), [[f"{value:.0%}" if key in PERCENT else value for key, value in row.items()] for row in rows]
+        )
+    )
     if output:
         output.write_text(json.dumps(about | {"rows": list(rows)}, indent=2) + "\n")

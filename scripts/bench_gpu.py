@@ -1,21 +1,26 @@
-"""Training on a GPU: images a second, memory, and the share of what the GPU multiplies at best, beside the official DINO code and lightly.
+"""Training on a GPU: images a second, memory, and the share of what the GPU multiplies at best, beside the official
+DINO code and lightly.
 
-    python scripts/bench_gpu.py --peer DINO_CHECKOUT --output benchmarks/gpu.json     once, on a GPU
-    python scripts/bench_gpu.py --device cpu --tiny                                   on a CPU, only to see that it works
+    python scripts/bench_gpu.py --peer DINO_CHECKOUT --output benchmarks/gpu.json     once, on a GPU python
+    scripts/bench_gpu.py --device cpu --tiny                                   on a CPU, only to see that it works
 
 Cases `step ...` are DINO steps on ready views of 2 x 224 and 8 x 96 pixels, K 65,536 (bench_step.py), ours beside:
 
-    official fp16, bf16   `--peer`, a checkout of facebookresearch/dino, as its own training runs (loss scaling, the loss read in every
+    official fp16, bf16   `--peer`, a checkout of facebookresearch/dino, as its own training runs (loss scaling, the
+    loss read in every
                           step), and with bf16 in place of fp16; without --peer they are left out
-    lightly bf16          its DINO loss and head on a timm ViT, one crop after the other as in its example (pip install 'vit-suite[bench]')
+    lightly bf16          its DINO loss and head on a timm ViT, one crop after the other as in its example (pip install
+    'vit-suite[bench]')
 
-Cases `training ...` are trainings as `vit-suite pretrain` runs them, Lightning's loop and logging included, from generated images that lie
-on the GPU as 8 bits and are augmented there. `compiled` and `graphs` are ours with trainer.compile blocks and graphs.
+Cases `training ...` are trainings as `vit-suite pretrain` runs them, Lightning's loop and logging included, from
+generated images that lie on the GPU as 8 bits and are augmented there. `compiled` and `graphs` are ours with
+trainer.compile blocks and graphs.
 
-Each contender has a process of its own: one that fails is reported and the others go on. Speed is the median of the rounds, spread
-(largest - smallest) / median; FLOP are those of a contender's own matrix products; ratios are to the last row of a case that
-ran, which `ratio to` names. Aims on an H100:
-steps 2.5 times as fast as the official code and at 45% of the matmul rate, `training cifar` 8,000 images/s.
+Each contender has a process of its own: one that fails is reported and the others go on. Speed is the median of the
+rounds, spread
+(largest - smallest) / median; FLOP are those of a contender's own matrix products; ratios are to the last row of a case
+that ran, which `ratio to` names. Aims on an H100: steps 2.5 times as fast as the official code and at 45% of the matmul
+rate, `training cifar` 8,000 images/s.
 """
 
 from __future__ import annotations
@@ -60,7 +65,10 @@ from vit_suite.config import (
 from vit_suite.hardware import matmul_rate
 from vit_suite.reports.phases import Phases, now
 
-STEPS = {"step vits16": CASES["vits16"] | {"batch": 64}, "step vitb16": CASES["vits16"] | {"dim": 768, "heads": 12, "batch": 64}}
+STEPS = {
+    "step vits16": CASES["vits16"] | {"batch": 64},
+    "step vitb16": CASES["vits16"] | {"dim": 768, "heads": 12, "batch": 64},
+}
 TINY = {"dim": 24, "depth": 2, "heads": 3, "patch": 8, "sizes": (32, 16), "local": 2, "batch": 4, "prototypes": 64}
 COMPILE = {"ours graphs": "graphs", "ours compiled": "blocks", "ours": "none"}
 PEERS = ["lightly bf16", "official bf16", "official fp16"]
@@ -93,7 +101,12 @@ def trainings(tiny: bool) -> dict[str, PretrainConfig]:
         "training cifar": training(dino, ViewsConfig(global_size=32, local_size=16), OptimConfig(), small, *cifar),
         "training sit vits16": training(SiTConfig(), SiTViewsConfig(**sizes), SiTOptimConfig(), vits16, *photo),
         "training supervised vits16": training(
-            SupervisedConfig(), SupervisedViewsConfig(**sizes), SupervisedOptimConfig(), vits16, *photo[:2], 4 * photo[2]
+            SupervisedConfig(),
+            SupervisedViewsConfig(**sizes),
+            SupervisedOptimConfig(),
+            vits16,
+            *photo[:2],
+            4 * photo[2],
         ),
     }
 
@@ -120,7 +133,8 @@ def measure_step(name: str, case: dict, device: torch.device, options: argparse.
 
 
 class Clock(Recorder):
-    """Times windows of steps of a training, and ends it; the first step's products are counted as `vit-suite profile` counts them."""
+    """Times windows of steps of a training, and ends it; the first step's products are counted as `vit-suite profile`
+    counts them."""
 
     def __init__(self, device: torch.device, steps: int, rounds: int) -> None:
         super().__init__(Phases(device), warmup=steps, steps=steps)
@@ -165,7 +179,9 @@ def apart(start: str, function: Callable, *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def measure(case: str, device: torch.device, options: argparse.Namespace, rate: float, failed: dict[str, str]) -> list[dict]:
+def measure(
+    case: str, device: torch.device, options: argparse.Namespace, rate: float, failed: dict[str, str]
+) -> list[dict]:
     """A row for each contender of a case that runs; why the others do not goes into `failed`."""
     sizes = STEPS if not options.tiny else dict.fromkeys(STEPS, TINY)
     function, what = (measure_step, sizes[case]) if case in STEPS else (measure_training, trainings(options.tiny)[case])
@@ -190,7 +206,9 @@ def hardware(device: torch.device) -> dict[str, str]:
     if device.type == "cpu":
         return {}  # `publish` says which
     found = torch.cuda.get_device_properties(device)
-    about = {"hardware": f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors"}
+    about = {
+        "hardware": f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors"
+    }
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader", "-i", "0"]
         about["driver and power limit"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -213,7 +231,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases, contenders = [*STEPS, *trainings(tiny=False)], [*COMPILE, *PEERS]
     parser.add_argument("--case", nargs="+", choices=cases, default=cases, help="which cases (default: all)")
-    parser.add_argument("--contender", nargs="+", choices=contenders, default=contenders, help="which contenders (default: all)")
+    parser.add_argument(
+        "--contender", nargs="+", choices=contenders, default=contenders, help="which contenders (default: all)"
+    )
     parser.add_argument("--peer", type=Path, help="checkout of facebookresearch/dino to run beside ours")
     parser.add_argument("--rounds", type=int, default=5, help="timed windows of each contender (default: 5)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a window (default: 20)")
@@ -223,7 +243,9 @@ def main() -> None:
     options = parser.parse_args()
     options.start = "spawn" if options.device == "cuda" else "fork"  # quicker, but CUDA does not survive it
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("bench_gpu.py: torch sees no GPU here; --device cpu --tiny shows on a CPU that the script works.")
+        raise SystemExit(
+            "bench_gpu.py: torch sees no GPU here; --device cpu --tiny shows on a CPU that the script works."
+        )
     device, failed = torch.device(options.device), {}
     about = apart(options.start, hardware, device) | {"versions": versions()}
     rate = apart(options.start, matmul_rate, "bf16", device)

@@ -1,12 +1,14 @@
 """Weighted kNN of features: ours beside the way of DINO's eval_knn.py, on this machine.
 
-    python scripts/bench_knn.py [--bank 50000] [--queries 10000] [--dim 384] [--k 20] [--peer DINO_CHECKOUT] [--output FILE.json]
+    python scripts/bench_knn.py [--bank 50000] [--queries 10000] [--dim 384] [--k 20] [--peer DINO_CHECKOUT] [--output
+    FILE.json]
 
-Queries a second (median of the rounds and their spread), FLOP/s of the one big product and their share of the machine's own matrix
-products in fp32, and peak memory in a process of its own. Ours takes its candidates from products in bf16, where these are native, or in
-fp32; it finds the same. `plain` follows the description of that file: the whole bank at once, a hundredth of the queries at a time, one
-product, topk, and a vote through one-hot rows. `--peer` is a checkout of facebookresearch/dino, whose knn_classifier is then called. The
-features lie around a direction a class, as those of a trained network do; the top-1 must be the same for all. Ratios are to the last row.
+Queries a second (median of the rounds and their spread), FLOP/s of the one big product and their share of the machine's
+own matrix products in fp32, and peak memory in a process of its own. Ours takes its candidates from products in bf16,
+where these are native, or in fp32; it finds the same. `plain` follows the description of that file: the whole bank at
+once, a hundredth of the queries at a time, one product, topk, and a vote through one-hot rows. `--peer` is a checkout
+of facebookresearch/dino, whose knn_classifier is then called. The features lie around a direction a class, as those of
+a trained network do; the top-1 must be the same for all. Ratios are to the last row.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def contenders(options: argparse.Namespace) -> dict[str, Callable[[], float]]:
 
     def ours(bf16: bool) -> float:
         with mock.patch.object(search, "native_bf16", lambda device: bf16):
-            return knn_classify(bank, bank_labels, queries, labels, ks=[k], temperature=TEMPERATURE, classes=CLASSES).top1[k]
+            return knn_classify(
+                bank, bank_labels, queries, labels, ks=[k], temperature=TEMPERATURE, classes=CLASSES
+            ).top1[k]
 
     calls = {"ours bf16": lambda: ours(True)} if native_bf16(torch.device("cpu")) else {}
     calls |= {"ours fp32": lambda: ours(False), "plain": lambda: plain(bank, bank_labels, queries, labels, k)}

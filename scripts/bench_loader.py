@@ -1,11 +1,13 @@
-"""Images per second of decoding and batching: ours from files, from shards and from memory, beside torchvision's ImageFolder and a
-DataLoader, with the same number of workers.
+"""Images per second of decoding and batching: ours from files, from shards and from memory, beside torchvision's
+ImageFolder and a DataLoader, with the same number of workers.
 
     python scripts/bench_loader.py [--images 512] [--size 375 500] [--workers 2] [--root PHOTOS] [--output FILE.json]
 
-JPEGs are made in a temporary folder, or read from --root (a folder a class). Every contender gives batches of uint8 tensors in random
-order, one epoch a round; workers live on between epochs, and their CPU time counts. The system holds the files in memory after the
-first round: this is about decoding and moving, not about disks. `memory` needs images of one size, and decodes before it is timed.
+JPEGs are made in a temporary folder, or read from --root (a folder a class). Every contender gives batches of uint8
+tensors in random order, one epoch a round; workers live on between epochs, and their CPU time counts. The system holds
+the files in memory after the
+first round: this is about decoding and moving, not about disks. `memory` needs images of one size, and decodes before
+it is timed.
 """
 
 from __future__ import annotations
@@ -40,18 +42,30 @@ def make_photographs(root: Path, count: int, size: tuple[int, int]) -> None:
     for index in range(count):
         folder = root / "ab"[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(drawn[index % len(drawn)].permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.jpg", quality=90)
+        Image.fromarray(drawn[index % len(drawn)].permute(1, 2, 0).numpy()).save(
+            folder / f"{index:06d}.jpg", quality=90
+        )
 
 
 def torchvision_loader(root: Path, batch: int, workers: int) -> Iterable:
     """ImageFolder and DataLoader; images may differ in size, so a batch is a list."""
     images = ImageFolder(str(root), transform=PILToTensor())
-    return DataLoader(images, batch, shuffle=True, num_workers=workers, collate_fn=list, drop_last=True, persistent_workers=workers > 0)
+    return DataLoader(
+        images,
+        batch,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=list,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
 
 
 def our_loader(name: str, root: Path, batch: int, workers: int, resident: bool = False) -> Iterable:
     """The training loader of a data set by name."""
-    return ImageDataModule(DataConfig(name=name, root=str(root), batch_size=batch, workers=workers, resident=resident)).train_dataloader()
+    return ImageDataModule(
+        DataConfig(name=name, root=str(root), batch_size=batch, workers=workers, resident=resident)
+    ).train_dataloader()
 
 
 def pack(root: Path, shards: Path) -> None:
@@ -88,11 +102,16 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
         make_photographs(root, options.images, tuple(options.size))
     count = len(ImageFolder(str(root)))
     pack(root, folder / "shards")
-    loaders = {"files": our_loader("folder", root, batch, workers), "shards": our_loader("shards", folder / "shards", batch, workers)}
+    loaders = {
+        "files": our_loader("folder", root, batch, workers),
+        "shards": our_loader("shards", folder / "shards", batch, workers),
+    }
     if not options.root:
         loaders["memory"] = our_loader("folder", root, batch, 0, resident=True)
     loaders["torchvision"] = torchvision_loader(root, batch, workers)
-    times = in_turn({name: epoch(loader, batch, count) for name, loader in loaders.items()}, options.rounds, cpu_seconds)
+    times = in_turn(
+        {name: epoch(loader, batch, count) for name, loader in loaders.items()}, options.rounds, cpu_seconds
+    )
     rows = [{"contender": name} | times[name].row(count // batch * batch, "images") for name in loaders]
     add_ratios(rows, "images")
     return rows
@@ -102,7 +121,9 @@ def main() -> None:
     """Parses the options, measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=512, help="JPEGs that are made (default: 512)")
-    parser.add_argument("--size", type=int, nargs=2, default=[375, 500], metavar=("H", "W"), help="of each (default: 375 500)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[375, 500], metavar=("H", "W"), help="of each (default: 375 500)"
+    )
     parser.add_argument("--root", type=Path, help="read the JPEGs of this folder instead")
     parser.add_argument("--batch", type=int, default=64, help="images in a batch (default: 64)")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes, 0 = this one (default: 2)")

@@ -1,5 +1,6 @@
-"""Images per second of one core, making DeiT's view (crop, flip, RandAugment, erasing) and RandAugment alone: timm's with Pillow image
-by image, beside ours in batches. One process, one thread, taking turns; the time is the process's own CPU time.
+"""Images per second of one core, making DeiT's view (crop, flip, RandAugment, erasing) and RandAugment alone: timm's
+with Pillow image by image, beside ours in batches. One process, one thread, taking turns; the time is the process's own
+CPU time.
 
     python scripts/bench_randaugment.py --sizes 32 224
 """
@@ -38,7 +39,14 @@ def contenders(side: int, count: int) -> dict[str, Callable[[int], object]]:
     pillow = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     cfg = SupervisedViewsConfig(global_size=side)
     ours = SupervisedViews(cfg, MEAN, STD)
-    options = {"auto_augment": POLICY, "interpolation": "bicubic", "re_prob": 0.25, "re_mode": "pixel", "mean": MEAN, "std": STD}
+    options = {
+        "auto_augment": POLICY,
+        "interpolation": "bicubic",
+        "re_prob": 0.25,
+        "re_mode": "pixel",
+        "mean": MEAN,
+        "std": STD,
+    }
     view = create_transform(side, is_training=True, **options)
     operations = rand_augment_transform(POLICY, {"translate_const": int(0.45 * side), "img_mean": (124, 116, 104)})
     return {
@@ -64,7 +72,10 @@ def main() -> None:
                 run(number)
                 if number:  # the first round warms up
                     spent[name] = spent.get(name, 0.0) + time.process_time() - started
-        print(f"{side} px:", ", ".join(f"{name} {arguments.rounds * count / seconds:,.0f}/s" for name, seconds in spent.items()))
+        print(
+            f"{side} px:",
+            ", ".join(f"{name} {arguments.rounds * count / seconds:,.0f}/s" for name, seconds in spent.items()),
+        )
 
 
 if __name__ == "__main__":

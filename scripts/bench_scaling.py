@@ -2,9 +2,10 @@
 
     python scripts/bench_scaling.py [--axis crops batch tokens prototypes bank] [--plot FILE.png] [--output FILE.json]
 
-CPU time, the least of the rounds, which other jobs disturb least. `exponent` is the slope of a line through the points on logarithmic
-axes, `at the end` that between the last two: 1 is linear, less means that a part of the work does not grow. Only attention grows with the
-square of the tokens, so `tokens` may lie between 1 and 2; everything else must not exceed 1 by more than the noise.
+CPU time, the least of the rounds, which other jobs disturb least. `exponent` is the slope of a line through the points
+on logarithmic axes, `at the end` that between the last two: 1 is linear, less means that a part of the work does not
+grow. Only attention grows with the square of the tokens, so `tokens` may lie between 1 and 2; everything else must not
+exceed 1 by more than the noise.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ AXES = {
     "prototypes": (1.0, [4096, 32768, 262144], lambda n: BASE | {"prototypes": n}),
     "bank": (1.0, [5_000, 20_000, 80_000], None),
 }
-"""Name -> the largest exponent that the work itself has, sizes, and the case of scripts/bench_step.py (None: kNN of 500 queries)."""
+"""Name -> the largest exponent that the work itself has, sizes, and the case of scripts/bench_step.py (None: kNN of 500
+queries)."""
 SIDE, EDGE = 240, 40  # pixels of a panel of the plot
 
 
@@ -63,13 +65,16 @@ def measure(axis: str, rounds: int) -> dict:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """A panel an axis, both of its axes logarithmic: the points, and a line of the largest exponent through the last."""
+    """A panel an axis, both of its axes logarithmic: the points, and a line of the largest exponent through the
+    last."""
     image = Image.new("RGB", (SIDE * len(rows), SIDE), "white")
     draw = ImageDraw.Draw(image)
     for column, row in enumerate(rows):
         points = [(math.log(float(size)), math.log(value)) for size, value in row["CPU ms"].items()]
         (left, low), (right, high) = (tuple(map(pick, zip(*points, strict=True))) for pick in (min, max))
-        scale = (SIDE - 2 * EDGE) / max(right - left, high - low)  # the same for both, so that a slope of 1 is a diagonal
+        scale = (SIDE - 2 * EDGE) / max(
+            right - left, high - low
+        )  # the same for both, so that a slope of 1 is a diagonal
 
         def place(x: float, y: float, column=column, left=left, low=low, scale=scale) -> tuple[float, float]:
             return column * SIDE + EDGE + (x - left) * scale, SIDE - EDGE - (y - low) * scale
@@ -82,7 +87,9 @@ def plot(rows: list[dict], path: Path) -> None:
             across, down = place(*point)
             draw.ellipse([across - 3, down - 3, across + 3, down + 3], fill="navy")
         sizes = list(row["CPU ms"])
-        draw.text((column * SIDE + EDGE, 8), f"{row['axis']}: exponent {row['at the end']:.2f} at the end", fill="black")
+        draw.text(
+            (column * SIDE + EDGE, 8), f"{row['axis']}: exponent {row['at the end']:.2f} at the end", fill="black"
+        )
         draw.text((column * SIDE + EDGE, SIDE - EDGE + 12), f"{sizes[0]} to {sizes[-1]}", fill="black")
     image.save(path)
 
@@ -90,7 +97,9 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     """Parses the options, measures, prints, and writes JSON and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--axis", nargs="+", choices=list(AXES), default=list(AXES), help="what grows (default: everything in turn)")
+    parser.add_argument(
+        "--axis", nargs="+", choices=list(AXES), default=list(AXES), help="what grows (default: everything in turn)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each size (default: 5)")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads (default: the cores)")
     parser.add_argument("--plot", type=Path, help="write a plot to this PNG")

@@ -2,9 +2,9 @@
 
     python scripts/bench_start.py [--rounds N] [--output FILE.json]
 
-`vit-suite --help` beside `import yaml`, and `pretrain` up to its first training step (of a small network on a few generated images)
-beside importing torch, timm and Lightning. The two of a pair take turns. CPU time of the processes, which other jobs on the machine
-disturb least, and wall time; medians.
+`vit-suite --help` beside `import yaml`, and `pretrain` up to its first training step (of a small network on a few
+generated images) beside importing torch, timm and Lightning. The two of a pair take turns. CPU time of the processes,
+which other jobs on the machine disturb least, and wall time; medians.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from vit_suite.reports.results import table
 SCRIPT = Path(sys.executable).with_name("vit-suite")
 TRAINING = """
 pretrain --data.name shapes --data.image_size 32 --data.length 64 --data.test_length 40 --data.batch_size 16
---backbone.patch_size 8 --backbone.dim 24 --backbone.depth 2 --backbone.heads 3 --method.out_dim 64 --method.hidden_dim 32
+--backbone.patch_size 8 --backbone.dim 24 --backbone.depth 2 --backbone.heads 3
+--method.out_dim 64 --method.hidden_dim 32
 --views.global_size 32 --views.local_size 16 --views.local_crops 2 --trainer.accelerator cpu --trainer.progress false
 """
 FIRST_STEP = """
@@ -77,12 +78,19 @@ def measure(name: str, rounds: int) -> dict:
 def main() -> None:
     """Parses the options, measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=list(PAIRS), default=list(PAIRS), help="which pairs (default: all)")
+    parser.add_argument(
+        "--case", nargs="+", choices=list(PAIRS), default=list(PAIRS), help="which pairs (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="starts of each of a pair (default: 5)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
     rows = [measure(name, options.rounds) for name in options.case]
-    print(table(list(rows[0]), [[f"{value:.0%}" if key == "spread" else value for key, value in row.items()] for row in rows]))
+    print(
+        table(
+            list(rows[0]),
+            [[f"{value:.0%}" if key == "spread" else value for key, value in row.items()] for row in rows],
+        )
+    )
     if options.output:
         options.output.write_text(json.dumps({"python": sys.version.split()[0], "rows": rows}, indent=2) + "\n")
 

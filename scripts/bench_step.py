@@ -1,11 +1,14 @@
-"""A DINO step (both networks, loss, backward, clipping, AdamW, EMA) on ready views: ours beside the official code, on this CPU.
+"""A DINO step (both networks, loss, backward, clipping, AdamW, EMA) on ready views: ours beside the official code, on
+this CPU.
 
-    python scripts/bench_step.py [--case tiny small vits16] [--lean] [--lightly] [--peer DINO_CHECKOUT] [--threads N] [--output FILE.json]
+    python scripts/bench_step.py [--case tiny small vits16] [--lean] [--lightly] [--peer DINO_CHECKOUT] [--threads N]
+    [--output FILE.json]
 
-Images a second (median of the rounds and their spread), FLOP of matrix products counted as they run and their share of what this machine
-multiplies at best, and peak memory in a process of its own. The contenders take turns in one process, so that ratios hold on a busy
-machine; CPU time says what they cost where others compute too. `--peer` is a checkout of facebookresearch/dino: its main_dino.py, utils.py
-and vision_transformer.py are imported from there and run in fp32, as they do without a GPU.
+Images a second (median of the rounds and their spread), FLOP of matrix products counted as they run and their share of
+what this machine multiplies at best, and peak memory in a process of its own. The contenders take turns in one process,
+so that ratios hold on a busy machine; CPU time says what they cost where others compute too. `--peer` is a checkout of
+facebookresearch/dino: its main_dino.py, utils.py and vision_transformer.py are imported from there and run in fp32, as
+they do without a GPU.
 """
 
 from __future__ import annotations
@@ -28,9 +31,36 @@ from vit_suite.methods.compiled import check_compile, compile_blocks
 from vit_suite.methods.dino import DINO
 
 CASES = {
-    "tiny": {"dim": 96, "depth": 6, "heads": 3, "patch": 4, "sizes": (32, 16), "local": 4, "batch": 128, "prototypes": 4096},
-    "small": {"dim": 192, "depth": 12, "heads": 3, "patch": 4, "sizes": (32, 16), "local": 8, "batch": 64, "prototypes": 4096},
-    "vits16": {"dim": 384, "depth": 12, "heads": 6, "patch": 16, "sizes": (224, 96), "local": 8, "batch": 8, "prototypes": 65536},
+    "tiny": {
+        "dim": 96,
+        "depth": 6,
+        "heads": 3,
+        "patch": 4,
+        "sizes": (32, 16),
+        "local": 4,
+        "batch": 128,
+        "prototypes": 4096,
+    },
+    "small": {
+        "dim": 192,
+        "depth": 12,
+        "heads": 3,
+        "patch": 4,
+        "sizes": (32, 16),
+        "local": 8,
+        "batch": 64,
+        "prototypes": 4096,
+    },
+    "vits16": {
+        "dim": 384,
+        "depth": 12,
+        "heads": 6,
+        "patch": 16,
+        "sizes": (224, 96),
+        "local": 8,
+        "batch": 8,
+        "prototypes": 65536,
+    },
 }
 LEAN: dict[str, tuple[dict, dict]] = {
     "groups of crops": ({"crops_at_once": 1}, {}),
@@ -56,7 +86,14 @@ def ours(
     (size, local), (method, backbone) = case["sizes"], LEAN[lean] if lean else ({}, {})
     module = DINO(
         DINOConfig(out_dim=case["prototypes"], freeze_last_layer_epochs=0, **method),
-        BackboneConfig(patch_size=case["patch"], dim=case["dim"], depth=case["depth"], heads=case["heads"], drop_path=0.0, **backbone),
+        BackboneConfig(
+            patch_size=case["patch"],
+            dim=case["dim"],
+            depth=case["depth"],
+            heads=case["heads"],
+            drop_path=0.0,
+            **backbone,
+        ),
         ViewsConfig(global_size=size, local_size=local, local_crops=case["local"]),
         OptimConfig(),
         batch_size=case["batch"],
@@ -84,8 +121,11 @@ def ours(
     return step
 
 
-def official(case: dict, checkout: Path, precision: str = "fp32", device: torch.device = CPU) -> Callable[[], torch.Tensor]:
-    """The same of the official code, on its own training loop's calls: it reads the loss in every step, and scales it for fp16."""
+def official(
+    case: dict, checkout: Path, precision: str = "fp32", device: torch.device = CPU
+) -> Callable[[], torch.Tensor]:
+    """The same of the official code, on its own training loop's calls: it reads the loss in every step, and scales it
+    for fp16."""
     sys.path.insert(0, str(checkout))
     import main_dino
     import utils
@@ -93,7 +133,9 @@ def official(case: dict, checkout: Path, precision: str = "fp32", device: torch.
 
     if not torch.distributed.is_initialized():
         where = f"file://{tempfile.mkdtemp()}/group"
-        torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", init_method=where, rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl", init_method=where, rank=0, world_size=1
+        )
     torch.manual_seed(0)
 
     def network() -> torch.nn.Module:
@@ -146,7 +188,12 @@ def lightly(case: dict, precision: str, device: torch.device) -> Callable[[], to
     torch.manual_seed(0)
 
     def network() -> nn.Sequential:
-        shape = {"patch_size": case["patch"], "embed_dim": case["dim"], "depth": case["depth"], "num_heads": case["heads"]}
+        shape = {
+            "patch_size": case["patch"],
+            "embed_dim": case["dim"],
+            "depth": case["depth"],
+            "num_heads": case["heads"],
+        }
         vit = VisionTransformer(img_size=case["sizes"][0], num_classes=0, dynamic_img_size=True, **shape)
         return nn.Sequential(vit, DINOProjectionHead(case["dim"], 2048, 256, case["prototypes"])).to(device)
 
@@ -170,7 +217,8 @@ def lightly(case: dict, precision: str, device: torch.device) -> Callable[[], to
 
 
 def contender(name: str, case: str, peer: Path | None) -> Callable[[], torch.Tensor]:
-    """`ours bf16`, `ours fp32`, or one of these followed by a name of LEAN; `lightly bf16`, `lightly fp32`; `official fp32`."""
+    """`ours bf16`, `ours fp32`, or one of these followed by a name of LEAN; `lightly bf16`, `lightly fp32`; `official
+    fp32`."""
     who, *how = name.split(maxsplit=2)
     if who == "lightly":
         return lightly(CASES[case], *how, CPU)
@@ -211,8 +259,14 @@ def measure(case: str, names: list[str], peer: Path | None, rounds: int, threads
 def main() -> None:
     """Parses the options, measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="which cases (default: all)")
-    parser.add_argument("--lean", action="store_true", help="ours also in groups of crops, with checkpointing, and both, for less memory")
+    parser.add_argument(
+        "--case", nargs="+", choices=list(CASES), default=list(CASES), help="which cases (default: all)"
+    )
+    parser.add_argument(
+        "--lean",
+        action="store_true",
+        help="ours also in groups of crops, with checkpointing, and both, for less memory",
+    )
     parser.add_argument("--lightly", action="store_true", help="lightly's DINO too (pip install 'vit-suite[bench]')")
     options = parse(parser, "steps")
     if options.only:

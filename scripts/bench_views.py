@@ -1,6 +1,6 @@
-"""Images per second of one core, making multi-crop views: image by image with torchvision on PIL images, as DINO's released code
-does, beside ours in batches and ours image by image (what a decoding worker runs). One process, one thread, taking turns, so that
-the ratios hold on a busy machine too; the time is the process's own CPU time.
+"""Images per second of one core, making multi-crop views: image by image with torchvision on PIL images, as DINO's
+released code does, beside ours in batches and ours image by image (what a decoding worker runs). One process, one
+thread, taking turns, so that the ratios hold on a busy machine too; the time is the process's own CPU time.
 
     python scripts/bench_views.py --output views.json
 """
@@ -34,8 +34,11 @@ CASES = {
 def official(cfg: ViewsConfig) -> Callable[[Image.Image], list[torch.Tensor]]:
     """The augmentation of DINO's main_dino.py, with cfg's sizes: one function of a PIL image."""
     cubic = transforms.InterpolationMode.BICUBIC
-    colour = [transforms.RandomHorizontalFlip(0.5), transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-              transforms.RandomGrayscale(0.2)]
+    color = [
+        transforms.RandomHorizontalFlip(0.5),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        transforms.RandomGrayscale(0.2),
+    ]
     last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
 
     def blur(probability: float) -> Callable[[Image.Image], Image.Image]:
@@ -43,17 +46,18 @@ def official(cfg: ViewsConfig) -> Callable[[Image.Image], list[torch.Tensor]]:
             if np.random.rand() > probability:
                 return image
             return image.filter(ImageFilter.GaussianBlur(radius=np.random.uniform(0.1, 2.0)))
+
         return run
 
-    def solarise(image: Image.Image) -> Image.Image:
+    def solarize(image: Image.Image) -> Image.Image:
         return ImageOps.solarize(image) if np.random.rand() < 0.2 else image
 
     def compose(size: int, scale: list[float], probability: float, *more: Callable) -> transforms.Compose:
         crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=cubic)
-        return transforms.Compose([crop, *colour, blur(probability), *more, *last])
+        return transforms.Compose([crop, *color, blur(probability), *more, *last])
 
     first = compose(cfg.global_size, cfg.global_scale, 1.0)
-    second = compose(cfg.global_size, cfg.global_scale, 0.1, solarise)
+    second = compose(cfg.global_size, cfg.global_scale, 0.1, solarize)
     local = compose(cfg.local_size, cfg.local_scale, 0.5)
     return lambda image: [first(image), second(image)] + [local(image) for _ in range(cfg.local_crops)]
 
@@ -82,7 +86,10 @@ def ways(size: tuple[int, int], batch: int, cfg: ViewsConfig) -> dict[str, tuple
         "PIL, image by image": (few, lambda: [peer(image) for image in pil[:few]]),
         "ours, batched": (batch, lambda: batched(images, alone(batch, 0, 0, next(steps)))),
         "ours, batched, ragged list": (batch, lambda: batched(ragged, alone(batch, 0, 0, next(steps)))),
-        "ours, batches of one": (few, lambda: [batched(image[None], alone(1, 0, 0, next(steps))) for image in ragged[:few]]),
+        "ours, batches of one": (
+            few,
+            lambda: [batched(image[None], alone(1, 0, 0, next(steps))) for image in ragged[:few]],
+        ),
     }
 
 

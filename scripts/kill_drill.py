@@ -1,11 +1,13 @@
 """SIGKILL at random moments: does the same command, started again, end with the same weights?
 
-    python scripts/kill_drill.py                              # 20 kills of tiny runs on generated images, minutes on two cores
-    python scripts/kill_drill.py --kills 100 --seed 1 --output kills.json
+    python scripts/kill_drill.py                              # 20 kills of tiny runs on generated images, minutes on
+    two cores python scripts/kill_drill.py --kills 100 --seed 1 --output kills.json
 
-Every kill has a run of its own, with a checkpoint after each step. Every other one waits, from its random moment on, until a checkpoint is
-being written. The run then starts again with the same command, undisturbed, and what it ends with is compared to the bit with the run
-that was never killed: the exported backbone, and every tensor of last.ckpt (weights, EMA, centre, optimiser). Processes are forked
+Every kill has a run of its own, with a checkpoint after each step. Every other one waits, from its random moment on,
+until a checkpoint is being written. The run then starts again with the same command, undisturbed, and what it ends with
+is compared to the bit with the run
+that was never killed: the exported backbone, and every tensor of last.ckpt (weights, EMA, center, optimizer). Processes
+are forked
 from this one, so that they need not import torch 40 times; everything else is `vit-suite pretrain`.
 """
 
@@ -34,14 +36,18 @@ from vit_suite.reports.results import table  # noqa: E402
 from vit_suite.weights.checkpoint import load_backbone, weights_sha256  # noqa: E402
 
 TINY = """
---backbone.patch_size 8 --backbone.dim 24 --backbone.depth 2 --backbone.heads 3 --data.name shapes --data.image_size 32 --data.length 64
---data.test_length 40 --data.batch_size 16 --views.global_size 32 --optim.lr 5e-3 --optim.warmup_epochs 1 --trainer.max_epochs 8
+--backbone.patch_size 8 --backbone.dim 24 --backbone.depth 2 --backbone.heads 3
+--data.name shapes --data.image_size 32 --data.length 64
+--data.test_length 40 --data.batch_size 16 --views.global_size 32 --optim.lr 5e-3
+--optim.warmup_epochs 1 --trainer.max_epochs 8
 --trainer.log_every 1 --trainer.progress false --trainer.accelerator cpu --trainer.precision fp32 --trainer.threads 1
 --evaluate.every_epochs 2 --checkpoint.every_steps 1
 """.split()
 METHODS = {
-    "dino": "--method.out_dim 64 --method.hidden_dim 32 --method.bottleneck_dim 16 --method.warmup_teacher_temperature_epochs 1 "
-    "--views.local_size 16 --views.local_crops 2",
+    "dino": (
+        "--method.out_dim 64 --method.hidden_dim 32 --method.bottleneck_dim 16"
+        " --method.warmup_teacher_temperature_epochs 1 --views.local_size 16 --views.local_crops 2"
+    ),
     "sit": "--method.name sit --method.contrastive_dim 16 --method.sheet_every_epochs 0",
     "supervised": "--method.name supervised --method.ema 0.9",
 }
@@ -98,7 +104,8 @@ def partial(folder: Path) -> bool:
 
 
 def kill(folder: Path, method: str, moment: float, while_writing: bool) -> dict[str, Any] | None:
-    """Start a run and kill it `moment` seconds later, or when it next writes a checkpoint; what it left. None when it had ended."""
+    """Start a run and kill it `moment` seconds later, or when it next writes a checkpoint; what it left. None when it
+    had ended."""
     process = start(folder, method)
     end = time.monotonic() + moment
     while process.is_alive() and (time.monotonic() < end or while_writing and not partial(folder)):
@@ -137,11 +144,22 @@ def main() -> None:
             same = [ours == theirs for ours, theirs in zip(digests(folder), whole[method], strict=True)]
             rows.append({"kill": number + 1, "method": method, **found, "backbone": same[0], "checkpoint": same[1]})
             print(f"{number + 1}/{options.kills}: {rows[-1]}", file=sys.stderr, flush=True)
-    print(table(list(rows[0]), [[("no", "yes")[v] if isinstance(v, bool) else v for v in row.values()] for row in rows]))
+    print(
+        table(list(rows[0]), [[("no", "yes")[v] if isinstance(v, bool) else v for v in row.values()] for row in rows])
+    )
     identical = sum(row["backbone"] and row["checkpoint"] for row in rows)
-    print(f"\n{identical} of {len(rows)} bit-identical; {time.perf_counter() - began:.0f} s; torch {torch.__version__}, fp32, one thread")
+    print(
+        f"\n{identical} of {len(rows)} bit-identical; {time.perf_counter() - began:.0f} s; torch {torch.__version__},"
+        " fp32, one thread"
+    )
     if options.output:
-        result = {"identical": identical, "kills": rows, "sha256": whole, "torch": torch.__version__, "seed": options.seed}
+        result = {
+            "identical": identical,
+            "kills": rows,
+            "sha256": whole,
+            "torch": torch.__version__,
+            "seed": options.seed,
+        }
         options.output.write_text(json.dumps(result, indent=2) + "\n")
     sys.exit(identical != len(rows))
 

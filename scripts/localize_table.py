@@ -1,6 +1,7 @@
-"""The scores of `vit-suite localize` as Markdown, from one or more results.json: a row a method, its untrained self in brackets.
+"""The scores of `vit-suite localize` as Markdown, from one or more results.json: a row a method, its untrained self in
+brackets.
 
-    python scripts/localize_table.py runs/*/results.json
+python scripts/localize_table.py runs/*/results.json
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ MEASURES = {"jaccard": "Jaccard %", "box_iou": "box IoU %", "corloc": "CorLoc %"
 
 
 def markdown(entry: dict) -> str:
-    """One entry: `method | score (untrained)`, the centred box and the whole image last; the protocol above it."""
+    """One entry: `method | score (untrained)`, the centerd box and the whole image last; the protocol above it."""
     metrics, protocol = entry["metrics"], entry["protocol"]
     own, untrained = (rows for rows in list(metrics.values())[:2])
     measures = [name for name in MEASURES if name in next(iter(own.values()))]
@@ -26,8 +27,12 @@ def markdown(entry: dict) -> str:
     ]
     for method, row in own.items():
         threshold = f" at {row['threshold']:g}" if "threshold" in row else ""
-        lines.append(f"| {method}{threshold} | " + " | ".join(f"{row[m]:.1f} ({untrained[method][m]:.1f})" for m in measures) + " |")
-    for name, title in (("center_box", "centre box of the best fixed size"), ("whole_image", "whole image")):
+        lines.append(
+            f"| {method}{threshold} | "
+            + " | ".join(f"{row[m]:.1f} ({untrained[method][m]:.1f})" for m in measures)
+            + " |"
+        )
+    for name, title in (("center_box", "center box of the best fixed size"), ("whole_image", "whole image")):
         lines.append(f"| {title} | " + " | ".join(f"{metrics[name][m]:.1f}" for m in measures) + " |")
     return "\n".join(lines)
 

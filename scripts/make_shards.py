@@ -1,13 +1,13 @@
-"""Packs a data set into shards: tar files in the WebDataset layout, which `data.name shards` reads, for disks that give a few large
-files faster than millions of small ones.
+"""Packs a data set into shards: tar files in the WebDataset layout, which `data.name shards` reads, for disks that give
+a few large files faster than millions of small ones.
 
     python scripts/make_shards.py --name folder --root PHOTOS --output SHARDS
     python scripts/make_shards.py --name imagenet --root /data/imagenet --output /lustre/imagenet --shard-mb 512
 
-Files keep their bytes; images that lie in no file of their own (CIFAR's batches, generated ones) become PNG, or .npy where they have
-neither 1 nor 3 channels. Each sample is NUMBER-NAME.jpg and NUMBER-NAME.cls, the number of its class; `classes.txt` names the
-classes. The order is shuffled once, by --seed, so that a reader that goes from shard to shard sees mixed classes. Equal input gives
-equal bytes. Boxes and masks stay behind.
+Files keep their bytes; images that lie in no file of their own (CIFAR's batches, generated ones) become PNG, or .npy
+where they have neither 1 nor 3 channels. Each sample is NUMBER-NAME.jpg and NUMBER-NAME.cls, the number of its class;
+`classes.txt` names the classes. The order is shuffled once, by --seed, so that a reader that goes from shard to shard
+sees mixed classes. Equal input gives equal bytes. Boxes and masks stay behind.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ Member = tuple[str, bytes]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the options, writes the shards into a folder within the output, and moves them out of it when all are whole."""
+    """Parses the options, writes the shards into a folder within the output, and moves them out of it when all are
+    whole."""
     options = parse(arguments)
     try:
         splits = open_splits(options)
@@ -62,16 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"make_shards.py: {error}", file=sys.stderr)
         return 2
     size = sum(shard.length for shard in shards.values()) / 2**20
-    print(f"{sum(len(shard.names) for shard in shards.values())} images in {len(shards)} shards, {size:.0f} MiB, in {options.output}")
+    print(
+        f"{sum(len(shard.names) for shard in shards.values())} images in {len(shards)} shards, {size:.0f} MiB, in"
+        f" {options.output}"
+    )
     info = DATASETS[options.name]
     statistics = "".join(f" --data.{key} {' '.join(map(str, getattr(info, key)))}" for key in ("mean", "std"))
-    print(f"vit-suite pretrain --data.name shards --data.root {options.output}{statistics if info.mean != DATASETS['shards'].mean else ''}")
+    print(
+        "vit-suite pretrain --data.name shards --data.root"
+        f" {options.output}{statistics if info.mean != DATASETS['shards'].mean else ''}"
+    )
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, choices=list(DATASETS), metavar="NAME", help=f"data set: {' '.join(DATASETS)}")
+    parser.add_argument(
+        "--name", required=True, choices=list(DATASETS), metavar="NAME", help=f"data set: {' '.join(DATASETS)}"
+    )
     parser.add_argument("--root", help="its folder, as data.root (default: $VIT_SUITE_DATA)")
     parser.add_argument("--output", required=True, type=Path, help="folder of the shards")
     parser.add_argument("--splits", nargs="+", help="which splits (default: train, and the one to score)")
@@ -81,7 +90,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--seed", type=int, default=0, help="of the order of the images (default: 0)")
     order.add_argument("--keep-order", action="store_true", help="do not shuffle: class after class, as most sets lie")
-    parser.add_argument("--channels", type=positive, default=3, help="of images that lie in no file of their own (default: 3)")
+    parser.add_argument(
+        "--channels", type=positive, default=3, help="of images that lie in no file of their own (default: 3)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that the output holds")
     return parser.parse_args(arguments)
 
@@ -115,9 +126,14 @@ def check_output(output: Path, overwrite: bool) -> None:
     entries = sorted(path.name for path in output.iterdir() if path.name != PARTIAL)
     others = [name for name in entries if not (name.endswith(".tar") or name in (INDEX, CLASSES))]
     if others:
-        raise UserError(f"--output '{output}' holds other things than shards ({', '.join(others[:3])}): name another folder.")
+        raise UserError(
+            f"--output '{output}' holds other things than shards ({', '.join(others[:3])}): name another folder."
+        )
     if entries and not overwrite:
-        raise UserError(f"--output '{output}' holds {len(entries)} files ({entries[0]}, ...): name another folder, or give --overwrite.")
+        raise UserError(
+            f"--output '{output}' holds {len(entries)} files ({entries[0]}, ...): name another folder, or give"
+            " --overwrite."
+        )
 
 
 def move(partial: Path, output: Path) -> None:
@@ -145,7 +161,8 @@ def write_split(source: ImageSource, folder: Path, options: argparse.Namespace) 
 
 
 def split_up(samples: Iterable[list[Member]], limit: int, count: int) -> Iterator[Iterator[list[Member]]]:
-    """Samples in parts of at most `limit` bytes as tar (a larger sample is a part of its own) and at most `count` of them.
+    """Samples in parts of at most `limit` bytes as tar (a larger sample is a part of its own) and at most `count` of
+    them.
 
     One sample is in memory at a time: a part has to be read to its end before the next is asked for.
     """

@@ -1,11 +1,13 @@
 """The figures of docs/scaling.md: what a step computes, keeps and sends, and on how many GPUs it pays. Prints Markdown.
 
-    python scripts/scaling_table.py                                                      counted; no GPU, nothing is computed
-    python scripts/scaling_table.py --decode                                             JPEGs a second and core, measured
-    python -m torch.distributed.run --nproc-per-node 2 scripts/scaling_table.py --check  predicted against measured, two ranks here
+    python scripts/scaling_table.py                                                      counted; no GPU, nothing is
+    computed python scripts/scaling_table.py --decode                                             JPEGs a second and
+    core, measured python -m torch.distributed.run --nproc-per-node 2 scripts/scaling_table.py --check  predicted
+    against measured, two ranks here
 
-FLOPs and kept activations are counted on the suite's own networks with tensors that have shapes but no memory, with one block and with two:
-what a step takes is linear in the blocks. A multiplication and an addition are two FLOPs; elementwise work is left out.
+FLOPs and kept activations are counted on the suite's own networks with tensors that have shapes but no memory, with one
+block and with two: what a step takes is linear in the blocks. A multiplication and an addition are two FLOPs;
+elementwise work is left out.
 """
 
 from __future__ import annotations
@@ -47,9 +49,18 @@ NETWORKS = {
 }
 METHODS = ("DINO", "SiT", "supervised")
 V3 = SiTConfig(
-    rotation=False, contrastive="info_nce", contrastive_head="mlp", contrastive_dim=256, corruption="gmml", drop_area=0.5,
-    drop_type=["zeros"], reconstruct="corrupted", decoder="mlp", loss_weights="fixed", temperature=0.2,
-)  # fmt: skip
+    rotation=False,
+    contrastive="info_nce",
+    contrastive_head="mlp",
+    contrastive_dim=256,
+    corruption="gmml",
+    drop_area=0.5,
+    drop_type=["zeros"],
+    reconstruct="corrupted",
+    decoder="mlp",
+    loss_weights="fixed",
+    temperature=0.2,
+)
 LOCAL = 8
 PEAK, SUSTAINED, MEMORY = 989e12, 0.4, 80e9
 """FLOP/s of an H100 SXM in dense bf16 (data sheet), the share of it assumed here, and its bytes."""
@@ -80,7 +91,8 @@ class Cost:
         return Cost(*(a + (depth - 1) * (b - a) for a, b in zip(vars(self).values(), vars(two).values(), strict=True)))
 
 
-# Counted ----------------------------------------------------------------------------------------------------------------------------
+# Counted
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def build(method: str, backbone: BackboneConfig) -> Method:
@@ -174,15 +186,25 @@ def tokens(method: str, backbone: BackboneConfig) -> int:
 
 
 def with_checkpoints(one: Cost, two: Cost, method: str, backbone: BackboneConfig) -> float:
-    """Bytes an image keeps with backbone.checkpointing: the fp32 input of every block, one block, and what is not in blocks."""
+    """Bytes an image keeps with backbone.checkpointing: the fp32 input of every block, one block, and what is not in
+    blocks."""
     block = two.kept - one.kept
     return one.kept - block + block + backbone.depth * tokens(method, backbone) * backbone.dim * 4
 
 
 def markdown(header: list[str], rows: list[list[object]]) -> str:
     """A table; numbers with three digits."""
-    shown = [[f"{cell:,.0f}" if isinstance(cell, float) and cell >= 100 else f"{cell:.3g}" if isinstance(cell, float) else str(cell)
-              for cell in row] for row in rows]  # fmt: skip
+    shown = [
+        [
+            f"{cell:,.0f}"
+            if isinstance(cell, float) and cell >= 100
+            else f"{cell:.3g}"
+            if isinstance(cell, float)
+            else str(cell)
+            for cell in row
+        ]
+        for row in rows
+    ]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *shown]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -215,10 +237,22 @@ def print_counts(decoded: float) -> None:
 
 def memory_of(cost: Cost, small: float) -> list[object]:
     """A row of the memory table; `small`: bytes an image keeps with checkpointing."""
-    state, bucket = 16 * cost.trained + 4 * cost.teacher, 4 * cost.trained  # weights, gradients, two moments; DDP copies gradients
+    state, bucket = (
+        16 * cost.trained + 4 * cost.teacher,
+        4 * cost.trained,
+    )  # weights, gradients, two moments; DDP copies gradients
     room = 0.9 * MEMORY - state - bucket
     fit = [str(int(room / size)) for size in (cost.kept, small)]
-    return [cost.trained / 1e6, cost.teacher / 1e6, state / GIB, bucket / GIB, state / 8 / GIB, cost.kept / GIB, small / GIB, *fit]
+    return [
+        cost.trained / 1e6,
+        cost.teacher / 1e6,
+        state / GIB,
+        bucket / GIB,
+        state / 8 / GIB,
+        cost.kept / GIB,
+        small / GIB,
+        *fit,
+    ]
 
 
 def sending(cost: Cost, ranks: int, link: str) -> float:
@@ -242,7 +276,8 @@ def print_knn(costs: dict[tuple[str, str], Cost], bank: int = 1_281_167, queries
     print(markdown(["", "features on one GPU, s", "similarities, TFLOP", "bank in fp32, GiB"], rows))
 
 
-# Measured ---------------------------------------------------------------------------------------------------------------------------
+# Measured
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def photograph(seed: int) -> bytes:
@@ -251,8 +286,15 @@ def photograph(seed: int) -> bytes:
     rows, columns = np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None]
     falloff = 1 / np.maximum(np.hypot(rows, columns), 1 / 500)
     common = random.standard_normal((375, 500))
-    layers = [np.fft.irfft2(np.fft.rfft2(common + 0.3 * random.standard_normal((375, 500))) * falloff, s=(375, 500)) for _ in range(3)]
-    pixels = np.stack([120 + 55 * (layer - layer.mean()) / layer.std() for layer in layers], -1).clip(0, 255).astype(np.uint8)
+    layers = [
+        np.fft.irfft2(np.fft.rfft2(common + 0.3 * random.standard_normal((375, 500))) * falloff, s=(375, 500))
+        for _ in range(3)
+    ]
+    pixels = (
+        np.stack([120 + 55 * (layer - layer.mean()) / layer.std() for layer in layers], -1)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=92)
     return file.getvalue()
@@ -267,8 +309,10 @@ def print_decoding(count: int = 40, rounds: int = 5) -> None:
         for file in files:
             decode("photograph.jpg", content=file)
         rates.append(count / (time.process_time() - started))
-    print(f"{np.mean([len(file) for file in files]) / 1e3:.0f} kB a file; {statistics.median(rates):.0f} images a second and core "
-          f"({min(rates):.0f} to {max(rates):.0f})")  # fmt: skip
+    print(
+        f"{np.mean([len(file) for file in files]) / 1e3:.0f} kB a file; {statistics.median(rates):.0f} images a second and core "  # noqa: E501
+        f"({min(rates):.0f} to {max(rates):.0f})"
+    )
 
 
 class Step(nn.Module):
@@ -332,8 +376,10 @@ def print_check(batch: int = 8) -> None:
             ["two ranks, measured", 1e3 * measured[0], 1e3 * measured[1]],
         ]
         print(markdown(["", "wall, ms", "CPU, ms"], rows))
-        print(f"\n{flops / 1e9:.1f} GFLOP a step: {flops / one[1] / 1e9:.1f} GFLOP/s by CPU time; {size / 1e6:.1f} MB of gradients: gloo "
-              f"{size / reduce[0] / 1e9:.2f} GB/s; {batch} images a rank")  # fmt: skip
+        print(
+            f"\n{flops / 1e9:.1f} GFLOP a step: {flops / one[1] / 1e9:.1f} GFLOP/s by CPU time; {size / 1e6:.1f} MB of gradients: gloo "  # noqa: E501
+            f"{size / reduce[0] / 1e9:.2f} GB/s; {batch} images a rank"
+        )
 
 
 class Traffic(TorchDispatchMode):
@@ -352,27 +398,45 @@ class Traffic(TorchDispatchMode):
 
 def print_traffic(steps: int = 3) -> None:
     """What FSDP2 sends in a training step."""
-    data = DataLoader(TensorDataset(torch.zeros(8 * steps, 3, 64, 64, dtype=torch.uint8), torch.zeros(8 * steps, dtype=torch.long)), 8)
+    data = DataLoader(
+        TensorDataset(torch.zeros(8 * steps, 3, 64, 64, dtype=torch.uint8), torch.zeros(8 * steps, dtype=torch.long)), 8
+    )
     for precision in ("32-true", "bf16-mixed"):
         torch.manual_seed(0)
         method = small()
         weights = 4 * sum(parameter.numel() for parameter in method.student.parameters())
         trainer = pl.Trainer(
-            accelerator="cpu", devices=2, strategy=ShardedStrategy(2), precision=precision, max_steps=steps, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        )  # fmt: skip
+            accelerator="cpu",
+            devices=2,
+            strategy=ShardedStrategy(2),
+            precision=precision,
+            max_steps=steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
         with Traffic() as traffic:
             trainer.fit(method, data)
         if distributed.rank() == 0:
             gathered, scattered = (count / steps / weights for count in traffic.bytes.values())
-            print(f"{precision}: gathers {gathered:.2f} and scatters {scattered:.2f} times the {weights / 1e6:.1f} MB of the student")
+            print(
+                f"{precision}: gathers {gathered:.2f} and scatters {scattered:.2f} times the {weights / 1e6:.1f} MB of"
+                " the student"
+            )
 
 
 def main() -> None:
     """Parses the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decode", action="store_true", help="measure the decoder")
-    parser.add_argument("--decoded", type=float, default=690, help="images a second and core for the tables (default: what --decode gave)")
+    parser.add_argument(
+        "--decoded",
+        type=float,
+        default=690,
+        help="images a second and core for the tables (default: what --decode gave)",
+    )
     parser.add_argument("--check", action="store_true", help="measure a step on the ranks that torchrun started")
     options = parser.parse_args()
     if options.decode:

@@ -1,4 +1,5 @@
-"""Before anything imports torch: one thread (the tensors are small, numbers then repeat), and waiting threads sleep (vit_suite/cli.py).
+"""Before anything imports torch: one thread (the tensors are small, numbers then repeat), and waiting threads sleep
+(vit_suite/cli.py).
 
 Set in the environment, so that the commands that tests start run with the same.
 """

@@ -20,7 +20,8 @@ from vit_suite.options import Schema, attribute_docs
 
 from .test_parsing import write
 
-# Stand-ins for a command and its options; the table of commands refers to them by name, as it does to the real ones. ---------------
+# Stand-ins for a command and its options; the table of commands refers to them by name, as it does to the real ones.
+# ---------------
 
 
 @dataclass
@@ -69,13 +70,15 @@ def fake(config: FakeConfig) -> None:
             sys.exit(1)
     errors = {
         "user": UserError("data.root: no such folder\n  'x'"),
-        "worker": UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-                            "  File 'x', line 1\nvit_suite.errors.UserError: 12 of 20 files do not decode: see quarantine.txt"),
+        "worker": UserError(
+            "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            "  File 'x', line 1\nvit_suite.errors.UserError: 12 of 20 files do not decode: see quarantine.txt"
+        ),
         "bug": ZeroDivisionError("division by zero"),
         "silent": AssertionError(),
         "memory": OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         "interrupt": KeyboardInterrupt(),
-    }  # fmt: skip
+    }
     if config.fail:
         raise errors[config.fail]
 
@@ -96,7 +99,8 @@ def run(monkeypatch, tmp_path, capsys):
     return call
 
 
-# Methods ----------------------------------------------------------------------------------------------------------------------------
+# Methods
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_method_name_chooses_its_options(run, tmp_path):
@@ -117,7 +121,8 @@ def test_help_shows_the_chosen_method(run):
     assert "--method.patience" in out and "--method.speed" not in out and "one of fast, slow" in out
 
 
-# Exit status and messages -----------------------------------------------------------------------------------------------------------
+# Exit status and messages
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_success_passes_the_config(run, capsys):
@@ -127,7 +132,11 @@ def test_success_passes_the_config(run, capsys):
 
 def test_users_mistake_is_one_line_and_status_2(run):
     assert run("--fail", "user")[:3] == (2, "", "vit-suite: error: data.root: no such folder 'x'\n")
-    assert run("--fail", "worker")[:3] == (2, "", "vit-suite: error: 12 of 20 files do not decode: see quarantine.txt\n")
+    assert run("--fail", "worker")[:3] == (
+        2,
+        "",
+        "vit-suite: error: 12 of 20 files do not decode: see quarantine.txt\n",
+    )
 
 
 def test_fault_is_one_line_status_1_and_a_log(run, tmp_path):
@@ -174,7 +183,8 @@ def test_print_config_runs_nothing_and_reads_back(run, tmp_path):
     assert seen[-1].method == Slow() and seen[-1].run.seed == 7
 
 
-# Help -------------------------------------------------------------------------------------------------------------------------------
+# Help
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["demo", "pretrain", "knn", "attention"])
@@ -212,7 +222,8 @@ def test_attribute_docs_include_the_base_class():
     assert attribute_docs(Child)["out_dim"].startswith("Prototypes K")
 
 
-# As a process -----------------------------------------------------------------------------------------------------------------------
+# As a process
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def process(*words, **kwargs):

@@ -32,7 +32,9 @@ def test_the_papers_recipe_is_the_papers():
     assert (cfg.method.out_dim, cfg.method.momentum_teacher, cfg.method.center_momentum) == (65536, 0.996, 0.9)
     assert (cfg.method.warmup_teacher_temperature, cfg.method.teacher_temperature) == (0.04, 0.07)
     assert cfg.optim.lr * cfg.data.batch_size / 256 == pytest.approx(0.002)
-    assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == 21665664  # ViT-S/16 without a classifier
+    assert (
+        sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == 21665664
+    )  # ViT-S/16 without a classifier
 
 
 def load(name: str):
@@ -42,9 +44,19 @@ def load(name: str):
 def test_deits_recipe_is_deits():
     cfg = load("imagenet_deit_small")
     assert cfg.optim.lr * cfg.data.batch_size / 256 == pytest.approx(1e-3)  # 5e-4 x 1024 / 512
-    assert (cfg.optim.weight_decay, cfg.optim.clip, cfg.optim.warmup_epochs, cfg.trainer.max_epochs) == (0.05, 0, 5, 300)
+    assert (cfg.optim.weight_decay, cfg.optim.clip, cfg.optim.warmup_epochs, cfg.trainer.max_epochs) == (
+        0.05,
+        0,
+        5,
+        300,
+    )
     assert (cfg.method.mixup, cfg.method.cutmix, cfg.method.label_smoothing, cfg.method.ema) == (0.8, 1.0, 0.1, 0.99996)
-    assert (cfg.views.randaugment_set, cfg.views.magnitude, cfg.views.magnitude_std, cfg.views.erase) == ("increasing", 9, 0.5, 0.25)
+    assert (cfg.views.randaugment_set, cfg.views.magnitude, cfg.views.magnitude_std, cfg.views.erase) == (
+        "increasing",
+        9,
+        0.5,
+        0.25,
+    )
     assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == 21665664
 
 
@@ -52,7 +64,13 @@ def test_beyers_recipe_is_beyers():
     cfg = load("imagenet_beyer_small")
     peak = cfg.optim.lr * cfg.data.batch_size / 256
     assert (peak, peak * cfg.optim.weight_decay) == (pytest.approx(1e-3), pytest.approx(1e-4))  # big_vision's lr and wd
-    assert (cfg.optim.clip, cfg.optim.clip_mode, cfg.method.mixup, cfg.method.cutmix, cfg.method.ema) == (1, "global", 0.2, 0, 0)
+    assert (cfg.optim.clip, cfg.optim.clip_mode, cfg.method.mixup, cfg.method.cutmix, cfg.method.ema) == (
+        1,
+        "global",
+        0.2,
+        0,
+        0,
+    )
     assert (cfg.views.randaugment, cfg.views.magnitude, cfg.views.randaugment_probability) == (2, 10, 1)
     no_cls_nor_learned_positions = 21665664 - 384 - 197 * 384
     assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == no_cls_nor_learned_positions

@@ -4,9 +4,24 @@ import pytest
 
 from vit_suite import distributed
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS",
+)
 SLURM = {"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
-STEP = SLURM | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_LOCALID": "1"}
+STEP = SLURM | {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_LOCALID": "1",
+}
 
 
 @pytest.fixture
@@ -14,7 +29,14 @@ def launcher(monkeypatch):
     """What the launcher says when the environment holds these variables alone."""
 
     def call(**variables):
-        for name in (*NAMES, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "LOCAL_WORLD_SIZE"):
+        for name in (
+            *NAMES,
+            "SLURM_STEP_NUM_TASKS",
+            "SLURM_STEP_ID",
+            "SLURM_STEP_NODELIST",
+            "SLURM_STEP_NUM_NODES",
+            "LOCAL_WORLD_SIZE",
+        ):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -31,7 +53,9 @@ def test_what_started_the_processes(launcher):
     assert launcher(**STEP, MASTER_ADDR="host", MASTER_PORT="99")["init_method"] == "tcp://host:99"
     assert launcher(**STEP | {"SLURM_STEP_ID": "3"})["init_method"] == "tcp://node07:23641"
     assert distributed.local_rank() == 1
-    assert launcher(**STEP, RANK="5", WORLD_SIZE="8", LOCAL_RANK="6") == {"init_method": "env://"}  # torchrun under srun
+    assert launcher(**STEP, RANK="5", WORLD_SIZE="8", LOCAL_RANK="6") == {
+        "init_method": "env://"
+    }  # torchrun under srun
     assert distributed.local_rank() == 6
 
 

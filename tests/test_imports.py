@@ -69,14 +69,16 @@ def test_imports_point_left(path):
     assert here in ROAD, f"{here} has no place on the road"
     for imported in imports(path):
         there = stop(imported)
-        assert ROAD.index(there) <= ROAD.index(here), f"{module_name(path)} imports {imported}, which stands to its right"
+        assert ROAD.index(there) <= ROAD.index(here), (
+            f"{module_name(path)} imports {imported}, which stands to its right"
+        )
 
 
 def test_no_cycle():
     modules = {module_name(path): path for path in files()}
     graph = {}
     for name, path in modules.items():
-        # `from vit_suite.views import colour` imports a module as well as a package
+        # `from vit_suite.views import color` imports a module as well as a package
         found = imports(path)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:

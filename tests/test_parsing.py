@@ -1,6 +1,5 @@
 """Options from files, command line and Python: precedence, values, and every kind of mistake."""
 
-
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,8 @@ def error_of(call, *args, **kwargs) -> str:
     return str(caught.value)
 
 
-# Precedence and values --------------------------------------------------------------------------------------------------------------
+# Precedence and values
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_command_line_wins_over_file_over_default(tmp_path):
@@ -90,7 +90,11 @@ def test_value_on_the_command_line(words, key, value):
         ("data: {root: ~}", "data.root", None),
         ("data: {workers: auto}", "data.workers", "auto"),
         ("views:\n  global_scale:\n  - 4e-1\n  - 1\n", "views.global_scale", [0.4, 1.0]),
-        ("a: &a [0.1, 0.2]".replace("a: ", "views: {global_scale: ") + ", local_scale: *a}", "views.local_scale", [0.1, 0.2]),
+        (
+            "a: &a [0.1, 0.2]".replace("a: ", "views: {global_scale: ") + ", local_scale: *a}",
+            "views.local_scale",
+            [0.1, 0.2],
+        ),
     ],
 )
 def test_value_in_a_file(tmp_path, text, key, value):
@@ -122,14 +126,17 @@ def test_dump_reads_back(tmp_path, config):
     assert load_config(write(tmp_path / "c.yaml", dump_config(config)), cls=type(config)) == config
 
 
-@pytest.mark.parametrize("text", ["", "a b", "1", "1e-3", "no", "null", "[a]", "{a: b}", "a: b", "# x", "ü", "'q'", "-", "a\nb", "*"])
+@pytest.mark.parametrize(
+    "text", ["", "a b", "1", "1e-3", "no", "null", "[a]", "{a: b}", "a: b", "# x", "ü", "'q'", "-", "a\nb", "*"]
+)
 def test_dump_keeps_odd_text_and_numbers(tmp_path, text):
     config = PretrainConfig()
     config.run.name, config.optim.lr, config.optim.clip = text, 1 / 3 * 1e-9, 1e22
     assert load_config(write(tmp_path / "c.yaml", dump_config(config))) == config
 
 
-# Mistakes ---------------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,8 +160,14 @@ def test_dump_keeps_odd_text_and_numbers(tmp_path, text):
         ("optim: 3", ":1: optim: is a group of options such as optim.lr, not a value"),
         ("optim: [lr]", ":1: optim: is a group of options such as optim.lr, not a value"),
         ("trainer: {max_epochs: 1.5}", ":1: trainer.max_epochs: expected int (at least 1), got '1.5'"),
-        ("trainer: {accelerator: gqu}", ":1: trainer.accelerator: expected one of auto, cpu, gpu, got 'gqu'. Did you mean 'gpu'?"),
-        ("method: {queue: 3, name: dno}", ":1: method.name: expected one of dino, sit, supervised, got 'dno'. Did you mean 'dino'?"),
+        (
+            "trainer: {accelerator: gqu}",
+            ":1: trainer.accelerator: expected one of auto, cpu, gpu, got 'gqu'. Did you mean 'gpu'?",
+        ),
+        (
+            "method: {queue: 3, name: dno}",
+            ":1: method.name: expected one of dino, sit, supervised, got 'dno'. Did you mean 'dino'?",
+        ),
         ("optim:\n  lr: 1\n  lr: 2", ":3: key 'optim.lr' stands twice"),
         ("optim: {lr: 1}\noptim: {clip: 1}", ":2: key 'optim' stands twice"),
         ("optim: {lr: 1}\noptim.lr: 2", ":2: key 'optim.lr' stands twice"),
@@ -194,7 +207,10 @@ def test_mistake_in_a_file(tmp_path, text, message):
         ("--method.student_temperature 0", "--method.student_temperature: expected float (above 0), got '0'"),
         ("--run.overwrite maybe", "--run.overwrite: expected true or false, got 'maybe'"),
         ("--data.workers aut", "--data.workers: expected int or auto (at least 0), got 'aut'. Did you mean 'auto'?"),
-        ("--trainer.precision fp16", "--trainer.precision: expected one of auto, bf16, fp32, got 'fp16'. Did you mean 'bf16'?"),
+        (
+            "--trainer.precision fp16",
+            "--trainer.precision: expected one of auto, bf16, fp32, got 'fp16'. Did you mean 'bf16'?",
+        ),
         ("nonsense", "unexpected argument 'nonsense'"),
         ("-lr 3", "unexpected argument '-lr'"),
         ("--config", "--config: expected a YAML file, got nothing"),
@@ -207,7 +223,10 @@ def test_mistake_on_the_command_line(words, message):
 def test_config_file_that_cannot_be_read(tmp_path):
     write(tmp_path / "smoke.yaml", "")
     assert error_of(load_config, tmp_path) == f"{tmp_path}: is a folder, expected a YAML file"
-    assert error_of(load_config, tmp_path / "smok.yaml") == f"{tmp_path}/smok.yaml: no such config file. Did you mean 'smoke.yaml'?"
+    assert (
+        error_of(load_config, tmp_path / "smok.yaml")
+        == f"{tmp_path}/smok.yaml: no such config file. Did you mean 'smoke.yaml'?"
+    )
     assert error_of(load_config, tmp_path / "no" / "x.yaml") == f"{tmp_path}/no/x.yaml: no such config file."
     (tmp_path / "b.yaml").write_bytes(bytes(range(256)))
     assert error_of(load_config, tmp_path / "b.yaml") == f"{tmp_path}/b.yaml: not valid YAML: not a text file"
@@ -217,11 +236,15 @@ def test_missing_required_option_and_wrong_item_of_a_list():
     assert error_of(load_config, cls=KNNConfig) == "missing required option --checkpoint"
     assert error_of(load_config, cls=AttentionConfig) == "missing required option --checkpoint"
     words = "--checkpoint c --images i --formats overlay maskk".split()
-    expected = "--formats: expected any of png, overlay, mask, labels, npz, coco, gif, mp4, got 'maskk'. Did you mean 'mask'?"
+    expected = (
+        "--formats: expected any of png, overlay, mask, labels, npz, coco, gif, mp4, got 'maskk'. Did you mean 'mask'?"
+    )
     assert error_of(load_config, None, words, AttentionConfig) == expected
     assert load_config(None, "--checkpoint c --k 10 20".split(), KNNConfig).k == [10, 20]
     assert load_config(None, "--checkpoint c --k [10,20]".split(), KNNConfig).k == [10, 20]
-    assert "expected list of int (at least 1), got '0'" in error_of(load_config, None, "--checkpoint c --k 5 0".split(), KNNConfig)
+    assert "expected list of int (at least 1), got '0'" in error_of(
+        load_config, None, "--checkpoint c --k 5 0".split(), KNNConfig
+    )
 
 
 def test_synonyms_lead_to_options_that_exist():

@@ -1,9 +1,10 @@
 """The command line: which commands there are, their help, and what a failure prints.
 
-Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130 interrupted
+Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130
+interrupted
 (Ctrl-C), 143 terminated (SIGTERM), 75 stopped by SIGUSR1: after these a training goes on when it is started again.
-`vit-suite --help` answers as fast as Python starts, so everything is imported inside the functions; the code of a command, and
-with it torch, only once its options have proved right.
+`vit-suite --help` answers as fast as Python starts, so everything is imported inside the functions; the code of a
+command, and with it torch, only once its options have proved right.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    # Waiting OpenMP threads spin a shorter while (a third of libgomp's count) before they sleep. On a machine that several jobs shared,
-    # the default made a step of two threads take 15 s instead of 1 s. DINO on CIFAR-10, two cores, images/s: alone 518 by default, 494
-    # with this, 334 without spinning. Read once, when torch loads OpenMP.
+    # Waiting OpenMP threads spin a shorter while (a third of libgomp's count) before they sleep. On a machine that
+    # several jobs shared, the default made a step of two threads take 15 s instead of 1 s. DINO on CIFAR-10, two cores,
+    # images/s: alone 518 by default, 494 with this, 334 without spinning. Read once, when torch loads OpenMP.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     from vit_suite.errors import UserError
@@ -108,7 +109,9 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C with sys.exit(1)
             return _complain("interrupted", 130)
-        if type(stop).__name__ == "SIGTERMException":  # Lightning's answer to SIGTERM before the first step, which would exit with 0
+        if (
+            type(stop).__name__ == "SIGTERMException"
+        ):  # Lightning's answer to SIGTERM before the first step, which would exit with 0
             return _complain("terminated before the end", 143)
         raise
     except Exception as error:
@@ -133,7 +136,8 @@ def _load(place: str):
     return getattr(import_module(module), name)
 
 
-# What goes wrong --------------------------------------------------------------------------------------------------------------
+# What goes wrong
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _say(text: str) -> int:
@@ -150,7 +154,8 @@ def _complain(text: str, status: int) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message without line breaks; of an error that a loader's worker process passed on, only what the worker said."""
+    """The message without line breaks; of an error that a loader's worker process passed on, only what the worker
+    said."""
     message = str(error).strip()
     if "Original Traceback" in message:
         message = message.splitlines()[-1].partition(": ")[2] or message.splitlines()[-1]
@@ -180,7 +185,9 @@ def _write_log(argv: list[str], config) -> str:
         path = folder / "vit-suite-error.log"
         try:
             with path.open("a", encoding="utf-8") as log:
-                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} vit-suite {shlex.join(argv)}\n{traceback.format_exc()}\n")
+                log.write(
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} vit-suite {shlex.join(argv)}\n{traceback.format_exc()}\n"
+                )
             return str(path)
         except OSError:
             continue
@@ -188,7 +195,8 @@ def _write_log(argv: list[str], config) -> str:
     return "above"
 
 
-# Help -------------------------------------------------------------------------------------------------------------------------
+# Help
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def overview() -> str:

@@ -1,4 +1,5 @@
-"""Ranks and reductions; the only file that imports torch.distributed. Everything works without a process group, as rank 0 of 1."""
+"""Ranks and reductions; the only file that imports torch.distributed. Everything works without a process group, as rank
+0 of 1."""
 
 from __future__ import annotations
 
@@ -62,9 +63,11 @@ def local_rank() -> int:
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """A gloo process group over the processes that torchrun or srun started; none without a launcher, or where there is one already.
+    """A gloo process group over the processes that torchrun or srun started; none without a launcher, or where there is
+    one already.
 
-    For commands whose ranks share nothing but work and files; a trainer sets up its own. Ranks may wait for each other for a day.
+    For commands whose ranks share nothing but work and files; a trainer sets up its own. Ranks may wait for each other
+    for a day.
     """
     if dist.is_initialized() or not (found := _from_launcher()):
         yield
@@ -79,8 +82,8 @@ def launched() -> Iterator[None]:
 def _from_launcher() -> dict:
     """Where the processes meet, and which this one is; empty for a single process.
 
-    SLURM_NTASKS, by which Lightning goes, also stands in a batch script that starts one process without srun; the tasks of a step are
-    those that run.
+    SLURM_NTASKS, by which Lightning goes, also stands in a batch script that starts one process without srun; the tasks
+    of a step are those that run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         return {"init_method": "env://"}
@@ -89,8 +92,12 @@ def _from_launcher() -> dict:
         return {}
     from lightning_fabric.plugins.environments import SLURMEnvironment
 
-    host = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
-    place = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ["SLURM_STEP_ID"])  # steps of a job may run side by side
+    host = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(
+        os.environ["SLURM_STEP_NODELIST"]
+    )
+    place = int(os.environ["SLURM_JOB_ID"]) * 7 + int(
+        os.environ["SLURM_STEP_ID"]
+    )  # steps of a job may run side by side
     port = os.environ.get("MASTER_PORT", 15000 + place % 10000)
     return {"init_method": f"tcp://{host}:{port}", "rank": int(os.environ["SLURM_PROCID"]), "world_size": tasks}
 
@@ -115,10 +122,11 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def largest(values: list[int], device: torch.device) -> Callable[[], list[int]]:
-    """Begin to find, place by place, the largest of all ranks' `values` (all ranks call this at the same moment of their training).
+    """Begin to find, place by place, the largest of all ranks' `values` (all ranks call this at the same moment of
+    their training).
 
-    The function returned gives the answer. On a GPU it waits for the device to come this far, so ask a step later: by then there is
-    other work queued behind, and the device does not idle.
+    The function returned gives the answer. On a GPU it waits for the device to come this far, so ask a step later: by
+    then there is other work queued behind, and the device does not idle.
     """
     if not active():
         return lambda: values
@@ -140,7 +148,8 @@ def largest(values: list[int], device: torch.device) -> Callable[[], list[int]]:
 
 
 def mean_in_order(_, bucket):  # DDP compares annotations with objects, and here they are text
-    """A communication hook for DDP: the mean of all ranks' gradients, added in the order of ranks wherever in the bucket they are."""
+    """A communication hook for DDP: the mean of all ranks' gradients, added in the order of ranks wherever in the
+    bucket they are."""
     mine = bucket.buffer()
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
@@ -157,7 +166,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        ctx.count, tensor = len(tensor), tensor.contiguous()  # `empty_like` would repeat the strides of a transposed one
+        ctx.count, tensor = (
+            len(tensor),
+            tensor.contiguous(),
+        )  # `empty_like` would repeat the strides of a transposed one
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, tensor)
         return torch.cat(parts)
@@ -173,8 +185,8 @@ class _Gather(torch.autograd.Function):
 def gather_rows(tensor: Tensor) -> Tensor:
     """(B, ...) of every rank, alike on all, as (world * B, ...) in the order of ranks, with gradient.
 
-    DDP averages gradients over ranks; so a loss that is a mean over a rank's own rows against all rows has the gradient that one rank
-    with the whole batch would have.
+    DDP averages gradients over ranks; so a loss that is a mean over a rank's own rows against all rows has the gradient
+    that one rank with the whole batch would have.
     """
     return _Gather.apply(tensor) if active() else tensor
 
@@ -194,12 +206,14 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor of one shape over all ranks, alike on all, with gradient (`gather_rows` says of which scale)."""
+    """The sum of a tensor of one shape over all ranks, alike on all, with gradient (`gather_rows` says of which
+    scale)."""
     return _Sum.apply(tensor) if active() else tensor
 
 
 def gather_objects(value: T) -> list[T]:
-    """What each rank gives, in the order of ranks: anything that pickles, bit for bit; tensors on the CPU, of any shape on each rank."""
+    """What each rank gives, in the order of ranks: anything that pickles, bit for bit; tensors on the CPU, of any shape
+    on each rank."""
     if not active():
         return [value]
     found: list = [None] * dist.get_world_size()
@@ -208,17 +222,21 @@ def gather_objects(value: T) -> list[T]:
 
 
 def map_over_ranks(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`[function(item) for item in items]` on every rank, where each rank computes a share of it; what it returns has to pickle."""
+    """`[function(item) for item in items]` on every rank, where each rank computes a share of it; what it returns has
+    to pickle."""
     parts = gather_objects([function(item) for item in items[rank() :: world_size()]])
     return [parts[index % len(parts)][index // len(parts)] for index in range(len(items))]
 
 
-def shard(module: nn.Module | list[nn.Module], mesh: dist.DeviceMesh, low: torch.dtype | None = None, forward: str = "forward") -> None:
-    """Spread the parameters of a module, less those of submodules that are spread already, over the ranks of `mesh` (FSDP2).
+def shard(
+    module: nn.Module | list[nn.Module], mesh: dist.DeviceMesh, low: torch.dtype | None = None, forward: str = "forward"
+) -> None:
+    """Spread the parameters of a module, less those of submodules that are spread already, over the ranks of `mesh`
+    (FSDP2).
 
-    They are gathered while its method `forward` runs, in precision `low` where given; gradients are averaged over ranks in fp32, and
-    parameters, gradients and the optimiser's state stay fp32. Inputs keep their type, as under autocast. Several modules that run one
-    after the other are gathered together.
+    They are gathered while its method `forward` runs, in precision `low` where given; gradients are averaged over ranks
+    in fp32, and parameters, gradients and the optimizer's state stay fp32. Inputs keep their type, as under autocast.
+    Several modules that run one after the other are gathered together.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 

@@ -1,7 +1,8 @@
 """The one exception a user's mistake raises, and the nearest-name hint that goes with it.
 
-Anything that the user can put right (a key, a path, a name, a number) raises `UserError` with one sentence that says what, where,
-and what was expected; the command line prints it and exits with status 2. Every other exception is a fault of ours: status 1.
+Anything that the user can put right (a key, a path, a name, a number) raises `UserError` with one sentence that says
+what, where, and what was expected; the command line prints it and exits with status 2. Every other exception is a fault
+of ours: status 1.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ PARTIAL = ".partial"
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None], sync: bool = True) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step: readers see the old file or the new one."""
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step: readers see the old file or
+    the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
@@ -30,8 +31,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None], sync: bool
 
 
 def put_in_place(partial: Path, path: Path, sync: bool = True) -> None:
-    """Rename a file that is written to its final name, in one step; with `sync` its content reaches the disk first, since otherwise a
-    power cut may leave the new name with nothing behind it."""
+    """Rename a file that is written to its final name, in one step; with `sync` its content reaches the disk first,
+    since otherwise a power cut may leave the new name with nothing behind it."""
     if sync:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())

@@ -53,15 +53,18 @@ def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> contex
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`. A GPU is not waited for: the copy, from pinned memory, queues behind the work that it has."""
+    """A host tensor on `device`. A GPU is not waited for: the copy, from pinned memory, queues behind the work that it
+    has."""
     host = values.pin_memory() if device.type == "cuda" and values.device.type == "cpu" else values
     return host.to(device, non_blocking=True)
 
 
 def matmul_rate(precision: Literal["bf16", "fp32"], device: torch.device, seconds: float = 0.5) -> float:
-    """FLOP/s of products of square matrices on this device and number of threads: the best of three tries of `seconds` each.
+    """FLOP/s of products of square matrices on this device and number of threads: the best of three tries of `seconds`
+    each.
 
-    What a training step can at most come to, which a data sheet does not say. On a CPU by CPU time: what it would be without other jobs.
+    What a training step can at most come to, which a data sheet does not say. On a CPU by CPU time: what it would be
+    without other jobs.
     """
     cuda = device.type == "cuda"
     side, at_once = (8192, 10) if cuda else (2048, 1)  # a GPU is given several before it is waited for

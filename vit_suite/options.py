@@ -1,6 +1,6 @@
-"""What a config dataclass allows: its options by dotted key, their types, limits, defaults and docstrings, and the key nearest to
-a wrong one. jsonargparse converts a value to the type of its field; everything else here is the standard library, so that help
-answers at once."""
+"""What a config dataclass allows: its options by dotted key, their types, limits, defaults and docstrings, and the key
+nearest to a wrong one. jsonargparse converts a value to the type of its field; everything else here is the standard
+library, so that help answers at once."""
 
 from __future__ import annotations
 
@@ -16,16 +16,34 @@ from vit_suite.config import Range
 REQUIRED = dataclasses.MISSING
 
 SYNONYMS = {
-    "arch": "backbone.name", "model": "backbone.name", "embed_dim": "backbone.dim", "drop_path_rate": "backbone.drop_path",
-    "dataset": "data.name", "data_path": "data.root", "data_dir": "data.root", "num_workers": "data.workers",
-    "batch_size_per_gpu": "data.batch_size", "global_crops_scale": "views.global_scale", "local_crops_scale": "views.local_scale",
-    "local_crops_number": "views.local_crops", "num_crops": "views.local_crops", "learning_rate": "optim.lr",
-    "base_lr": "optim.lr", "clip_grad": "optim.clip", "gradient_clip_val": "optim.clip", "epochs": "trainer.max_epochs",
-    "gpus": "trainer.devices", "num_nodes": "trainer.nodes", "accumulate_grad_batches": "trainer.accumulate",
-    "saveckp_freq": "checkpoint.keep_every_epochs", "output_dir": "run.output", "use_bn_in_head": "method.head_batch_norm",
-    "teacher_temp": "method.teacher_temperature", "warmup_teacher_temp": "method.warmup_teacher_temperature",
+    "arch": "backbone.name",
+    "model": "backbone.name",
+    "embed_dim": "backbone.dim",
+    "drop_path_rate": "backbone.drop_path",
+    "dataset": "data.name",
+    "data_path": "data.root",
+    "data_dir": "data.root",
+    "num_workers": "data.workers",
+    "batch_size_per_gpu": "data.batch_size",
+    "global_crops_scale": "views.global_scale",
+    "local_crops_scale": "views.local_scale",
+    "local_crops_number": "views.local_crops",
+    "num_crops": "views.local_crops",
+    "learning_rate": "optim.lr",
+    "base_lr": "optim.lr",
+    "clip_grad": "optim.clip",
+    "gradient_clip_val": "optim.clip",
+    "epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices",
+    "num_nodes": "trainer.nodes",
+    "accumulate_grad_batches": "trainer.accumulate",
+    "saveckp_freq": "checkpoint.keep_every_epochs",
+    "output_dir": "run.output",
+    "use_bn_in_head": "method.head_batch_norm",
+    "teacher_temp": "method.teacher_temperature",
+    "warmup_teacher_temp": "method.warmup_teacher_temperature",
     "freeze_last_layer": "method.freeze_last_layer_epochs",
-}  # fmt: skip
+}
 """Names that timm, solo-learn, Lightning and the DINO release use for ours, where spelling alone would not find it."""
 
 
@@ -52,12 +70,14 @@ class Option(NamedTuple):
 
     @property
     def type_name(self) -> str:
-        """The type in words, with its limits: `int (at least 1)`, `one of cpu, gpu`, `list of float (2 of them, 0 to 1)`."""
+        """The type in words, with its limits: `int (at least 1)`, `one of cpu, gpu`, `list of float (2 of them, 0 to
+        1)`."""
         limits = ", ".join(map(str, self.limits))
         return f"{_spell(self.hint)} ({limits})" if limits else _spell(self.hint)
 
     def convert(self, value: Any) -> Any:
-        """`value` (text, None, a list of text, or a Python object) in the type of the option; ValueError where it does not fit."""
+        """`value` (text, None, a list of text, or a Python object) in the type of the option; ValueError where it does
+        not fit."""
         value = _converter(self.hint)(value)
         numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, float)]
         if not all(map(math.isfinite, numbers)) or not all(limit.holds(value) for limit in self.limits):
@@ -78,7 +98,8 @@ class Option(NamedTuple):
 
 
 class Schema:
-    """The options and groups of a config class. `chosen` maps `method.name` to the method whose options the group has."""
+    """The options and groups of a config class. `chosen` maps `method.name` to the method whose options the group
+    has."""
 
     def __init__(self, cls: type, chosen: Mapping[str, Any] = types.MappingProxyType({})):
         self.groups: dict[str, type] = {}  # "" is the config itself
@@ -94,7 +115,8 @@ class Schema:
             key, hint = join(group, field.name), hints[field.name]
             default = _default(field) if template is None else getattr(template, field.name)
             if variants := field.metadata.get("variants"):
-                # A name that no variant has keeps the default class; converting the name then tells the user the valid ones.
+                # A name that no variant has keeps the default class; converting the name then tells the user the valid
+                # ones.
                 selector = field.metadata.get("selector", own := f"{key}.name")
                 word = chosen.get(selector)
                 variant = variants.get(word, type(default)) if isinstance(word, str) else type(default)
@@ -110,10 +132,13 @@ class Schema:
     def build(self, values: Mapping[str, Any], group: str = "") -> Any:
         """The config object from a value for every option."""
         keys = {field.name: join(group, field.name) for field in dataclasses.fields(self.groups[group])}
-        return self.groups[group](**{name: self.build(values, key) if key in self.groups else values[key] for name, key in keys.items()})
+        return self.groups[group](
+            **{name: self.build(values, key) if key in self.groups else values[key] for name, key in keys.items()}
+        )
 
     def suggest(self, key: str, prefix: str = "") -> str:
-        """`" Did you mean 'optim.lr'?"` for the option closest to a wrong key; the groups there are when none is close."""
+        """`" Did you mean 'optim.lr'?"` for the option closest to a wrong key; the groups there are when none is
+        close."""
         from difflib import SequenceMatcher
 
         def likeness(known: str) -> float:
@@ -126,7 +151,11 @@ class Schema:
         if best not in self.options:
             best = max(self.options, key=likeness, default=None)
             if best is None or likeness(best) < 0.65:
-                return " Known: " + ", ".join(dict.fromkeys(prefix + known.partition(".")[0] for known in self.options)) + "."
+                return (
+                    " Known: "
+                    + ", ".join(dict.fromkeys(prefix + known.partition(".")[0] for known in self.options))
+                    + "."
+                )
         return f" Did you mean '{prefix}{best}'?"
 
 
@@ -193,7 +222,8 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 @functools.cache
 def _module_docs(module: str) -> dict[str, dict[str, str]]:
-    """Class -> field -> docstring; read once a module, because inspect.getsource(cls) parses the whole file for each class."""
+    """Class -> field -> docstring; read once a module, because inspect.getsource(cls) parses the whole file for each
+    class."""
     import ast
     import inspect
     import itertools
@@ -205,6 +235,8 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
             docs[node.name] = {
                 field.target.id: " ".join(text.value.value.split())
                 for field, text in itertools.pairwise(node.body)
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
             }
     return docs

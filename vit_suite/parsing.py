@@ -1,8 +1,9 @@
-"""YAML files, dotted options and Python mappings -> the dataclasses of config.py, or one sentence on what is wrong in them.
+"""YAML files, dotted options and Python mappings -> the dataclasses of config.py, or one sentence on what is wrong in
+them.
 
-The command line wins over files, a later file over an earlier one, files over defaults, wherever `--config` stands. Scalars of a
-file are kept as written and converted by the same rule as on the command line, so that `1e-3`, `no` and `null` mean the same in
-both. Nothing here imports torch.
+The command line wins over files, a later file over an earlier one, files over defaults, wherever `--config` stands.
+Scalars of a file are kept as written and converted by the same rule as on the command line, so that `1e-3`, `no` and
+`null` mean the same in both. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Given(NamedTuple):
 def load_config(
     path: str | os.PathLike | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), cls: type = PretrainConfig
 ) -> Any:
-    """A config object from a YAML file (None: from the defaults) and overrides, which win: either the words of a command line
-    (`["--optim.lr", "1e-3"]`) or a mapping, nested or dotted (`{"optim.lr": 1e-3}`). Raises UserError."""
+    """A config object from a YAML file (None: from the defaults) and overrides, which win: either the words of a
+    command line (`["--optim.lr", "1e-3"]`) or a mapping, nested or dotted (`{"optim.lr": 1e-3}`). Raises UserError."""
     if isinstance(overrides, Mapping):
         files, given = [], read_mapping(overrides)
     else:
@@ -48,15 +49,20 @@ def dump_config(config: Any) -> str:
     class Dumper(yaml.SafeDumper):
         """Lists in one line: `betas: [0.9, 0.999]`."""
 
-    Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True))
+    Dumper.add_representer(
+        list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+    )
     return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def resolve(cls: type, given: Mapping[str, Given]) -> Any:
-    """An object of the config class `cls` from what was given and its defaults; UserError names whatever does not fit."""
+    """An object of the config class `cls` from what was given and its defaults; UserError names whatever does not
+    fit."""
     schema = Schema(cls, chosen(given))
     values = {}
-    for key in sorted(given, key=lambda key: key not in schema.selectors):  # a wrong method first, then what it may not have
+    for key in sorted(
+        given, key=lambda key: key not in schema.selectors
+    ):  # a wrong method first, then what it may not have
         item = given[key]
         if key in schema.options:
             values[key] = _convert(schema.options[key], item)
@@ -88,7 +94,8 @@ def _convert(option: Option, item: Given) -> Any:
 
 
 def _join(option: Option, item: Given) -> Any:
-    """The words behind an option as one value: a list for a list, true for a switch without a word, else exactly one word."""
+    """The words behind an option as one value: a list for a list, true for a switch without a word, else exactly one
+    word."""
     words = item.value
     if not words and option.is_switch:
         return "true"
@@ -102,7 +109,8 @@ def _join(option: Option, item: Given) -> Any:
 
 
 def read_arguments(words: Sequence[str]) -> tuple[list[str], dict[str, Given]]:
-    """(files behind --config, the other options). `--a b c`, `--a=b`, and `-` for `_` in a name; the last of two equals wins."""
+    """(files behind --config, the other options). `--a b c`, `--a=b`, and `-` for `_` in a name; the last of two equals
+    wins."""
     configs: list[list[str]] = []
     given: dict[str, Given] = {}
     values: list[str] | None = None
@@ -131,7 +139,9 @@ def read_mapping(values: Mapping[str, Any], group: str = "") -> dict[str, Given]
         if isinstance(value, Mapping):
             given |= read_mapping(value, key)
         else:
-            given[key] = Given(os.fspath(value) if isinstance(value, os.PathLike) else value, key, f"unknown key '{key}'.")
+            given[key] = Given(
+                os.fspath(value) if isinstance(value, os.PathLike) else value, key, f"unknown key '{key}'."
+            )
     return given
 
 
@@ -153,7 +163,10 @@ def read_yaml_list(path: str | os.PathLike) -> list[dict[str, Given]]:
     path = Path(path)
     root = _compose(path)
     if root is None or root.id != "sequence" or not root.value:
-        raise UserError(f"{path}: expected a list of options ('- optim.lr: 1e-3'), got {'nothing' if root is None else 'a ' + root.id}")
+        raise UserError(
+            f"{path}: expected a list of options ('- optim.lr: 1e-3'), got"
+            f" {'nothing' if root is None else 'a ' + root.id}"
+        )
     entries: list[dict[str, Given]] = []
     for node in root.value:
         if node.id != "mapping":
@@ -184,7 +197,8 @@ def _compose(path: Path) -> Any:
 
 
 def _collect(node: Any, group: str, path: Path, given: dict[str, Given]) -> None:
-    """Flatten a YAML mapping into `given`; a key that stands twice would silently lose its first value, so it is an error."""
+    """Flatten a YAML mapping into `given`; a key that stands twice would silently lose its first value, so it is an
+    error."""
     if group.count(".") > 8:
         raise UserError(f"{path}:{node.start_mark.line + 1}: nested too deep")
     seen = set()

@@ -1,6 +1,7 @@
 """Signals that ask a training to stop: noted when they come, answered by the training where it can be gone on with.
 
-SIGUSR1 is a cluster's warning (SLURM: `--signal=USR1@90`), SIGTERM its request to end (`scancel`, `kill`), SIGINT Ctrl-C. Nothing is
+SIGUSR1 is a cluster's warning (SLURM: `--signal=USR1@90`), SIGTERM its request to end (`scancel`, `kill`), SIGINT
+Ctrl-C. Nothing is
 saved inside a handler: it runs between any two bytecodes, with half a step done and other ranks elsewhere.
 """
 
@@ -21,7 +22,8 @@ GRACE = 60
 
 
 class Stopped(Exception):
-    """A signal ended the training after `step` optimiser steps; its checkpoint is saved. `status` is the command's exit status."""
+    """A signal ended the training after `step` optimizer steps; its checkpoint is saved. `status` is the command's exit
+    status."""
 
     def __init__(self, number: int, step: int):
         super().__init__(number, step)
@@ -36,8 +38,9 @@ class Stopped(Exception):
 class Signals:
     """Notes signals between `with` and its end. `noted` is the number of the first one, 0 without.
 
-    SIGUSR1 is noted from the start, SIGTERM and SIGINT only after `listen()`: before the first step there is nothing to save, and they
-    end the process as ever. A second SIGTERM, or SIGINT, ends it at once. SIGUSR1 is a warning, however often it comes.
+    SIGUSR1 is noted from the start, SIGTERM and SIGINT only after `listen()`: before the first step there is nothing to
+    save, and they end the process as ever. A second SIGTERM, or SIGINT, ends it at once. SIGUSR1 is a warning, however
+    often it comes.
     """
 
     def __init__(self) -> None:
@@ -57,7 +60,9 @@ class Signals:
     def listen(self) -> None:
         """From now on SIGTERM and SIGINT are noted too, by this alone: the handlers of others are set aside."""
         self._note(signal.SIGTERM)
-        if self._before[signal.SIGINT] is not signal.SIG_IGN:  # nohup, and shells for background jobs, shield a process from Ctrl-C
+        if (
+            self._before[signal.SIGINT] is not signal.SIG_IGN
+        ):  # nohup, and shells for background jobs, shield a process from Ctrl-C
             self._note(signal.SIGINT)
 
     def _note(self, number: int) -> None:
@@ -80,8 +85,8 @@ class Signals:
 def outlive(worker: int = 0) -> None:
     """Make this process, a loader's worker, leave the answer to signals to the main process.
 
-    Ctrl-C reaches every process of a terminal, and a cluster may signal every process of a job. A worker that died of it would take the
-    step under way, and the checkpoint after it, along. SIGTERM still ends it, a while later.
+    Ctrl-C reaches every process of a terminal, and a cluster may signal every process of a job. A worker that died of
+    it would take the step under way, and the checkpoint after it, along. SIGTERM still ends it, a while later.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

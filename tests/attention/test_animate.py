@@ -64,8 +64,9 @@ def test_without_pyav_one_sentence_and_nothing_written(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_colours_are_fixed_over_frames(tmp_path):
-    """A frame whose map is the same at half the strength is drawn darker, not stretched to the full range as a picture of its own."""
+def test_colors_are_fixed_over_frames(tmp_path):
+    """A frame whose map is the same at half the strength is drawn darker, not stretched to the full range as a picture
+    of its own."""
     root = tmp_path / "images"
     root.mkdir()
 
@@ -91,7 +92,10 @@ def test_colours_are_fixed_over_frames(tmp_path):
     assert bright[0] == pytest.approx(bright[1], abs=6) and bright[2] == pytest.approx(bright[3], abs=6)
     assert max(bright[2:]) < min(bright[:2]) - 15
     rows = [row for row in read_manifest(tmp_path / "out") if row["kind"] == "gif"]
-    assert rows == [dict.fromkeys(rows[0], "") | {"kind": "gif", "head": "mean", "file": path.name, "threshold": "0.6", "status": "ok"}]
+    assert rows == [
+        dict.fromkeys(rows[0], "")
+        | {"kind": "gif", "head": "mean", "file": path.name, "threshold": "0.6", "status": "ok"}
+    ]
 
 
 def test_a_video_goes_in_and_comes_out(tmp_path):
@@ -101,7 +105,9 @@ def test_a_video_goes_in_and_comes_out(tmp_path):
     options = {"mean": MEAN, "std": STD, "formats": ["gif", "mask"], "maps": ["mean"]}
     summary = export_attention(Backbone(), tmp_path / "clip.gif", tmp_path / "out", **options)
     assert summary.images == 5 and summary.files == {"gif": 1, "mask": 5}
-    assert sorted(path.name for path in (tmp_path / "out").glob("*mask.png")) == [f"clip_{i:06}_mean_mask.png" for i in range(5)]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*mask.png")) == [
+        f"clip_{i:06}_mean_mask.png" for i in range(5)
+    ]
     assert len(list((tmp_path / "out" / "frames").iterdir())) == 5
     with Image.open(tmp_path / "out" / "animation_mean.gif") as image:
         assert image.n_frames == 5 and image.info["duration"] == 40  # the video's own rate

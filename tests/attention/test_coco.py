@@ -39,7 +39,10 @@ def test_runs_start_with_zeros():
 def test_a_file_that_pycocotools_reads(tmp_path, capsys):
     pictures = [
         ({"id": 3, "file_name": "a.jpg", "height": 31, "width": 17}, [{"head": "0"} | annotation(MASKS["noise"])]),
-        ({"id": 7, "file_name": "ü/b.jpg", "height": 5, "width": 7}, [{"head": str(i)} | annotation(MASKS["full"]) for i in range(2)]),
+        (
+            {"id": 7, "file_name": "ü/b.jpg", "height": 5, "width": 7},
+            [{"head": str(i)} | annotation(MASKS["full"]) for i in range(2)],
+        ),
     ]
     write_coco(tmp_path / "coco.json", {"threshold": 0.6}, lambda: iter(pictures))
     coco = coco_api.COCO(str(tmp_path / "coco.json"))

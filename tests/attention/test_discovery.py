@@ -1,4 +1,5 @@
-"""LOST and TokenCut against their definitions, written out patch by patch with scipy's labels and its generalised eigensolver."""
+"""LOST and TokenCut against their definitions, written out patch by patch with scipy's labels and its generalized
+eigensolver."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def some_keys(grid: tuple[int, int], count: int = 6, dim: int = 12) -> torch.Ten
     """Smooth over the grid, with a common part, as keys of a network are; (count, N, dim)."""
     generator = torch.Generator().manual_seed(sum(grid))
     coarse = torch.randn(count, dim, 3, 3, generator=generator)
-    fine = torch.nn.functional.interpolate(coarse, grid, mode="bicubic") + 0.3 * torch.randn(count, dim, *grid, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, grid, mode="bicubic") + 0.3 * torch.randn(
+        count, dim, *grid, generator=generator
+    )
     return fine.flatten(2).transpose(1, 2) + 0.2 * torch.randn(count, 1, dim, generator=generator)
 
 
@@ -30,8 +33,8 @@ def lost_by_hand(keys: np.ndarray, grid: tuple[int, int], k: int) -> tuple[np.nd
     seed = order[0]
     alike = [p for p in order[:k] if similarity[seed, p] > 0]
     summed = np.array([sum(similarity[p, q] for p in alike) for q in patches])
-    labelled, _ = ndimage.label((summed > 0).reshape(grid))
-    return labelled == labelled.ravel()[seed], seed
+    labeled, _ = ndimage.label((summed > 0).reshape(grid))
+    return labeled == labeled.ravel()[seed], seed
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -63,8 +66,8 @@ def tokencut_by_hand(keys: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarra
     seed = int(np.abs(vector).argmax())
     side = vector > vector.mean()
     side = side if side[seed] else ~side
-    labelled, _ = ndimage.label(side.reshape(grid))
-    return labelled == labelled.ravel()[seed], vector * np.sign(vector[seed]), seed
+    labeled, _ = ndimage.label(side.reshape(grid))
+    return labeled == labeled.ravel()[seed], vector * np.sign(vector[seed]), seed
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -81,7 +84,8 @@ def test_tokencut(grid):
 
 @pytest.mark.parametrize("method", [lost, tokencut])
 def test_a_planted_object_is_found(method):
-    """Two directions of keys, object and ground, that point away from each other; the object is smaller and so the one that is found."""
+    """Two directions of keys, object and ground, that point away from each other; the object is smaller and so the one
+    that is found."""
     grid = (10, 14)
     planted = torch.zeros(grid, dtype=torch.bool)
     planted[3:7, 4:9] = True
@@ -117,7 +121,9 @@ BACKBONES = {
 @pytest.mark.parametrize("options", BACKBONES.values(), ids=BACKBONES.keys())
 def test_keys_are_those_the_last_block_computes(options):
     torch.manual_seed(0)
-    backbone = Backbone(BackboneConfig(patch_size=8, dim=24, depth=3, heads=3, image_size=[32, 32], drop_path=0.3, **options))
+    backbone = Backbone(
+        BackboneConfig(patch_size=8, dim=24, depth=3, heads=3, image_size=[32, 32], drop_path=0.3, **options)
+    )
     for block in backbone.vit.blocks:  # as if trained: a norm of a norm would else change nothing
         torch.nn.init.normal_(block.norm1.weight)
         torch.nn.init.normal_(block.norm2.weight)
@@ -134,7 +140,7 @@ def test_keys_are_those_the_last_block_computes(options):
     torch.testing.assert_close(keys, seen[0][:, backbone.prefix_tokens :, 24:48])  # of q, k, v, heads side by side
 
 
-def test_keys_are_normalised_where_the_network_normalises_them():
+def test_keys_are_normalized_where_the_network_normalizes_them():
     torch.manual_seed(0)
     backbone = Backbone(BackboneConfig(patch_size=8, dim=24, depth=1, heads=3, image_size=[32, 32]))
     backbone.vit.blocks[-1].attn.k_norm = torch.nn.LayerNorm(8, elementwise_affine=False)

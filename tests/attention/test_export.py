@@ -26,10 +26,16 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
 
 class Backbone:
-    """CLS attention of head i follows the mean over channels of patch pixels, to the power i + 1: known from the image alone."""
+    """CLS attention of head i follows the mean over channels of patch pixels, to the power i + 1: known from the image
+    alone."""
 
     def __init__(self, patch_size=8, heads=2, prefix_tokens=1, mean=MEAN, std=STD):
-        self.patch_size, self.heads, self.prefix_tokens, self.has_cls = patch_size, heads, prefix_tokens, prefix_tokens > 0
+        self.patch_size, self.heads, self.prefix_tokens, self.has_cls = (
+            patch_size,
+            heads,
+            prefix_tokens,
+            prefix_tokens > 0,
+        )
         self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
         self.batches = []
 
@@ -37,7 +43,9 @@ class Backbone:
         assert not torch.is_grad_enabled() and torch.get_num_threads() == 1 and rows == slice(0, 1)
         self.batches.append(tuple(images.shape))
         pixels = (images * self.std + self.mean).clamp(0, 1)
-        patches = torch.nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), self.patch_size).flatten(1) + 0.01  # (B, N)
+        patches = (
+            torch.nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), self.patch_size).flatten(1) + 0.01
+        )  # (B, N)
         tokens = self.prefix_tokens + patches.shape[1]
         attention = torch.full((len(images), self.heads, 1, tokens), 1.0 / tokens)
         for head in range(self.heads):
@@ -54,13 +62,14 @@ def picture(height, width, seed=0, channels=3):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tree: two sizes, non-square, grey, alpha, palette, a name twice with other extensions, a broken file, a note."""
+    """A tree: two sizes, non-square, gray, alpha, palette, a name twice with other extensions, a broken file, a
+    note."""
     root = tmp_path / "images"
     (root / "cats" / "tabby").mkdir(parents=True)
     picture(32, 48, 1).save(root / "a.png")
     picture(40, 40, 2).save(root / "cats" / "same.png")
     picture(32, 48, 3).save(root / "cats" / "same.jpg")
-    picture(30, 21, 4, channels=1).save(root / "cats" / "grey.png")
+    picture(30, 21, 4, channels=1).save(root / "cats" / "gray.png")
     rgba = picture(64, 24, 5).convert("RGBA")
     rgba.putalpha(Image.new("L", rgba.size, 200))
     rgba.save(root / "cats" / "tabby" / "alpha.png")
@@ -74,7 +83,7 @@ SIZES = {
     "a": (32, 48),
     "cats/same.png": (40, 40),
     "cats/same.jpg": (32, 48),
-    "cats/grey": (30, 21),
+    "cats/gray": (30, 21),
     "cats/tabby/alpha": (64, 24),
     "palette": (32, 48),
 }
@@ -91,7 +100,9 @@ def files_of(output):
 
 def test_every_file_of_a_tree(folder, tmp_path):
     output = tmp_path / "out"
-    summary = export_attention(Backbone(), folder, output, mean=MEAN, std=STD, formats=["png", "overlay", "mask", "npz"], batch_size=2)
+    summary = export_attention(
+        Backbone(), folder, output, mean=MEAN, std=STD, formats=["png", "overlay", "mask", "npz"], batch_size=2
+    )
     expected = {f"{name}_attention.npz" for name in SIZES} | {"quarantine.txt", "manifest.csv"}
     for name in SIZES:
         for label in ("head0", "head1", "mean"):
@@ -154,14 +165,19 @@ def sizes_in(root, sizes):
 def test_images_of_one_grid_share_a_batch(tmp_path):
     root = sizes_in(tmp_path / "images", [(32, 32), (24, 40)] * 32)
     backbone = Backbone()
-    summary = export_attention(backbone, root, tmp_path / "out", mean=MEAN, std=STD, formats=["npz"], batch_size=1, workers=1)
+    summary = export_attention(
+        backbone, root, tmp_path / "out", mean=MEAN, std=STD, formats=["npz"], batch_size=1, workers=1
+    )
     assert {shape[0] for shape in backbone.batches} == {1} and len(backbone.batches) == 64
     assert summary.images == 64 and len(files_of(tmp_path / "out")) == 65
 
     backbone = Backbone()
     root = sizes_in(tmp_path / "more", [(32, 32), (24, 40)] * 64)  # blocks of 4
     export_attention(backbone, root, tmp_path / "out2", mean=MEAN, std=STD, formats=["npz"], batch_size=2, workers=1)
-    assert {shape[0] for shape in backbone.batches} == {2} and {shape[2:] for shape in backbone.batches} == {(32, 32), (24, 40)}
+    assert {shape[0] for shape in backbone.batches} == {2} and {shape[2:] for shape in backbone.batches} == {
+        (32, 32),
+        (24, 40),
+    }
 
 
 def test_blocks_depend_on_the_images_alone_and_hold_whole_batches():
@@ -169,7 +185,11 @@ def test_blocks_depend_on_the_images_alone_and_hold_whole_batches():
         blocks = cut(images, 16)
         assert [index for block in blocks for index in block] == list(range(images))
         lengths = {len(block) for block in blocks[:-1]}
-        assert len(lengths) <= 1 and all(length <= 16 or length % 16 == 0 for length in lengths) and max(map(len, blocks)) <= 64
+        assert (
+            len(lengths) <= 1
+            and all(length <= 16 or length % 16 == 0 for length in lengths)
+            and max(map(len, blocks)) <= 64
+        )
     assert [len(cut(images, 16)[0]) for images in (1, 8, 20, 200, 1000, 2000, 100_000)] == [1, 1, 3, 16, 16, 48, 64]
 
 
@@ -206,7 +226,9 @@ def test_token_limit_resize_and_tiny_images(tmp_path):
     picture(5, 3, 0).save(root / "tiny.png")
     picture(80, 160, 1).save(root / "wide.png")
     backbone = Backbone()
-    summary = export_attention(backbone, root, tmp_path / "out", mean=MEAN, std=STD, formats=["overlay"], maps=["mean"], max_tokens=50)
+    summary = export_attention(
+        backbone, root, tmp_path / "out", mean=MEAN, std=STD, formats=["overlay"], maps=["mean"], max_tokens=50
+    )
     assert summary.shrunk == 1 and summary.coarse == 1
     assert pixels_of(tmp_path / "out" / "tiny_mean_overlay.png").shape == (5, 3, 3)
     assert pixels_of(tmp_path / "out" / "wide_mean_overlay.png").shape == (80, 160, 3)
@@ -223,7 +245,7 @@ def test_bilinear_masks_are_taken_pixel_by_pixel(folder, tmp_path):
     assert (pixels_of(output / "a_head1_mask.png") == mass_mask(smooth)[1].numpy() * 255).all()
 
 
-def test_grey_and_many_channels(tmp_path):
+def test_gray_and_many_channels(tmp_path):
     root = tmp_path / "images"
     root.mkdir()
     np.save(root / "five.npy", np.random.default_rng(0).integers(0, 256, (5, 16, 24), dtype=np.uint8))
@@ -231,10 +253,10 @@ def test_grey_and_many_channels(tmp_path):
     backbone = Backbone(mean=five, std=five)
     export_attention(backbone, root, tmp_path / "out", mean=five, std=five, formats=["overlay"])
     assert backbone.batches == [(1, 5, 16, 24)]
-    grey = Backbone(mean=[0.5], std=[0.5])
+    gray = Backbone(mean=[0.5], std=[0.5])
     picture(16, 16).save(root / "five.png")
-    export_attention(grey, root / "five.png", tmp_path / "out2", mean=[0.5], std=[0.5])
-    assert grey.batches == [(1, 1, 16, 16)]
+    export_attention(gray, root / "five.png", tmp_path / "out2", mean=[0.5], std=[0.5])
+    assert gray.batches == [(1, 1, 16, 16)]
 
 
 def test_wrong_input_is_one_message_and_writes_nothing(folder, tmp_path):
@@ -248,7 +270,7 @@ def test_wrong_input_is_one_message_and_writes_nothing(folder, tmp_path):
         ({"formats": []}, "no format"),
         ({"maps": ["had"]}, "unknown map 'had'. Did you mean 'heads'"),
         ({"maps": []}, "no map"),
-        ({"clip_artefacts": 0.5}, "clip_artefacts is 0.5"),
+        ({"clip_artifacts": 0.5}, "clip_artifacts is 0.5"),
         ({"upsample": "cubic"}, "unknown upsampling"),
         ({"backbone": Backbone(prefix_tokens=0)}, "no CLS token.*vit-suite localize.*use a model with one"),
         ({"threshold": 0.0}, "threshold is 0.0"),
@@ -288,14 +310,17 @@ def test_a_failure_to_write_stops_the_export(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# Everything, with a backbone --------------------------------------------------------------------------------------------------
+# Everything, with a backbone
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    """Registers, uneven attention, and one patch in ten turned into an artefact (by its colour, see `with_artefact`)."""
+    """Registers, uneven attention, and one patch in ten turned into an artifact (by its color, see `with_artifact`)."""
     torch.manual_seed(0)
-    made = vit.Backbone(BackboneConfig(patch_size=8, dim=24, depth=3, heads=3, registers=2, image_size=[32, 32], drop_path=0.0))
+    made = vit.Backbone(
+        BackboneConfig(patch_size=8, dim=24, depth=3, heads=3, registers=2, image_size=[32, 32], drop_path=0.0)
+    )
     with torch.no_grad():
         for weights in made.parameters():
             weights.add_(0.2 * torch.randn_like(weights))
@@ -318,7 +343,11 @@ def enlarged(mode, maps, pixels):
     if mode == "nearest":
         return upsample(maps, size)
     smooth = upsample(maps, size, "bilinear")
-    return smooth if mode == "bilinear" else guided_filter(smooth, pixels.float().mean(0) / 255, round(size[0] / maps.shape[1]), 1e-3)
+    return (
+        smooth
+        if mode == "bilinear"
+        else guided_filter(smooth, pixels.float().mean(0) / 255, round(size[0] / maps.shape[1]), 1e-3)
+    )
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "guided"])
@@ -328,8 +357,10 @@ def test_every_map_and_format(backbone, folder, tmp_path, mode):
     assert backbone.training and torch.get_num_threads() == 1
     assert summary.files == {"png": 36, "overlay": 36, "mask": 36, "labels": 6, "npz": 6, "coco": 1}
     coco = json.loads((output / "coco.json").read_text())
-    good = ["a.png", "cats/grey.png", "cats/same.jpg", "cats/same.png", "cats/tabby/alpha.png", "palette.gif"]
-    assert [(image["id"], image["file_name"]) for image in coco["images"]] == list(zip([1, 3, 4, 5, 6, 7], good, strict=True))
+    good = ["a.png", "cats/gray.png", "cats/same.jpg", "cats/same.png", "cats/tabby/alpha.png", "palette.gif"]
+    assert [(image["id"], image["file_name"]) for image in coco["images"]] == list(
+        zip([1, 3, 4, 5, 6, 7], good, strict=True)
+    )
     for image in coco["images"]:  # number 2 does not decode
         pixels = torch.from_numpy(decode(folder / image["file_name"]).copy())
         name = image["file_name"] if image["file_name"] in SIZES else os.path.splitext(image["file_name"])[0]
@@ -343,7 +374,11 @@ def test_every_map_and_format(backbone, folder, tmp_path, mode):
         annotations = {one["head"]: one for one in coco["annotations"] if one["image_id"] == image["id"]}
         for label, small in zip(LABELS, [*heads, *others], strict=True):
             drawn = pixels_of(output / f"{name}_{label}_mask.png") > 0
-            truth = mass_mask(small, 0.5)[None] if mode == "nearest" else mass_mask(enlarged(mode, small[None], pixels), 0.5)
+            truth = (
+                mass_mask(small, 0.5)[None]
+                if mode == "nearest"
+                else mass_mask(enlarged(mode, small[None], pixels), 0.5)
+            )
             truth = upsample(truth, SIZES[name])[0] if mode == "nearest" else truth[0]
             assert drawn.shape == SIZES[name] and (drawn == truth.numpy()).mean() > 0.999
             found = annotations[label.removeprefix("head")]
@@ -351,7 +386,8 @@ def test_every_map_and_format(backbone, folder, tmp_path, mode):
 
 
 def check_numbers(backbone, pixels, heads, others):
-    """Of an npz: mean and max follow from the heads; for an image that needs no resizing all is what `look` says of it."""
+    """Of an npz: mean and max follow from the heads; for an image that needs no resizing all is what `look` says of
+    it."""
     torch.testing.assert_close(others[0], heads.mean(0))
     torch.testing.assert_close(others[1], max_map(heads[None])[0])
     if pixels.shape[1] % 8 or pixels.shape[2] % 8:
@@ -367,10 +403,14 @@ def test_the_manifest_lists_every_file(backbone, folder, tmp_path):
     output = tmp_path / "out"
     export_attention(backbone, folder, output, **EVERY)
     rows = read_manifest(output)
-    assert sorted(row["file"] for row in rows if row["file"]) == sorted(set(files_of(output)) - {"manifest.csv", "quarantine.txt"})
+    assert sorted(row["file"] for row in rows if row["file"]) == sorted(
+        set(files_of(output)) - {"manifest.csv", "quarantine.txt"}
+    )
     (failed,) = [row for row in rows if row["status"] != "ok"]
     assert failed["image"] == str(folder / "cats" / "broken.jpg") and not failed["file"] and "Error" in failed["status"]
-    assert [row["image"] for row in rows[:-1]] == sorted((row["image"] for row in rows[:-1]), key=lambda path: path.split(os.sep))
+    assert [row["image"] for row in rows[:-1]] == sorted(
+        (row["image"] for row in rows[:-1]), key=lambda path: path.split(os.sep)
+    )
     for row in rows[:-1]:
         if row["status"] == "ok":
             name = os.path.relpath(os.path.splitext(row["image"])[0], folder)
@@ -381,22 +421,22 @@ def test_the_manifest_lists_every_file(backbone, folder, tmp_path):
     assert rows[-1] | {"kind": "coco", "file": "coco.json", "image": "", "status": "ok"} == rows[-1]
 
 
-def test_artefacts_are_clipped_in_every_map(backbone, tmp_path, monkeypatch):
+def test_artifacts_are_clipped_in_every_map(backbone, tmp_path, monkeypatch):
     root = sizes_in(tmp_path / "images", [(48, 64)])
     original, place = backbone.vit.blocks[-1].forward, 3 + 2 * 8 + 5  # behind CLS and two registers: row 2, column 5
 
-    def with_artefact(x, **rest):
+    def with_artifact(x, **rest):
         x = original(x, **rest).clone()
         x[:, place] = 40 * x[:, place] / x[:, place].norm() * x.norm(dim=-1).median()
         return x
 
-    monkeypatch.setattr(backbone.vit.blocks[-1], "forward", with_artefact)
+    monkeypatch.setattr(backbone.vit.blocks[-1], "forward", with_artifact)
     options = EVERY | {"formats": ["npz"]}
     plain = export_attention(backbone, root, tmp_path / "plain", **options)
-    clipped = export_attention(backbone, root, tmp_path / "clipped", **options, clip_artefacts=4.0)
-    assert plain.artefacts == 0 and clipped.artefacts == 1
+    clipped = export_attention(backbone, root, tmp_path / "clipped", **options, clip_artifacts=4.0)
+    assert plain.artifacts == 0 and clipped.artifacts == 1
     before, after = (np.load(tmp_path / name / "000_attention.npz") for name in ("plain", "clipped"))
-    assert np.argwhere(after["artefacts"]).tolist() == [[2, 5]] and "artefacts" not in before
+    assert np.argwhere(after["artifacts"]).tolist() == [[2, 5]] and "artifacts" not in before
     for name in ("attention", "rollout"):
         changed = ~np.isclose(before[name], after[name], rtol=1e-4)
         assert np.unique(np.argwhere(changed)[:, -2:], axis=0).tolist() == [[2, 5]]
@@ -413,7 +453,13 @@ def test_a_data_set_and_a_list(backbone, folder, tmp_path):
     assert read_manifest(tmp_path / "set")[3]["image"] == source.path(3)
     (folder / "some.txt").write_text("cats/same.png\ncats/same.jpg\nnone.jpg\na.png\n")
     summary = export_attention(backbone, folder / "some.txt", tmp_path / "list", **options)
-    expected = ["a_mean_mask.png", "cats/same.jpg_mean_mask.png", "cats/same.png_mean_mask.png", "manifest.csv", "quarantine.txt"]
+    expected = [
+        "a_mean_mask.png",
+        "cats/same.jpg_mean_mask.png",
+        "cats/same.png_mean_mask.png",
+        "manifest.csv",
+        "quarantine.txt",
+    ]
     assert files_of(tmp_path / "list") == expected and summary.images == 3
     assert [row["status"] for row in read_manifest(tmp_path / "list")] == ["ok", "ok", "the file does not exist", "ok"]
     whole = export_attention(backbone, folder, tmp_path / "whole", **options, batch_size=1)

@@ -41,7 +41,9 @@ def test_large_windows_are_fitted_on_a_smaller_picture():
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(1, 1, 12, 15, generator=generator)
     guide = (torch.nn.functional.interpolate(small, size=(120, 150), mode="nearest")[0, 0] > 0.5).float()
-    maps = torch.nn.functional.interpolate(torch.rand(1, 2, 6, 8, generator=generator), size=(120, 150), mode="bilinear")[0]
+    maps = torch.nn.functional.interpolate(
+        torch.rand(1, 2, 6, 8, generator=generator), size=(120, 150), mode="bilinear"
+    )[0]
     fast = guided_filter(maps, guide, 14, 1e-3)
     exact = guided_filter(maps[:, ::2, ::2], guide[::2, ::2], 7, 1e-3)
     assert fast.shape == (2, 120, 150)

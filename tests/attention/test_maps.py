@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vit_suite.attention.maps import (
-    artefacts,
+    artifacts,
     attention_maps,
     cls_attention,
     look,
@@ -14,7 +14,7 @@ from vit_suite.attention.maps import (
     rolled_out,
     upsample,
     winning_head,
-    without_artefacts,
+    without_artifacts,
 )
 from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError
@@ -77,8 +77,16 @@ def test_nearest_upsampling_repeats_patches_and_fits_any_size():
     assert upsample(heat, (4, 9)).equal(heat.repeat_interleave(2, 0).repeat_interleave(3, 1))
     odd = upsample(heat, (5, 7))
     assert odd.shape == (5, 7)
-    assert odd[:, 0].tolist() == [0, 0, 3, 3, 3] and odd[0].tolist() == [0, 0, 1, 1, 1, 2, 2]  # the middle row's centre is on the seam
-    assert upsample(heat, (1, 1)).tolist() == [[4]]  # smaller than the grid: the patch under the centre
+    assert odd[:, 0].tolist() == [0, 0, 3, 3, 3] and odd[0].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]  # the middle row's center is on the seam
+    assert upsample(heat, (1, 1)).tolist() == [[4]]  # smaller than the grid: the patch under the center
     mask = heat > 2
     assert upsample(mask, (4, 6)).dtype == torch.bool
 
@@ -134,7 +142,9 @@ def test_rollout_by_hand():
 @pytest.fixture(scope="module", params=["pre", "post"])
 def backbone(request):
     torch.manual_seed(0)
-    cfg = BackboneConfig(patch_size=4, dim=16, depth=3, heads=2, registers=2, image_size=[16, 16], drop_path=0.0, norm=request.param)
+    cfg = BackboneConfig(
+        patch_size=4, dim=16, depth=3, heads=2, registers=2, image_size=[16, 16], drop_path=0.0, norm=request.param
+    )
     made = Backbone(cfg).eval()
     with torch.no_grad():
         for weights in made.parameters():
@@ -160,24 +170,24 @@ def test_look_reads_every_block(backbone):
     assert plain.rollout is None and plain.norms is None
 
 
-def test_artefacts_are_patches_far_above_the_median():
+def test_artifacts_are_patches_far_above_the_median():
     norms = torch.full((2, 3, 4), 10.0)
     norms[0, 1, 2], norms[0, 0, 0], norms[1, 2, 3] = 35, 19, 21
-    found = artefacts(norms, 2.0)
+    found = artifacts(norms, 2.0)
     assert found.nonzero().tolist() == [[0, 1, 2], [1, 2, 3]]
-    assert artefacts(norms * 7, 2.0).equal(found)  # the scale of the network does not matter
+    assert artifacts(norms * 7, 2.0).equal(found)  # the scale of the network does not matter
 
 
-def test_artefacts_get_the_median_of_their_neighbours():
+def test_artifacts_get_the_median_of_their_neighbours():
     maps = torch.arange(24.0).view(1, 2, 3, 4)
     found = torch.zeros(1, 3, 4, dtype=torch.bool)
     found[0, 1, 1] = True
-    clean = without_artefacts(maps.clone(), found)
+    clean = without_artifacts(maps.clone(), found)
     around = torch.tensor([0.0, 1, 2, 4, 6, 8, 9, 10])
     assert clean[0, 0, 1, 1] == around.median() and clean[0, 1, 1, 1] == around.median() + 12
     assert clean[~found[:, None].expand_as(maps)].equal(maps[~found[:, None].expand_as(maps)])
     found[0, 0, :] = found[0, 1, :] = True  # two rows: the upper one sees only the lower one's new values
-    clean = without_artefacts(maps, found)
+    clean = without_artifacts(maps, found)
     assert clean[0, 0].min() >= 8 and not clean.isnan().any()
-    assert without_artefacts(maps[:, 0], found).equal(clean[:, 0])
-    assert without_artefacts(maps, torch.ones_like(found)).equal(maps)
+    assert without_artifacts(maps[:, 0], found).equal(clean[:, 0])
+    assert without_artifacts(maps, torch.ones_like(found)).equal(maps)

@@ -36,7 +36,14 @@ def module(**options):
 
 
 def trainer(**state):
-    defaults = {"current_epoch": 0, "global_step": 0, "max_epochs": 5, "max_steps": -1, "should_stop": False, "is_global_zero": True}
+    defaults = {
+        "current_epoch": 0,
+        "global_step": 0,
+        "max_epochs": 5,
+        "max_steps": -1,
+        "should_stop": False,
+        "is_global_zero": True,
+    }
     return SimpleNamespace(**defaults | {"loggers": [object(), Logger()]} | state)
 
 
@@ -64,8 +71,14 @@ def test_every_so_many_epochs_before_and_after(snapshots):
     logged = train(snapshots, module())
     names = sorted(path.name for path in snapshots.folder.iterdir())
     assert names == ["epoch_0000.png", "epoch_0002.png", "epoch_0004.png", "epoch_0005.png", "epochs.png"]
-    assert [(key, step) for key, _, step in logged] == [("attention", s) for s in (0, 8, 16, 20)] + [("attention/epochs", 20)]
-    assert pixels(snapshots.folder / "epoch_0002.png").shape == (HEADER + 3 * 98, 4 * 98, 3)  # image, mean, two heads; 32 px enlarged
+    assert [(key, step) for key, _, step in logged] == [("attention", s) for s in (0, 8, 16, 20)] + [
+        ("attention/epochs", 20)
+    ]
+    assert pixels(snapshots.folder / "epoch_0002.png").shape == (
+        HEADER + 3 * 98,
+        4 * 98,
+        3,
+    )  # image, mean, two heads; 32 px enlarged
     assert pixels(snapshots.folder / "epochs.png").shape == (HEADER + 3 * 98, 5 * 98, 3)  # image, four epochs
 
 
@@ -76,7 +89,7 @@ def test_what_is_drawn(snapshots):
     assert np.abs(tile[::3, ::3].astype(int) - snapshots.images[0].permute(1, 2, 0).numpy()).max() <= 1
     backbone = made.evaluation_backbone()
     assert backbone.training
-    with torch.no_grad():  # even attention is one flat colour, whatever the noise
+    with torch.no_grad():  # even attention is one flat color, whatever the noise
         backbone.vit.blocks[-1].attn.qkv.weight[:48] *= 1e-4
         backbone.vit.blocks[-1].attn.qkv.bias[:48] *= 1e-4
     snapshots.images = [torch.full((3, 32, 32), 90, dtype=torch.uint8)]

@@ -4,20 +4,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_suite.attention.palette import TABLES, head_colours
+from vit_suite.attention.palette import TABLES, head_colors
 from vit_suite.attention.png import STORED, encode_png, write_png
 from vit_suite.attention.render import as_picture, heat_map, levels, outline, overlay, write_npz
 
 
-def luma(colours):
-    return colours.astype(float) @ [0.299, 0.587, 0.114]
+def luma(colors):
+    return colors.astype(float) @ [0.299, 0.587, 0.114]
 
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("viridis", [(68, 1, 84), (33, 145, 140), (253, 231, 37)]), ("inferno", [(0, 0, 4), (188, 55, 84), (252, 255, 164)])],
+    [
+        ("viridis", [(68, 1, 84), (33, 145, 140), (253, 231, 37)]),
+        ("inferno", [(0, 0, 4), (188, 55, 84), (252, 255, 164)]),
+    ],
 )
-def test_colour_maps_are_matplotlibs_within_their_fit(name, known):
+def test_color_maps_are_matplotlibs_within_their_fit(name, known):
     table = TABLES[name]
     assert np.abs(table[[0, 128, 255]].astype(int) - np.array(known)).max() <= 5
     assert (np.diff(luma(table)) >= -0.6).all() and luma(table)[-1] > 200 > 60 > luma(table)[0]
@@ -27,16 +30,21 @@ def test_levels_span_the_whole_range_of_each_map():
     heat = np.array([[2.0, 3.0], [4.0, 6.0]])
     assert levels(heat).tolist() == [[0, 64], [128, 255]]
     assert levels(np.stack([heat, heat * 9 + 1])).tolist() == [levels(heat).tolist()] * 2
-    assert levels(heat, (0, 12)).tolist() == [[43, 64], [85, 128]] and levels(heat, (3, 4)).tolist() == [[0, 0], [255, 255]]
+    assert levels(heat, (0, 12)).tolist() == [[43, 64], [85, 128]] and levels(heat, (3, 4)).tolist() == [
+        [0, 0],
+        [255, 255],
+    ]
     assert not levels(np.full((3, 3), 7.0)).any() and not levels(heat, (1, 1)).any()
-    assert (heat_map(levels(heat))[0, 0] == TABLES["inferno"][0]).all() and (heat_map(levels(heat))[1, 1] == TABLES["inferno"][255]).all()
+    assert (heat_map(levels(heat))[0, 0] == TABLES["inferno"][0]).all() and (
+        heat_map(levels(heat))[1, 1] == TABLES["inferno"][255]
+    ).all()
 
 
-def test_heads_have_colours_of_their_own():
-    colours = head_colours(24).astype(int)
-    distance = np.abs(colours[:, None] - colours[None]).sum(-1) + 1000 * np.eye(24, dtype=int)
+def test_heads_have_colors_of_their_own():
+    colors = head_colors(24).astype(int)
+    distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(24, dtype=int)
     assert distance[:8, :8].min() > 120 and distance.min() > 20
-    assert (head_colours(3) == colours[:3]).all()
+    assert (head_colors(3) == colors[:3]).all()
 
 
 def test_outline_is_the_inner_border():
@@ -69,33 +77,39 @@ def test_several_maps_at_once_are_drawn_as_one_by_one():
     mask = heat > 100
     together = overlay(picture, heat, mask)
     for i in range(3):
-        assert (together[i] == overlay(picture, heat[i], mask[i])).all() and (outline(mask)[i] == outline(mask[i])).all()
+        assert (together[i] == overlay(picture, heat[i], mask[i])).all() and (
+            outline(mask)[i] == outline(mask[i])
+        ).all()
 
 
 def test_pictures_of_any_channels():
     image = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     assert (as_picture(image)[..., 0] == np.rint(image.mean(0))).all()
     assert as_picture(image[:1]).shape == (3, 4, 3)
-    colour = np.arange(36, dtype=np.uint8).reshape(3, 3, 4)
-    assert (as_picture(colour)[1, 2] == colour[:, 1, 2]).all()
+    color = np.arange(36, dtype=np.uint8).reshape(3, 3, 4)
+    assert (as_picture(color)[1, 2] == color[:, 1, 2]).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (40, 30), (200, 300)])
 def test_png_files_come_back_as_written(tmp_path, shape):
     rng = np.random.default_rng(0)
-    colour = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    grey, mask, index = colour[..., 0].copy(), colour[..., 1] > 99, colour[..., 2] % 6
-    assert (colour.nbytes > STORED) == (shape[0] >= 200)
-    for name, pixels, mode, expected in (("c", colour, "RGB", colour), ("g", grey, "L", grey), ("m", mask, "L", mask * 255)):
+    color = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    gray, mask, index = color[..., 0].copy(), color[..., 1] > 99, color[..., 2] % 6
+    assert (color.nbytes > STORED) == (shape[0] >= 200)
+    for name, pixels, mode, expected in (
+        ("c", color, "RGB", color),
+        ("g", gray, "L", gray),
+        ("m", mask, "L", mask * 255),
+    ):
         write_png(tmp_path / "new" / f"{name}.png", pixels)
         with Image.open(tmp_path / "new" / f"{name}.png") as image:
             image.verify()
         with Image.open(tmp_path / "new" / f"{name}.png") as image:
             assert image.mode == mode and (np.asarray(image) == expected).all()
-    write_png(tmp_path / "new" / "i.png", index, head_colours(6))
+    write_png(tmp_path / "new" / "i.png", index, head_colors(6))
     with Image.open(tmp_path / "new" / "i.png") as image:
         assert image.mode == "P" and (np.asarray(image) == index).all()
-        assert (np.asarray(image.convert("RGB")) == head_colours(6)[index]).all()
+        assert (np.asarray(image.convert("RGB")) == head_colors(6)[index]).all()
     assert len(list((tmp_path / "new").iterdir())) == 4
 
 

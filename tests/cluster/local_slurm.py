@@ -1,4 +1,5 @@
-"""A cluster of four nodes on this machine (scripts/local_slurm.sh), and trainings slow enough to be interrupted in it."""
+"""A cluster of four nodes on this machine (scripts/local_slurm.sh), and trainings slow enough to be interrupted in
+it."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from vit_suite.reports.status import read_status
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "local_slurm.sh"
 PATIENCE = 600
-"""Seconds for anything to happen: a start of four processes takes 10 on two idle cores, and many times that on busy ones."""
+"""Seconds for anything to happen: a start of four processes takes 10 on two idle cores, and many times that on busy
+ones."""
 
 PACED = """#!{python}
-# `python -m vit_suite ... --config RUN/launch.yaml` with a pause after every step, except where SLURM starts a job again that has got
-# as far as a checkpoint.
+# `python -m vit_suite ... --config RUN/launch.yaml` with a pause after every step, except where SLURM starts a job
+# again that has got as far as a checkpoint.
 import os, pathlib, sys, time
 from vit_suite import cli
 from vit_suite.weights.keeper import Keeper
@@ -56,7 +58,9 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder, self.history = folder, {}
         port = 20000 + 5 * (os.getpid() % 2000)  # the nodes take the four after it
-        root = Path(tempfile.gettempdir()) / f"slurm-of-{os.getpid()}"  # munge wants a folder that all may enter, and pytest's are private
+        root = (
+            Path(tempfile.gettempdir()) / f"slurm-of-{os.getpid()}"
+        )  # munge wants a folder that all may enter, and pytest's are private
         settings = {"LOCAL_SLURM_ROOT": str(root), "LOCAL_SLURM_PORT": str(port), "LOCAL_SLURM_NODES": "4"}
         command = ["bash", str(SCRIPT), "exec", "sh", "-c", "echo up; cat"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -70,11 +74,14 @@ class Cluster:
 
     def call(self, *command: object) -> str:
         """Output of a command, which has to succeed."""
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=os.environ | self.variables)
+        done = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, env=os.environ | self.variables
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
 
-    # Trainings ----------------------------------------------------------------------------------------------------------------------
+    # Trainings
+    # ------------------------------------------------------------------------------------------------------------------
 
     def launch(self, run: Path, *launcher: object, pause: float = 0, **options) -> str:
         """The job of a tiny training, 2 nodes x 2 ranks, by `vit-suite launch`."""
@@ -101,7 +108,9 @@ class Cluster:
         """The state of the job once `condition` holds of it."""
         end = time.monotonic() + PATIENCE
         while not condition(state := self.state(job)):
-            assert time.monotonic() < end, f"job {job} never came to: {what}; it is {state['JobState']}\n{self.log(job)}"
+            assert time.monotonic() < end, (
+                f"job {job} never came to: {what}; it is {state['JobState']}\n{self.log(job)}"
+            )
             time.sleep(0.2)
         return state
 
@@ -111,7 +120,12 @@ class Cluster:
         def there(state: dict[str, str]) -> bool:
             assert state["JobState"] not in OVER, f"{state['JobState']}\n{self.log(job)}"
             status = read_status(run)
-            return state["JobState"] == "RUNNING" and status is not None and status.state == "running" and status.step >= step
+            return (
+                state["JobState"] == "RUNNING"
+                and status is not None
+                and status.state == "running"
+                and status.step >= step
+            )
 
         self.wait(job, f"step {step}", there)
         return read_status(run).step
@@ -130,7 +144,8 @@ class Cluster:
         """What the job has written, and the states it went through."""
         path = Path(dict(re.findall(r"(StdOut)=(.*)", self.call("scontrol", "show", "job", job)))["StdOut"].strip())
         states = "\n".join(
-            f"{moment} {' '.join(f'{key}={value}' for key, value in now.items())}" for moment, now in self.history.get(job, [])
+            f"{moment} {' '.join(f'{key}={value}' for key, value in now.items())}"
+            for moment, now in self.history.get(job, [])
         )
         return f"{path.read_text() if path.exists() else 'no log'}\n{states}"
 
@@ -140,7 +155,10 @@ def rank_pid(job: str, rank: int) -> int:
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_ID=0"}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if wanted <= set((folder / "environ").read_bytes().split(b"\0")) and b"pretrain" in (folder / "cmdline").read_bytes():
+            if (
+                wanted <= set((folder / "environ").read_bytes().split(b"\0"))
+                and b"pretrain" in (folder / "cmdline").read_bytes()
+            ):
                 return int(folder.name)
         except OSError:  # another process, gone meanwhile
             continue

@@ -1,4 +1,5 @@
-"""What N ranks have to do as one does it: three trainings and every evaluation, on few images whose number N does not divide.
+"""What N ranks have to do as one does it: three trainings and every evaluation, on few images whose number N does not
+divide.
 
 `python -m torch.distributed.run ... rank_job.py FOLDER` runs it on many ranks; `run(folder)` in this process.
 """
@@ -20,29 +21,65 @@ from vit_suite.evaluation import features, knn
 from vit_suite.models.batch_norm import BatchNorm1d
 from vit_suite.weights.checkpoint import load_backbone
 
-NETWORK = ["--backbone.patch_size=8", "--backbone.dim=24", "--backbone.depth=2", "--backbone.heads=3", "--backbone.drop_path=0.2"]
+NETWORK = [
+    "--backbone.patch_size=8",
+    "--backbone.dim=24",
+    "--backbone.depth=2",
+    "--backbone.heads=3",
+    "--backbone.drop_path=0.2",
+]
 TRAINING = [
     *NETWORK,
-    "--data.name=shapes", "--data.image_size=32", "--data.length=64", "--data.test_length=43", "--data.batch_size=16",
-    "--views.global_size=32", "--optim.lr=2e-2", "--optim.warmup_epochs=0.5", "--trainer.max_epochs=2", "--trainer.log_every=1",
-    "--trainer.progress=false", "--trainer.accelerator=cpu", "--trainer.precision=fp32", "--trainer.threads=1",
-    "--evaluate.bank_size=61", "--evaluate.test_size=37", "--evaluate.k=5", "--evaluate.batch_size=7",
-]  # fmt: skip
+    "--data.name=shapes",
+    "--data.image_size=32",
+    "--data.length=64",
+    "--data.test_length=43",
+    "--data.batch_size=16",
+    "--views.global_size=32",
+    "--optim.lr=2e-2",
+    "--optim.warmup_epochs=0.5",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every=1",
+    "--trainer.progress=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=fp32",
+    "--trainer.threads=1",
+    "--evaluate.bank_size=61",
+    "--evaluate.test_size=37",
+    "--evaluate.k=5",
+    "--evaluate.batch_size=7",
+]
 DINO = [
-    "--method.name=dino", "--method.out_dim=64", "--method.hidden_dim=32", "--method.bottleneck_dim=16", "--method.head_batch_norm=true",
-    "--method.koleo_weight=0.1", "--method.freeze_last_layer_epochs=0", "--views.local_size=16", "--views.local_crops=2",
-]  # fmt: skip
+    "--method.name=dino",
+    "--method.out_dim=64",
+    "--method.hidden_dim=32",
+    "--method.bottleneck_dim=16",
+    "--method.head_batch_norm=true",
+    "--method.koleo_weight=0.1",
+    "--method.freeze_last_layer_epochs=0",
+    "--views.local_size=16",
+    "--views.local_crops=2",
+]
 SIT = ["--method.name=sit", "--method.contrastive_dim=16", "--method.sheet_every_epochs=0"]
 METHODS = {
     "dino": DINO,
     "dino_in_groups": [*DINO, "--method.head_batch_norm=false", "--method.crops_at_once=1"],
     "sit_v1": SIT,
     "sit_v3": [
-        *SIT, "--method.rotation=false", "--method.contrastive=info_nce", "--method.contrastive_head=mlp", "--method.hidden_dim=32",
-        "--method.corruption=gmml", "--method.drop_area=0.5", "--method.drop_type=zeros", "--method.reconstruct=corrupted",
-        "--method.decoder=mlp", "--method.loss_weights=fixed", "--method.temperature=0.2",
+        *SIT,
+        "--method.rotation=false",
+        "--method.contrastive=info_nce",
+        "--method.contrastive_head=mlp",
+        "--method.hidden_dim=32",
+        "--method.corruption=gmml",
+        "--method.drop_area=0.5",
+        "--method.drop_type=zeros",
+        "--method.reconstruct=corrupted",
+        "--method.decoder=mlp",
+        "--method.loss_weights=fixed",
+        "--method.temperature=0.2",
     ],
-}  # fmt: skip
+}
 SHAPES = [
     "--data.name=shapes",
     "--data.image_size=32",
@@ -59,7 +96,14 @@ def evaluations(folder: Path, checkpoint: Path, photographs: Path) -> dict[str, 
     cpu = ["--accelerator=cpu", "--precision=fp32"]
     scored = [f"--checkpoint={checkpoint}", f"--output={folder / 'results.json'}", *cpu]
     shapes = [*scored, *SHAPES, "--batch_size=7"]
-    files = [*scored, "--data.name=folder", f"--data.root={photographs}", "--data.max_corrupt=0.2", "--batch_size=3", "--image_size=32"]
+    files = [
+        *scored,
+        "--data.name=folder",
+        f"--data.root={photographs}",
+        "--data.max_corrupt=0.2",
+        "--batch_size=3",
+        "--image_size=32",
+    ]
     export = [f"--checkpoint={checkpoint}", f"--images={photographs}", f"--output={folder / 'attention'}", *cpu]
     return {
         "knn": ["knn", *shapes, "--k", "1", "5", "60", "--baselines"],
@@ -80,7 +124,9 @@ def save_photographs(root: Path) -> None:
         for label, brightness in (("dark", 60), ("bright", 190)):
             (root / split / label).mkdir(parents=True)
             for index in range(count):
-                pixels = random.integers(brightness - 60, brightness + 60, (32 + 8 * (index % 3), 40, 3), dtype=np.uint8)
+                pixels = random.integers(
+                    brightness - 60, brightness + 60, (32 + 8 * (index % 3), 40, 3), dtype=np.uint8
+                )
                 Image.fromarray(pixels).save(root / split / label / f"{index}.png")
     (root / "train" / "dark" / "4.png").write_bytes(b"cut off")
 
@@ -106,7 +152,8 @@ def train(folder: Path, name: str, *words: str) -> None:
 
 
 def batch_norm(folder: Path) -> None:
-    """Outputs, gradients and statistics of the batch norm over ranks, each rank with its part of 12 rows, and of torch's on all."""
+    """Outputs, gradients and statistics of the batch norm over ranks, each rank with its part of 12 rows, and of
+    torch's on all."""
     rows, weights = (torch.randn(12, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     size = 12 // distributed.world_size()
     own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
@@ -128,15 +175,27 @@ def batch_norm(folder: Path) -> None:
 
 
 def search(folder: Path, checkpoint: Path) -> None:
-    """Features and nearest neighbours, of which the bank has every row twice, so that there are ties within ranks and between them."""
+    """Features and nearest neighbours, of which the bank has every row twice, so that there are ties within ranks and
+    between them."""
     loaded = load_backbone(checkpoint)
     source = ImageDataModule(DataConfig(name="shapes", image_size=32, length=61)).train_source
     common = (loaded.backbone, source.subset([*range(61), *range(30)]), 32, loaded.mean, loaded.std)
-    whole, shared = (features.extract_features(*common, batch_size=7, precision="fp32", shared=shared) for shared in (False, True))
+    whole, shared = (
+        features.extract_features(*common, batch_size=7, precision="fp32", shared=shared) for shared in (False, True)
+    )
     options = {"ks": [3, 50], "return_neighbours": True, "return_scores": True, "rows": shared.rows}
-    found = knn.knn_classify(*shared[:2], whole.features[:20], whole.labels[:20], memory=2 * (96 * 50 + 16 * 10 + 12 * 30), **options)
+    found = knn.knn_classify(
+        *shared[:2], whole.features[:20], whole.labels[:20], memory=2 * (96 * 50 + 16 * 10 + 12 * 30), **options
+    )
     alike = knn.knn_classify(*shared[:2], *whole[:2], leave_one_out=True, **options)
-    numbers = [whole.features, found.neighbours, found.similarities, found.scores[50], alike.neighbours, alike.similarities]
+    numbers = [
+        whole.features,
+        found.neighbours,
+        found.similarities,
+        found.scores[50],
+        alike.neighbours,
+        alike.similarities,
+    ]
     kept = sum(map(len, distributed.gather_objects(shared.features)))
     if distributed.rank() == 0:
         torch.save([*numbers, torch.tensor(kept)], folder / "search.pt")

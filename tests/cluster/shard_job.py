@@ -1,7 +1,7 @@
 """What two ranks do twice, with whole weights on each (ddp) and with weights spread over them (fsdp2).
 
-`python -m torch.distributed.run ... -m tests.cluster.shard_job FOLDER` leaves FOLDER/ddp/NAME and FOLDER/fsdp2/NAME, run directories, and
-in each `held_RANK.pt`: how many numbers that rank held at the end.
+`python -m torch.distributed.run ... -m tests.cluster.shard_job FOLDER` leaves FOLDER/ddp/NAME and FOLDER/fsdp2/NAME,
+run directories, and in each `held_RANK.pt`: how many numbers that rank held at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ RUNS = {
     "bf16": [*METHODS["dino"], "--trainer.precision=bf16"],
 }  # fmt: skip
 STOPS = {2: "fsdp2", 6: "fsdp2", None: "ddp"}
-"""The sharded DINO run is stopped after step 2, while the last layer is frozen, and after 6, and ends with whole weights."""
+"""The sharded DINO run is stopped after step 2, while the last layer is frozen, and after 6, and ends with whole
+weights."""
 
 
 class Held(pl.Callback):
@@ -36,13 +37,21 @@ class Held(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         parameters = sum(distributed.own_part(parameter).numel() for parameter in module.parameters())
         entries = trainer.optimizers[0].state.values()
-        moments = sum(distributed.own_part(entry[name]).numel() for entry in entries for name in ("exp_avg", "exp_avg_sq"))
+        moments = sum(
+            distributed.own_part(entry[name]).numel() for entry in entries for name in ("exp_avg", "exp_avg_sq")
+        )
         torch.save([parameters, moments], Path(trainer.default_root_dir) / f"held_{distributed.rank()}.pt")
 
 
 def train(folder: Path, name: str, strategy: str, stop: int | None = None) -> None:
     """One start of a run."""
-    command = [*TRAINING, *RUNS[name], f"--run.output={folder / name}", f"--trainer.strategy={strategy}", "--trainer.devices=2"]
+    command = [
+        *TRAINING,
+        *RUNS[name],
+        f"--run.output={folder / name}",
+        f"--trainer.strategy={strategy}",
+        "--trainer.devices=2",
+    ]
     os.environ.pop(DRILL, None)
     if stop:
         os.environ[DRILL] = f"preempt@{stop}"

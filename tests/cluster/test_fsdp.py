@@ -21,14 +21,25 @@ ROOT = Path(__file__).parents[2]
 TRACE, WEIGHTS = 1e-5, 1e-5
 """Measured: 1.9e-6 and 1.5e-6; the two average gradients in another order."""
 LOGGED = {
-    "dino": ("loss", "dino", "koleo", "teacher_entropy", "kl", "center_norm", "feature_std", "prototypes_used", "lr", "weight_decay"),
+    "dino": (
+        "loss",
+        "dino",
+        "koleo",
+        "teacher_entropy",
+        "kl",
+        "center_norm",
+        "feature_std",
+        "prototypes_used",
+        "lr",
+        "weight_decay",
+    ),
     "sit": ("loss", "contrastive", "reconstruction", "psnr", "weight_contrastive", "weight_reconstruction"),
     "supervised": ("loss", "top1"),
 }
 NAMES = list(LOGGED)
 ROUNDING = re.compile(CANCELLED.pattern + r"|vit\.norm\.bias")
-"""Entries whose gradient is rounding alone; BatchNorm takes the last norm's bias away too, and SiT's decoder starts so small that 5e-10 is
-left of it."""
+"""Entries whose gradient is rounding alone; BatchNorm takes the last norm's bias away too, and SiT's decoder starts so
+small that 5e-10 is left of it."""
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +61,19 @@ def checkpoint(folder: Path) -> dict:
 
 
 def moments(content: dict) -> tuple[list, list]:
-    """The groups of the optimiser, and its state by parameter."""
+    """The groups of the optimizer, and its state by parameter."""
     (state,) = content["optimizer_states"]
-    return state["param_groups"], [state["state"].get(index) for group in state["param_groups"] for index in group["params"]]
+    return state["param_groups"], [
+        state["state"].get(index) for group in state["param_groups"] for index in group["params"]
+    ]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Teacher, weights, centre, and optimiser; without ROUNDING."""
+    """Teacher, weights, center, and optimizer; without ROUNDING."""
     files = [load_file(folder / "backbone.safetensors") for folder in (one, other)]
-    assert {name: (t.shape, t.dtype) for name, t in files[0].items()} == {name: (t.shape, t.dtype) for name, t in files[1].items()}
+    assert {name: (t.shape, t.dtype) for name, t in files[0].items()} == {
+        name: (t.shape, t.dtype) for name, t in files[1].items()
+    }
     described = [json.loads((folder / "backbone.json").read_text()) for folder in (one, other)]
     assert [d.pop("sha256") for d in described] and described[0] == described[1]
     contents = [checkpoint(folder) for folder in (one, other)]
@@ -67,7 +82,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     for expected, found in (files, states):
         for name in expected:
             if not ROUNDING.search(name):
-                torch.testing.assert_close(found[name], expected[name], atol=WEIGHTS, rtol=0, msg=f"{name}: {{}}".format)
+                torch.testing.assert_close(
+                    found[name], expected[name], atol=WEIGHTS, rtol=0, msg=f"{name}: {{}}".format
+                )
     (groups, expected), (other_groups, found) = map(moments, contents)
     assert groups == other_groups and len(expected) == len(found)
     for mine, theirs in zip(expected, found, strict=True):
@@ -87,7 +104,9 @@ def test_sharded_training_is_that_of_whole_weights(runs, name):
     assert torch.equal(*(trace(folder.parent, name, "knn/top1") for folder in (whole, sharded)))
     results = [json.loads((folder / "results.json").read_text())[-1]["metrics"] for folder in (whole, sharded)]
     assert results[0].keys() == results[1].keys()
-    assert results[0].get("top1") == results[1].get("top1")  # of the whole test set, after the training, by rank 0 alone
+    assert results[0].get("top1") == results[1].get(
+        "top1"
+    )  # of the whole test set, after the training, by rank 0 alone
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,7 +120,8 @@ def test_a_rank_holds_half(runs, name):
 
 
 def test_resumed_on_shards_then_whole(runs):
-    """Stopped while the last layer is frozen and has no state in the optimiser, and again; the end is trained with whole weights."""
+    """Stopped while the last layer is frozen and has no state in the optimizer, and again; the end is trained with
+    whole weights."""
     straight, resumed = runs / "ddp" / "dino", runs / "resumed" / "dino"
     for column in LOGGED["dino"]:
         expected, found = (trace(folder.parent, "dino", f"train/{column}") for folder in (straight, resumed))
@@ -110,9 +130,11 @@ def test_resumed_on_shards_then_whole(runs):
 
 
 def test_bf16_rounds_what_autocast_rounds(runs):
-    """The first two losses see the same weights (the first learning rate is 0), after that gradients are rounded in another order.
+    """The first two losses see the same weights (the first learning rate is 0), after that gradients are rounded in
+    another order.
 
-    Measured in three variants of the network that differ by rounding alone: the third losses differ by 0.002 to 0.006, the later ones by
+    Measured in three variants of the network that differ by rounding alone: the third losses differ by 0.002 to 0.006,
+    the later ones by
     0.010 in the mean and in one step by up to 0.064.
     """
     whole, sharded = (trace(runs / strategy, "bf16", "train/loss") for strategy in ("ddp", "fsdp2"))

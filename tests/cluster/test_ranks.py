@@ -1,4 +1,5 @@
-"""N ranks give what one rank gives: evaluations to the bit, trainings to rounding. `rank_job.py` is what each rank does."""
+"""N ranks give what one rank gives: evaluations to the bit, trainings to rounding. `rank_job.py` is what each rank
+does."""
 
 from __future__ import annotations
 
@@ -24,12 +25,20 @@ pytestmark = pytest.mark.slow
 LOSSES = {
     "dino": ("loss", "dino", "koleo", "teacher_entropy", "kl", "center_norm", "feature_std", "prototypes_used"),
     "dino_in_groups": ("loss", "dino", "koleo", "kl"),
-    "sit_v1": ("loss", "contrastive", "contrastive_accuracy", "rotation", "rotation_accuracy", "reconstruction", "psnr"),
+    "sit_v1": (
+        "loss",
+        "contrastive",
+        "contrastive_accuracy",
+        "rotation",
+        "rotation_accuracy",
+        "reconstruction",
+        "psnr",
+    ),
     "sit_v3": ("loss", "contrastive", "contrastive_accuracy", "reconstruction", "psnr"),
 }
 CANCELLED = re.compile(r"head\.mlp\.\d\.(bias|running_mean)|qkv\.bias|vit\.norm\.bias")
-"""A shift that BatchNorm, or the softmax over keys, takes away has a gradient of rounding alone, which AdamW turns into steps of lr. The
-outputs do not depend on it."""
+"""A shift that BatchNorm, or the softmax over keys, takes away has a gradient of rounding alone, which AdamW turns into
+steps of lr. The outputs do not depend on it."""
 
 
 class Work(NamedTuple):
@@ -59,8 +68,22 @@ def both(request, work) -> tuple[Path, Path]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [f"--nproc-per-node={request.param}", "--master-addr=127.0.0.1", f"--master-port={port}", "--local-addr=127.0.0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, rank_job.__file__, folder, work.checkpoint, work.photographs]
+    launcher = [
+        f"--nproc-per-node={request.param}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+        "--local-addr=127.0.0.1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *launcher,
+        rank_job.__file__,
+        folder,
+        work.checkpoint,
+        work.photographs,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, env=os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     said = done.stdout.count("appended to")
@@ -79,14 +102,26 @@ def largest(ones: list[torch.Tensor], many: list[torch.Tensor]) -> float:
 
 def test_evaluations_agree_to_the_bit(both):
     one, many = (json.loads((folder / "results.json").read_text()) for folder in both)
-    assert [entry["task"] for entry in one] == ["knn", "knn few-shot", "knn", "linear", "linear", "linear few-shot", "localize"]
+    assert [entry["task"] for entry in one] == [
+        "knn",
+        "knn few-shot",
+        "knn",
+        "linear",
+        "linear",
+        "linear few-shot",
+        "localize",
+    ]
     for ours, theirs in zip(one, many, strict=True):
         assert ours["metrics"] == theirs["metrics"], ours["task"]
 
 
 def test_exported_files_are_the_same(both):
     one, many = (
-        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "attention").rglob("*") if path.is_file()}
+        {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (folder / "attention").rglob("*")
+            if path.is_file()
+        }
         for folder in both
     )
     assert one == many and len(one) > 50
@@ -118,11 +153,13 @@ def test_training_gives_the_same_trace(both, method):
 
 
 @pytest.mark.parametrize("method", LOSSES)
-def test_training_gives_the_same_negatives_centre_and_average(both, method):
+def test_training_gives_the_same_negatives_center_and_average(both, method):
     one, many = (torch.load(folder / method / "gathered.pt") for folder in both)
     assert len(one) == 16 and largest(one, many) < 1e-4
     assert largest(one[:2], many[:2]) < 1e-5  # before the first step
-    one, many = (torch.load(folder / method / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in both)
+    one, many = (
+        torch.load(folder / method / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in both
+    )
     averaged = [name for name in one if name.startswith(("teacher.", "center"))]
     for name in averaged or one:  # version 1 of SiT has no average: the weights themselves
         limit = 1e-3 if CANCELLED.search(name) else 5e-6 if averaged else 5e-5

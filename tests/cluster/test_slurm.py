@@ -1,4 +1,5 @@
-"""Jobs under a real SLURM: two nodes x two ranks on this machine, warned, pre-empted, requeued, broken; each ends as if nothing were."""
+"""Jobs under a real SLURM: two nodes x two ranks on this machine, warned, pre-empted, requeued, broken; each ends as if
+nothing were."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ from vit_suite.reports.status import read_status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 STEPS = 24
-RUN = {"trainer__max_epochs": 6, "evaluate__every_epochs": 3, "checkpoint__every_epochs": 6, "checkpoint__every_steps": 5}
+RUN = {
+    "trainer__max_epochs": 6,
+    "evaluate__every_epochs": 3,
+    "checkpoint__every_epochs": 6,
+    "checkpoint__every_steps": 5,
+}
 
 
 class Started(NamedTuple):
@@ -115,14 +121,17 @@ def test_a_rank_and_then_a_node_that_die(started, tmp_path):
     node = cluster.nodes(job)[1]
     cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     cluster.wait(job, "the queue", lambda state: state["Restarts"] == "1")
-    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)  # refused where it is back already
+    subprocess.run(
+        ["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True
+    )  # refused where it is back already
     cluster.finish(job)
     assert sha256(run) == sha256(started.straight)
 
 
 def test_an_array_over_seeds(started, tmp_path, capsys):
-    """One run is asked to end by SIGTERM to its tasks alone, which SLURM sends before a pre-emption where it does not send the user's
-    signal. The other is warned: it is the last of the array and has the array's own number, and requeued by that all would start again."""
+    """One run is asked to end by SIGTERM to its tasks alone, which SLURM sends before a pre-emption where it does not
+    send the user's signal. The other is warned: it is the last of the array and has the array's own number, and
+    requeued by that all would start again."""
     cluster, run = started.cluster, tmp_path / "sweep"
     job = cluster.launch(run, "--nodes", 1, "--seeds", 0, 1, pause=0.5, **RUN)
     for seed, name in enumerate(("TERM", "USR1")):
@@ -136,31 +145,46 @@ def test_an_array_over_seeds(started, tmp_path, capsys):
         assert len(column(run / f"seed{seed}", "train/loss")) == STEPS
     assert sha256(run / "seed0") != sha256(run / "seed1")
     lines = status(run, capsys).splitlines()
-    assert [line.endswith(f"(job {job}_{seed})") and "done, step 24 of 24" in line for seed, line in enumerate(lines)] == [True, True]
+    assert [
+        line.endswith(f"(job {job}_{seed})") and "done, step 24 of 24" in line for seed, line in enumerate(lines)
+    ] == [True, True]
 
 
 def test_one_config_under_three_launchers(started, tmp_path):
     """Alone, by torchrun and by srun: nothing in the file says how many ranks there are."""
     options = words(run__output="unused", trainer__max_epochs=1, evaluate__every_epochs=0)
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({key[2:]: yaml.safe_load(value) for key, value in zip(options[::2], options[1::2], strict=True)}))
+    file.write_text(
+        yaml.safe_dump({key[2:]: yaml.safe_load(value) for key, value in zip(options[::2], options[1::2], strict=True)})
+    )
     command = ["-m", "vit_suite", "pretrain", "--config", str(file), "--run.output"]
     starts = {
         "python": [sys.executable],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            "--nproc-per-node=2",
+        ],
         "srun": ["srun", "--nodes=2", "--ntasks-per-node=2", "--job-name=train", sys.executable],
     }
     for name, words_ in starts.items():
         done = subprocess.run([*words_, *command, str(tmp_path / name)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert column(tmp_path / name, "train/loss") == pytest.approx(column(tmp_path / "python", "train/loss"), abs=1e-5)
+        assert column(tmp_path / name, "train/loss") == pytest.approx(
+            column(tmp_path / "python", "train/loss"), abs=1e-5
+        )
 
 
 def test_without_srun_there_is_a_message(started, tmp_path):
     """One process in a job of four tasks would wait for the others until its time is up."""
     command = " ".join([sys.executable, "-m", "vit_suite", "pretrain", *words(run__output=tmp_path / "run")])
     log = tmp_path / "log"
-    job = started.cluster.call("sbatch", "--parsable", "-J", "x", "-N2", "--ntasks-per-node=2", "-o", log, "--wrap", command).strip()
+    job = started.cluster.call(
+        "sbatch", "--parsable", "-J", "x", "-N2", "--ntasks-per-node=2", "-o", log, "--wrap", command
+    ).strip()
     state = started.cluster.wait(job, "its end", lambda state: state["JobState"] == "FAILED")
     assert state["ExitCode"] == "2:0" and "start it with `srun vit-suite ...`" in log.read_text()
 

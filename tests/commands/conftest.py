@@ -43,7 +43,7 @@ TINY = {
     "evaluate.bank_size": 0,
     "evaluate.test_size": 0,
 }
-"""Four optimiser steps an epoch, two epochs; one thread, because sums over several round in another order."""
+"""Four optimizer steps an epoch, two epochs; one thread, because sums over several round in another order."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,8 @@ def threads():
 
 
 def words(**options) -> list[str]:
-    """Command-line words of the tiny run with `options` (`data__name="flat"`) in place of its own; None leaves one out."""
+    """Command-line words of the tiny run with `options` (`data__name="flat"`) in place of its own; None leaves one
+    out."""
     merged = TINY | {key.replace("__", "."): value for key, value in options.items()}
     found = []
     for key, value in merged.items():
@@ -92,7 +93,8 @@ def vit_suite(capsys, caplog):
 
 @pytest.fixture
 def pretrain(vit_suite, tmp_path):
-    """`pretrain(output=..., data__name=...)` trains the tiny run with other options; `tmp_path / "run"` is its directory."""
+    """`pretrain(output=..., data__name=...)` trains the tiny run with other options; `tmp_path / "run"` is its
+    directory."""
 
     def call(output: Path | None = None, **options) -> Said:
         return vit_suite("pretrain", *words(run__output=output or tmp_path / "run", **options))
@@ -144,7 +146,9 @@ def picture(seed: int, height: int, width: int, brightness: float = 0.5) -> Imag
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def save_pictures(folder: Path, count: int, sizes=((30, 40), (48, 36), (64, 33)), brightness: float = 0.5, seed: int = 0) -> None:
+def save_pictures(
+    folder: Path, count: int, sizes=((30, 40), (48, 36), (64, 33)), brightness: float = 0.5, seed: int = 0
+) -> None:
     """`count` JPEGs 000.jpg, ... in `folder`, of the sizes in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):

@@ -9,7 +9,8 @@ from tests.commands.conftest import save_pictures, words
 
 @pytest.fixture
 def refused(vit_suite, tmp_path, monkeypatch):
-    """Runs `pretrain` with wrong options and checks the answer: `refused({"optim__lr": "fast"}, "parts of", "the message")`."""
+    """Runs `pretrain` with wrong options and checks the answer: `refused({"optim__lr": "fast"}, "parts of", "the
+    message")`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VIT_SUITE_DATA", raising=False)
 
@@ -20,13 +21,16 @@ def refused(vit_suite, tmp_path, monkeypatch):
         assert said.err.startswith("vit-suite: error: ") and said.err.count("\n") == 1 and "Traceback" not in said.err
         for part in parts:
             assert part in said.err, said.err
-        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before  # no run directory, no log, nothing
+        assert {
+            path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+        } == before  # no run directory, no log, nothing
         return said.err
 
     return call
 
 
-# Keys and values --------------------------------------------------------------------------------------------------------------------
+# Keys and values
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -36,11 +40,20 @@ def refused(vit_suite, tmp_path, monkeypatch):
         (["--optmi.lr", "3"], "unknown option '--optmi.lr'. Did you mean '--optim.lr'?"),
         (["--learning_rate", "3"], "unknown option '--learning_rate'. Did you mean '--optim.lr'?"),
         (["--trainer.max_epochs", "ten"], "--trainer.max_epochs: expected int (at least 1), got 'ten'"),
-        (["--views.global_scale", "0.4", "2"], "--views.global_scale: expected list of float (2 of them, 0 to 1), got '2'"),
+        (
+            ["--views.global_scale", "0.4", "2"],
+            "--views.global_scale: expected list of float (2 of them, 0 to 1), got '2'",
+        ),
         (["--trainer.precision", "bf61"], "expected one of auto, bf16, fp32, got 'bf61'. Did you mean 'bf16'?"),
-        (["--trainer.compile", "graphs"], "trainer.compile graphs captures CUDA graphs, and this training is on a CPU: use blocks"),
+        (
+            ["--trainer.compile", "graphs"],
+            "trainer.compile graphs captures CUDA graphs, and this training is on a CPU: use blocks",
+        ),
         (["--data.decode", "gpu"], "data.decode is gpu, but this training is on a CPU: use data.decode cpu."),
-        (["--method.name", "dyno"], "--method.name: expected one of dino, sit, supervised, got 'dyno'. Did you mean 'dino'?"),
+        (
+            ["--method.name", "dyno"],
+            "--method.name: expected one of dino, sit, supervised, got 'dyno'. Did you mean 'dino'?",
+        ),
     ],
 )
 def test_command_line(refused, extra, message):
@@ -67,13 +80,16 @@ def test_config_that_is_not_there(refused, tmp_path):
     refused({}, "mime.yaml: no such config file. Did you mean 'mine.yaml'?", extra=["--config", "mime.yaml"])
 
 
-# Data -------------------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
 
 FILES = {"data__image_size": None, "data__length": None, "data__test_length": None}
 
 
 def test_name_of_the_data_set(refused):
-    refused({"data__name": "cifar110"}, "unknown data set (data.name) 'cifar110'. Did you mean 'cifar10'?", "tiny_imagenet")
+    refused(
+        {"data__name": "cifar110"}, "unknown data set (data.name) 'cifar110'. Did you mean 'cifar10'?", "tiny_imagenet"
+    )
 
 
 @pytest.mark.parametrize("name", ["folder", "flat", "cifar10", "imagenet", "tiny_imagenet", "stl10", "food101"])
@@ -101,19 +117,36 @@ def test_root_of_a_list(refused, tmp_path):
 
 def test_loose_images_where_class_folders_are_expected(refused, tmp_path):
     save_pictures(tmp_path / "loose", 3)
-    refused(FILES | {"data__name": "folder", "data__root": "loose"}, "no class folders with images in 'loose'", "data.name flat")
+    refused(
+        FILES | {"data__name": "folder", "data__root": "loose"},
+        "no class folders with images in 'loose'",
+        "data.name flat",
+    )
 
 
 def test_no_split_to_score(refused, tmp_path):
     save_pictures(tmp_path / "photos" / "train" / "cat", 20)
     options = FILES | {"data__name": "folder", "data__root": "photos"}
-    refused(options, "'photos' has no split to score: expected test or val, found train", "data.test_split", "--evaluate.every_epochs 0")
+    refused(
+        options,
+        "'photos' has no split to score: expected test or val, found train",
+        "data.test_split",
+        "--evaluate.every_epochs 0",
+    )
 
 
 def test_batch(refused):
     refused({"data__batch_size": 65}, "data.batch_size 65 is larger than the data set of 64 training images")
-    refused({"trainer__accumulate": 3}, "data.batch_size 16 (global) does not split evenly over 1 ranks x 3 accumulated", "15 or 18 would")
-    refused({"trainer__devices": 3}, "data.batch_size 16 (global) does not split evenly over 3 ranks x 1 accumulated", "15 or 18 would")
+    refused(
+        {"trainer__accumulate": 3},
+        "data.batch_size 16 (global) does not split evenly over 1 ranks x 3 accumulated",
+        "15 or 18 would",
+    )
+    refused(
+        {"trainer__devices": 3},
+        "data.batch_size 16 (global) does not split evenly over 3 ranks x 1 accumulated",
+        "15 or 18 would",
+    )
 
 
 def test_channels_without_statistics(refused):
@@ -121,15 +154,25 @@ def test_channels_without_statistics(refused):
     refused({"data__mean": [0.5, 0.5]}, "data.mean has 2 values, but data.channels is 3")
 
 
-# Sizes and networks -----------------------------------------------------------------------------------------------------------------
+# Sizes and networks
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_sizes_and_the_patch(refused):
-    refused({"views__global_size": 30}, "views.global_size 30x30 is not divisible by the patch size 8: nearest sides are 24 and 32")
-    refused({"views__local_size": 20}, "views.local_size 20x20 is not divisible by the patch size 8: nearest sides are 16 and 24")
+    refused(
+        {"views__global_size": 30},
+        "views.global_size 30x30 is not divisible by the patch size 8: nearest sides are 24 and 32",
+    )
+    refused(
+        {"views__local_size": 20},
+        "views.local_size 20x20 is not divisible by the patch size 8: nearest sides are 16 and 24",
+    )
     refused({"views__local_size": 4}, "views.local_size 4x4 is smaller than a patch of 8 pixels")
     refused({"views__global_size": 4}, "views.global_size 4x4 is smaller than a patch of 8 pixels")
-    refused({"backbone__patch_size": 5}, "views.global_size 32x32 is not divisible by the patch size 5: nearest sides are 30 and 35")
+    refused(
+        {"backbone__patch_size": 5},
+        "views.global_size 32x32 is not divisible by the patch size 5: nearest sides are 30 and 35",
+    )
     refused({"backbone__image_size": [32, 30]}, "image size 32x30 is not divisible by the patch size 8")
 
 
@@ -138,7 +181,11 @@ def test_backbones(refused):
     message = "unknown backbone 'vit_tinny_patch16_224'. Did you mean 'vit_tiny_patch16_224'?"
     refused(dims | {"backbone__name": "vit_tinny_patch16_224"}, message)
     refused(dims | {"backbone__name": "resnet50"}, "backbone 'resnet50' is not of timm's VisionTransformer family")
-    refused(dims | {"backbone__name": "vit_tiny_patch16_224", "views__global_size": 40}, "views.global_size 40x40", "patch size 16")
+    refused(
+        dims | {"backbone__name": "vit_tiny_patch16_224", "views__global_size": 40},
+        "views.global_size 40x40",
+        "patch size 16",
+    )
     refused({"backbone__heads": 5}, "backbone.dim 24 is not divisible by backbone.heads 5")
     refused({"backbone__pretrained": True}, "backbone.pretrained needs a timm name in backbone.name")
 
@@ -153,4 +200,8 @@ def test_gpu_where_there_is_none(refused):
 
 
 def test_views_in_workers_that_do_not_exist(refused):
-    refused({"views__backend": "workers"}, "views.backend is workers, but the images are held in memory", "--data.resident false")
+    refused(
+        {"views__backend": "workers"},
+        "views.backend is workers, but the images are held in memory",
+        "--data.resident false",
+    )

@@ -23,20 +23,31 @@ def test_demo(vit_suite, tmp_path):
     digest = load_backbone(tmp_path / "demo").sha256
     assert all(entry["sha256"] == digest and entry["protocol"] and entry["command"] for entry in (pretrain, knn, masks))
 
-    rows = {line.rsplit(maxsplit=4)[0]: line.split()[-4:] for line in said.out.splitlines() if re.match("(trained|untrained|raw)", line)}
+    rows = {
+        line.rsplit(maxsplit=4)[0]: line.split()[-4:]
+        for line in said.out.splitlines()
+        if re.match("(trained|untrained|raw)", line)
+    }
     printed = [line.split() for line in said.out.splitlines()]
     for name in ("trained", "untrained", "raw pixels"):
         scores = [knn["metrics"][name][f"k{k}"]["top1"] for k in (10, 20, 100, 200)]
         assert all(0 < score < 100 for score in scores)
         assert [*name.split(), *(f"{score:.2f}" for score in scores)] in printed, rows
     found = masks["metrics"]
-    rows = {f"{prefix}{row}": one for name, prefix in (("trained", ""), ("untrained", "untrained: ")) for row, one in found[name].items()}
+    rows = {
+        f"{prefix}{row}": one
+        for name, prefix in (("trained", ""), ("untrained", "untrained: "))
+        for row, one in found[name].items()
+    }
     rows |= {"center box": found["center_box"], "whole image": found["whole_image"]}
     assert len(rows) == 8 and rows["fixed head"]["head"] in range(3)
     for name, metrics in rows.items():
         scores = [metrics["jaccard"], metrics["pointing"]]
         assert all(0 < score < 100 for score in scores)
-        assert any(words[: len(name.split()) + 2] == [*name.split(), *(f"{score:.2f}" for score in scores)] for words in printed), name
+        assert any(
+            words[: len(name.split()) + 2] == [*name.split(), *(f"{score:.2f}" for score in scores)]
+            for words in printed
+        ), name
 
     pictures = sorted((tmp_path / "demo" / "images").glob("*.png"))
     assert len(pictures) == 16

@@ -34,8 +34,14 @@ def finetune(vit_suite, tmp_path):
     """`finetune(checkpoint, optim__lr=0.0)` fine-tunes for seconds; `tmp_path / "tuned"` is its directory."""
 
     def call(checkpoint, *extra, output=None, **options):
-        merged = OPTIONS | {"run.output": output or tmp_path / "tuned"} | {key.replace("__", "."): value for key, value in options.items()}
-        found = [part for key, value in merged.items() if value is not None for part in (f"--{key}", str(value).lower())]
+        merged = (
+            OPTIONS
+            | {"run.output": output or tmp_path / "tuned"}
+            | {key.replace("__", "."): value for key, value in options.items()}
+        )
+        found = [
+            part for key, value in merged.items() if value is not None for part in (f"--{key}", str(value).lower())
+        ]
         return vit_suite("finetune", "--checkpoint", checkpoint, *found, *extra)
 
     return call
@@ -57,8 +63,10 @@ def test_starts_from_the_checkpoint(finetune, tiny_run, tmp_path):
 def test_trains_all_layers_the_first_slowly(finetune, tiny_run, tmp_path):
     assert finetune(tiny_run, optim__layer_decay=0.1, optim__lr=0.02).status == 0
     start, tuned = (load_backbone(folder).backbone.vit.state_dict() for folder in (tiny_run, tmp_path / "tuned"))
-    moved = [(tuned[name] - start[name]).abs().mean().item() for name in
-             ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight", "norm.weight")]  # fmt: skip
+    moved = [
+        (tuned[name] - start[name]).abs().mean().item()
+        for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight", "norm.weight")
+    ]
     assert moved == sorted(moved) and moved[0] > 0 and moved[3] > 10 * moved[1]
 
 
@@ -72,7 +80,9 @@ def test_recipe_and_what_is_recorded(finetune, tiny_run, tmp_path):
 
 
 def test_another_size_resizes_the_positions(finetune, tiny_run, tmp_path):
-    assert finetune(tiny_run, views__global_size=48, optim__lr=0.0, optim__min_lr=0.0, trainer__max_epochs=1).status == 0
+    assert (
+        finetune(tiny_run, views__global_size=48, optim__lr=0.0, optim__min_lr=0.0, trainer__max_epochs=1).status == 0
+    )
     start, tuned = load_backbone(tiny_run).backbone, load_backbone(tmp_path / "tuned").backbone
     assert start.native_grid == (4, 4) and tuned.native_grid == (6, 6)
     images = torch.randn(2, 3, 48, 48)
@@ -97,21 +107,38 @@ def test_from_a_run_that_was_fine_tuned_with_other_classes(finetune, tiny_run, t
         for name, brightness in (("dark", 0.1), ("bright", 0.9)):
             save_pictures(tmp_path / "animals" / split / name, 8, brightness=brightness)
     assert finetune(tiny_run, trainer__max_epochs=1).status == 0
-    options = {"data__name": "folder", "data__root": tmp_path / "animals", "data__length": None, "data__test_length": None}
-    said = finetune(tmp_path / "tuned", output=tmp_path / "two", data__image_size=None, trainer__max_epochs=1, **options)
+    options = {
+        "data__name": "folder",
+        "data__root": tmp_path / "animals",
+        "data__length": None,
+        "data__test_length": None,
+    }
+    said = finetune(
+        tmp_path / "tuned", output=tmp_path / "two", data__image_size=None, trainer__max_epochs=1, **options
+    )
     assert said.status == 0, said
     assert load_head(tmp_path / "two")[1] == ["bright", "dark"]
 
 
-# Refused ------------------------------------------------------------------------------------------------------------------------
+# Refused
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--backbone.dim", "48"], "backbone.dim is 48, but the backbone of '{run}' has 24: leave it out, the checkpoint decides."),
-        (["--backbone.positions", "sincos_2d"], "backbone.positions is sincos_2d, but the backbone of '{run}' has learned"),
-        (["--backbone.pretrained", "true"], "backbone.pretrained asks for timm's weights, but training starts from '{run}'"),
+        (
+            ["--backbone.dim", "48"],
+            "backbone.dim is 48, but the backbone of '{run}' has 24: leave it out, the checkpoint decides.",
+        ),
+        (
+            ["--backbone.positions", "sincos_2d"],
+            "backbone.positions is sincos_2d, but the backbone of '{run}' has learned",
+        ),
+        (
+            ["--backbone.pretrained", "true"],
+            "backbone.pretrained asks for timm's weights, but training starts from '{run}'",
+        ),
         (["--data.channels", "1"], "data.channels is 1, but the backbone of '{run}' takes 3."),
         (["--method.start", "other"], "--checkpoint is '{run}' and method.start 'other': give the first alone."),
         (["--method.name", "dino"], "--method.name: expected supervised, got 'dino'"),
@@ -137,4 +164,7 @@ def test_no_checkpoint(finetune, vit_suite, tmp_path):
 def test_another_checkpoint_in_the_same_directory(finetune, tiny_run, tmp_path):
     assert finetune(tiny_run, trainer__max_epochs=1).status == 0
     said = finetune(tiny_run / "backbone.safetensors", trainer__max_epochs=1)
-    assert said.status == 2 and f"holds a run with method.start {tiny_run}, not {tiny_run}/backbone.safetensors" in said.err
+    assert (
+        said.status == 2
+        and f"holds a run with method.start {tiny_run}, not {tiny_run}/backbone.safetensors" in said.err
+    )

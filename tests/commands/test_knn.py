@@ -13,7 +13,18 @@ from tests.commands.conftest import results
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.weights.checkpoint import load_backbone
 
-SHAPES = ["--data.name", "shapes", "--data.image_size", 32, "--data.length", 64, "--data.test_length", 40, "--precision", "fp32"]
+SHAPES = [
+    "--data.name",
+    "shapes",
+    "--data.image_size",
+    32,
+    "--data.length",
+    64,
+    "--data.test_length",
+    40,
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture
@@ -38,7 +49,12 @@ def test_table_and_entry(knn, tiny_run, tmp_path):
     assert last == f"appended to {tmp_path}/scores.json"
     protocol = entry["protocol"]
     assert entry["task"] == "knn" and entry["sha256"] == load_backbone(tiny_run).sha256
-    assert (protocol["data"], protocol["temperature"], protocol["k"], protocol["precision"]) == ("shapes", 0.07, [10, 20, 64], "fp32")
+    assert (protocol["data"], protocol["temperature"], protocol["k"], protocol["precision"]) == (
+        "shapes",
+        0.07,
+        [10, 20, 64],
+        "fp32",
+    )
     assert protocol["bank"] == {"split": "train", "images": 64} and protocol["test"] == {"split": "test", "images": 40}
     assert protocol["trained_on"]["method"] == "dino" and protocol["data_options"]["image_size"] == 32
 
@@ -67,7 +83,12 @@ def test_numbers_are_those_of_a_vote_by_hand(knn, tiny_run, tmp_path):
 
 def test_k_beyond_the_bank_is_clamped_and_said(knn, tmp_path):
     said = knn("--k", 10, 64, 100, 200)
-    assert said.status == 0 and "k=100 (bank has 64)" in said.out and "k=200 (bank has 64)" in said.out and "k=10 (" not in said.out
+    assert (
+        said.status == 0
+        and "k=100 (bank has 64)" in said.out
+        and "k=200 (bank has 64)" in said.out
+        and "k=10 (" not in said.out
+    )
     scores = results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]
     assert scores["k100"] == scores["k64"] | {"used_k": 64} and "used_k" not in scores["k10"]
 
@@ -86,7 +107,10 @@ def test_a_bare_pth_gives_the_same_weights(vit_suite, pretrain, tmp_path):
     """Dimensions are read off the shapes; heads of 64 dimensions, as in every release."""
     assert pretrain(backbone__dim=64, backbone__heads=1, trainer__max_steps=2, evaluate__every_epochs=0).status == 0
     loaded = load_backbone(tmp_path / "run")
-    torch.save({"teacher": {f"module.backbone.{k}": v for k, v in loaded.backbone.vit.state_dict().items()}}, tmp_path / "dino.pth")
+    torch.save(
+        {"teacher": {f"module.backbone.{k}": v for k, v in loaded.backbone.vit.state_dict().items()}},
+        tmp_path / "dino.pth",
+    )
     options = [*SHAPES, "--k", 20, "--output", tmp_path / "scores.json"]
     for checkpoint in (tmp_path / "run", tmp_path / "dino.pth"):
         assert vit_suite("knn", "--checkpoint", checkpoint, *options).status == 0
@@ -126,14 +150,14 @@ def test_folder_of_photographs(knn, photographs, tmp_path):
     assert results(tmp_path / "scores.json")[0]["metrics"]["raw pixels"]["k5"]["top1"] == 100  # dark against bright
 
 
-def test_grey_backbone_reads_colour_files_as_grey(vit_suite, pretrain, photographs, tmp_path):
+def test_gray_backbone_reads_color_files_as_gray(vit_suite, pretrain, photographs, tmp_path):
     assert pretrain(data__channels=1, trainer__max_steps=1, evaluate__every_epochs=0).status == 0
     options = ["--data.name", "folder", "--data.root", photographs, "--k", 5, "--output", tmp_path / "scores.json"]
     assert vit_suite("knn", "--checkpoint", tmp_path / "run", *options).status == 0
     assert results(tmp_path / "scores.json")[0]["protocol"]["data_options"]["channels"] == 1
 
 
-def test_five_channels_are_normalised_as_the_checkpoint_says(vit_suite, pretrain, tmp_path):
+def test_five_channels_are_normalized_as_the_checkpoint_says(vit_suite, pretrain, tmp_path):
     """No data set has published statistics for five; the run was told some, and its checkpoint keeps them."""
     random = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -144,9 +168,19 @@ def test_five_channels_are_normalised_as_the_checkpoint_says(vit_suite, pretrain
                 np.save(folder / f"{index}.npy", random.integers(level, level + 40, (32, 32, 5), dtype=np.uint8))
     files = {"data__name": "folder", "data__root": tmp_path / "bands", "data__channels": 5, "data__batch_size": 8}
     none = dict.fromkeys(("data__image_size", "data__length", "data__test_length"))
-    statistics = {"data__mean": 0.5, "data__std": 0.25, "views__grey": 0, "views__jitter": 0}
+    statistics = {"data__mean": 0.5, "data__std": 0.25, "views__gray": 0, "views__jitter": 0}
     assert pretrain(**files, **none, **statistics, trainer__max_epochs=1).status == 0
-    options = ["--data.name", "folder", "--data.root", tmp_path / "bands", "--k", 3, "--baselines", "--output", tmp_path / "scores.json"]
+    options = [
+        "--data.name",
+        "folder",
+        "--data.root",
+        tmp_path / "bands",
+        "--k",
+        3,
+        "--baselines",
+        "--output",
+        tmp_path / "scores.json",
+    ]
     said = vit_suite("knn", "--checkpoint", tmp_path / "run", *options)
     assert said.status == 0, said.err
     assert results(tmp_path / "scores.json")[0]["metrics"]["raw pixels"]["k3"]["top1"] == 100
@@ -158,11 +192,14 @@ def test_other_image_size(knn, tmp_path):
     assert "256/224 of [48, 48]" in results(tmp_path / "scores.json")[0]["protocol"]["view"]
 
 
-# What cannot be scored ----------------------------------------------------------------------------------------------------------------
+# What cannot be scored
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def refused(said, *parts):
-    assert said.status == 2 and said.out == "" and said.err.count("\n") == 1 and said.err.startswith("vit-suite: error: ")
+    assert (
+        said.status == 2 and said.out == "" and said.err.count("\n") == 1 and said.err.startswith("vit-suite: error: ")
+    )
     for part in parts:
         assert part in said.err
 
@@ -174,7 +211,7 @@ def test_wrong_sizes_and_numbers(knn):
     refused(knn("--temperature", 0), "--temperature: expected float (above 0), got '0'")
 
 
-def test_unlabelled_data(knn, photographs):
+def test_unlabeled_data(knn, photographs):
     data = ["--data.name", "flat", "--data.root", photographs / "train"]
     refused(knn(data=data), "train", "no labels", "kNN")
 
@@ -219,11 +256,18 @@ def test_checkpoints_that_are_none(vit_suite, tiny_run, photographs, tmp_path, c
     content["vit_suite"]["backbone"]["depth"] = 3
     del content["state_dict"]["teacher.backbone.vit.norm.bias"]
     torch.save(content, tmp_path / "other.ckpt")
-    refused(load(tmp_path / "other.ckpt"), "does not fit the architecture", "depth 3", "13 missing, first 'blocks.2.norm1.weight'")
+    refused(
+        load(tmp_path / "other.ckpt"),
+        "does not fit the architecture",
+        "depth 3",
+        "13 missing, first 'blocks.2.norm1.weight'",
+    )
     content["vit_suite"]["backbone"] |= {"depth": 2, "dim": 48}
     torch.save(content, tmp_path / "wide.ckpt")
     shapes = "((1, 1, 24) in the file, (1, 1, 48) here)"
-    refused(load(tmp_path / "wide.ckpt"), "1 missing, first 'norm.bias'", f"of another shape, first 'cls_token' {shapes}")
+    refused(
+        load(tmp_path / "wide.ckpt"), "1 missing, first 'norm.bias'", f"of another shape, first 'cls_token' {shapes}"
+    )
     assert not (tmp_path / "maps").exists()
 
 

@@ -20,7 +20,8 @@ CPU = ("--gpus-per-node", 0)
 
 @pytest.fixture
 def launch(vit_suite, tmp_path, monkeypatch):
-    """`launch("--nodes", 2, data__length=64)` runs the command for the tiny run; `tmp_path / "run"` is its directory."""
+    """`launch("--nodes", 2, data__length=64)` runs the command for the tiny run; `tmp_path / "run"` is its
+    directory."""
     monkeypatch.chdir(tmp_path)
 
     def call(*launcher, output=None, **options):
@@ -31,7 +32,8 @@ def launch(vit_suite, tmp_path, monkeypatch):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Programs on PATH that answer for SLURM: `slurm(sbatch="echo 17", squeue="...")`; without any there is no SLURM."""
+    """Programs on PATH that answer for SLURM: `slurm(sbatch="echo 17", squeue="...")`; without any there is no
+    SLURM."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/nowhere")
@@ -58,22 +60,48 @@ def bash_accepts(script: str) -> bool:
     return subprocess.run(["/bin/bash", "-n"], input=script, text=True).returncode == 0
 
 
-# The script ------------------------------------------------------------------------------------------------------------------------
+# The script
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_slurm_is_asked_for(launch, tmp_path):
-    options = "--nodes 4 --gpus-per-node 8 --partition fast --time 1-12:00:00 --cpus-per-task 6 --account us --qos high --mem 200G"
-    said = launch(*options.split(), "--sbatch", "constraint=a100", "--exclusive=x", "--dry-run", trainer__accelerator="auto")
+    options = (
+        "--nodes 4 --gpus-per-node 8 --partition fast --time 1-12:00:00 --cpus-per-task 6 --account us --qos high --mem"
+        " 200G"
+    )
+    said = launch(
+        *options.split(), "--sbatch", "constraint=a100", "--exclusive=x", "--dry-run", trainer__accelerator="auto"
+    )
     assert said.status == 2  # words of an option carry no dashes
     said = launch(
-        *options.split(), "--sbatch", "constraint=a100", "exclusive", "--dry-run", trainer__accelerator="auto", data__batch_size=32
+        *options.split(),
+        "--sbatch",
+        "constraint=a100",
+        "exclusive",
+        "--dry-run",
+        trainer__accelerator="auto",
+        data__batch_size=32,
     )
     assert said.status == 0 and bash_accepts(said.out), said.err
     assert directives(said.out) == [
-        "job-name=vit-run", f"output={tmp_path}/run/slurm-%j.log", "open-mode=append", f"chdir={tmp_path}",
-        "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "mem=200G", "time=1-12:00:00",
-        "partition=fast", "account=us", "qos=high", "constraint=a100", "exclusive", "signal=USR1@90", "requeue",
-    ]  # fmt: skip
+        "job-name=vit-run",
+        f"output={tmp_path}/run/slurm-%j.log",
+        "open-mode=append",
+        f"chdir={tmp_path}",
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=6",
+        "mem=200G",
+        "time=1-12:00:00",
+        "partition=fast",
+        "account=us",
+        "qos=high",
+        "constraint=a100",
+        "exclusive",
+        "signal=USR1@90",
+        "requeue",
+    ]
     assert "srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=6 bash -c " in said.out
     command = f' rank \\\n  {sys.executable} -m vit_suite pretrain --config "$run/launch.yaml"'
     assert command in said.out and f"\nrun={tmp_path}/run\n" in said.out
@@ -82,9 +110,13 @@ def test_what_slurm_is_asked_for(launch, tmp_path):
 
 def test_underscores_files_and_what_is_left_out(launch, tmp_path):
     (tmp_path / "cluster.yaml").write_text("partition: night\ntime: 24:00:00\nsignal_seconds: 120\nrequeue: no\n")
-    said = launch("--config", "cluster.yaml", "--gpus_per_node", 0, "--tasks_per_node", 3, "--dry_run", data__batch_size=18)
+    said = launch(
+        "--config", "cluster.yaml", "--gpus_per_node", 0, "--tasks_per_node", 3, "--dry_run", data__batch_size=18
+    )
     given = directives(said.out)
-    assert {"partition=night", "time=24:00:00", "signal=USR1@120", "no-requeue", "ntasks-per-node=3"} <= set(given), said.err
+    assert {"partition=night", "time=24:00:00", "signal=USR1@120", "no-requeue", "ntasks-per-node=3"} <= set(given), (
+        said.err
+    )
     assert not [word for word in given if word.startswith(("gpus", "cpus", "mem", "array", "account", "export"))]
     assert "scontrol requeue" not in said.out and "export=NONE" not in "".join(given)
 
@@ -98,7 +130,15 @@ def test_times_are_those_of_sbatch(time, expected):
 
 
 def test_modules_setup_and_container(launch):
-    more = ("--modules", "cuda/12.4", "--setup", "export A=1", "source env.sh", "--container", "apptainer exec --nv 'my image.sif'")
+    more = (
+        "--modules",
+        "cuda/12.4",
+        "--setup",
+        "export A=1",
+        "source env.sh",
+        "--container",
+        "apptainer exec --nv 'my image.sif'",
+    )
     said = launch(*CPU, *more, "--dry-run")
     assert said.out.startswith("#!/bin/bash -l\n")  # a login shell knows `module`
     lines = said.out.splitlines()
@@ -117,7 +157,8 @@ def test_names_that_a_shell_would_take_apart(launch, tmp_path):
     assert "100%% $HOME; rm -rf x/slurm-%j.log'" in said.out
 
 
-# What is written and submitted -----------------------------------------------------------------------------------------------------
+# What is written and submitted
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_submission(launch, slurm, tmp_path):
@@ -128,7 +169,12 @@ def test_submission(launch, slurm, tmp_path):
     assert json.loads((tmp_path / "run" / "launch.json").read_text())["job"] == "17"
     assert bash_accepts((tmp_path / "run" / "launch.sbatch").read_text())
     training = load_config(tmp_path / "run" / "launch.yaml", cls=PretrainConfig)
-    assert (training.trainer.nodes, training.trainer.devices, training.trainer.accelerator, training.trainer.progress) == (
+    assert (
+        training.trainer.nodes,
+        training.trainer.devices,
+        training.trainer.accelerator,
+        training.trainer.progress,
+    ) == (
         2,
         2,
         "cpu",
@@ -153,19 +199,25 @@ def test_seeds_and_sweep(launch, slurm, tmp_path):
     assert json.loads((tmp_path / "run" / "launch.json").read_text()) == {"job": "17", "runs": names}
     runs = [load_config(tmp_path / "run" / name / "launch.yaml") for name in names]
     assert [(run.optim.lr, run.run.seed, run.views.local_crops) for run in runs] == [
-        (1e-3, 3, 2), (1e-3, 5, 2), (2e-3, 3, 4), (2e-3, 5, 4)
-    ]  # fmt: skip
+        (1e-3, 3, 2),
+        (1e-3, 5, 2),
+        (2e-3, 3, 4),
+        (2e-3, 5, 4),
+    ]
     assert [Path(run.run.output).name for run in runs] == names
     script = (tmp_path / "run" / "launch.sbatch").read_text()
     assert {"array=0-3%2", f"output={tmp_path}/run/slurm-%A_%a.log"} <= set(directives(script)) and bash_accepts(script)
     part = "\n".join(line for line in script.splitlines() if line.startswith(("runs=", "run=")))
     task = {"SLURM_ARRAY_TASK_ID": "2"}
-    shown = subprocess.run(["/bin/bash", "-c", f'{part}\nprintf %s "$run"'], capture_output=True, text=True, env=task).stdout
+    shown = subprocess.run(
+        ["/bin/bash", "-c", f'{part}\nprintf %s "$run"'], capture_output=True, text=True, env=task
+    ).stdout
     assert shown == f"{tmp_path}/run/001-seed3"
     assert 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in script
 
 
-# What the script does --------------------------------------------------------------------------------------------------------------
+# What the script does
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,7 +233,11 @@ def test_seeds_and_sweep(launch, slurm, tmp_path):
 )
 def test_who_is_queued_again(launch, slurm, tmp_path, training, array, requeued):
     """The script itself, with stand-ins for srun, scontrol and the training."""
-    slurm(sbatch="echo 17", srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"', scontrol='echo "$@" >> "$ASKED"')
+    slurm(
+        sbatch="echo 17",
+        srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        scontrol='echo "$@" >> "$ASKED"',
+    )
     slurm(bash='exec /bin/bash "$@"', sleep="true", grep='exec /bin/grep "$@"', rm='exec /bin/rm "$@"')
     run = tmp_path / "run" / "seed4" if array else tmp_path / "run"
     fake = tmp_path / "python"
@@ -191,12 +247,15 @@ def test_who_is_queued_again(launch, slurm, tmp_path, training, array, requeued)
     (run / "status.json").write_text('{"state": "stopped"}')
     asked = tmp_path / "asked"
     job = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "1", "ASKED": str(asked)}
-    done = subprocess.run(["/bin/bash", tmp_path / "run" / "launch.sbatch"], env=os.environ | job, capture_output=True, text=True)
+    done = subprocess.run(
+        ["/bin/bash", tmp_path / "run" / "launch.sbatch"], env=os.environ | job, capture_output=True, text=True
+    )
     assert done.returncode == int(training.rpartition("exit ")[2]), done.stderr
     assert (asked.read_text().strip() if asked.exists() else None) == requeued
 
 
-# Refused ---------------------------------------------------------------------------------------------------------------------------
+# Refused
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +319,11 @@ def test_without_slurm(launch, slurm, tmp_path):
 def test_sbatch_has_the_last_word(launch, slurm, tmp_path):
     slurm(sbatch="echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     said = launch(*CPU, "--partition", "x")
-    assert said.status == 2 and "invalid partition specified: x" in said.err and not (tmp_path / "run" / "launch.json").exists()
+    assert (
+        said.status == 2
+        and "invalid partition specified: x" in said.err
+        and not (tmp_path / "run" / "launch.json").exists()
+    )
 
 
 def test_one_job_a_directory(launch, slurm):
@@ -272,23 +335,35 @@ def test_one_job_a_directory(launch, slurm):
     assert launch(*CPU).status == 0
 
 
-# Its state -------------------------------------------------------------------------------------------------------------------------
+# Its state
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 STATUS = {
-    "state": "running", "step": 37, "max_steps": 100, "epoch": 3, "images_per_second": 1234.5, "knn": 41.2, "seconds_left": 3900.0,
-    "updated": 0.0, "job": "17", "reason": None,
-}  # fmt: skip
+    "state": "running",
+    "step": 37,
+    "max_steps": 100,
+    "epoch": 3,
+    "images_per_second": 1234.5,
+    "knn": 41.2,
+    "seconds_left": 3900.0,
+    "updated": 0.0,
+    "job": "17",
+    "reason": None,
+}
 
 
 @pytest.fixture
 def ask(vit_suite, slurm, tmp_path):
-    """`ask(entry, state=...)`: the answer of --status where squeue lists `entry` and status.json says `state` and so on."""
+    """`ask(entry, state=...)`: the answer of --status where squeue lists `entry` and status.json says `state` and so
+    on."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "launch.json").write_text('{"job": "17", "runs": []}')
 
     def call(*entries, **status):
-        slurm(squeue=squeue(*entries) if entries else "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+        slurm(
+            squeue=squeue(*entries) if entries else "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+        )
         slurm(cat='exec /bin/cat "$@"')
         if status:
             (tmp_path / "run" / "status.json").write_text(json.dumps(STATUS | status))
@@ -300,7 +375,10 @@ def ask(vit_suite, slurm, tmp_path):
 
 
 def test_status_in_the_queue(ask):
-    assert ask(("17", "PENDING", 0, "1:00:00", "2030-01-02T03:04:05", "Priority")) == "queued (Priority, from 2030-01-02 03:04:05)"
+    assert (
+        ask(("17", "PENDING", 0, "1:00:00", "2030-01-02T03:04:05", "Priority"))
+        == "queued (Priority, from 2030-01-02 03:04:05)"
+    )
     assert ask(("17", "RUNNING", 0, "59:00", "N/A", "None")) == "running, no step yet; 59:00 until the job's time is up"
     waits = ask(("17", "PENDING", 2, "1:00:00", "N/A", "BeginTime"), state="stopped", reason="SIGUSR1")
     assert waits == "pre-empted, waits to go on (BeginTime), step 37 of 100, kNN 41.20%"
@@ -332,7 +410,11 @@ def test_status_without_slurm(vit_suite, slurm, tmp_path):
     assert said.status == 2 and "holds neither a launched job (launch.json) nor the status.json of a run" in said.err
     (tmp_path / "run" / "status.json").write_text(json.dumps(STATUS))
     said = vit_suite("launch", "--status", tmp_path / "run")
-    assert "running: step 37 of 100" in said.out and "last heard of" in said.out and "job" not in said.out.removeprefix(str(tmp_path))
+    assert (
+        "running: step 37 of 100" in said.out
+        and "last heard of" in said.out
+        and "job" not in said.out.removeprefix(str(tmp_path))
+    )
 
 
 def test_status_of_an_array(vit_suite, slurm, tmp_path):
@@ -340,12 +422,18 @@ def test_status_of_an_array(vit_suite, slurm, tmp_path):
     entries = ("17_1", "PENDING", 0, "1:00", "N/A", "Resources"), ("17_0", "RUNNING", 0, "UNLIMITED", "N/A", "None")
     slurm(squeue=squeue(*entries), cat='exec /bin/cat "$@"')
     lines = vit_suite("launch", "--status", tmp_path).out.splitlines()
-    assert lines == [f"{tmp_path}/seed0: running, no step yet (job 17_0)", f"{tmp_path}/seed1: queued (Resources) (job 17_1)"]
+    assert lines == [
+        f"{tmp_path}/seed0: running, no step yet (job 17_0)",
+        f"{tmp_path}/seed1: queued (Resources) (job 17_1)",
+    ]
 
 
 def test_status_answers_at_once(tmp_path):
     """--status imports no torch: one asks often."""
     (tmp_path / "status.json").write_text(json.dumps(STATUS))
-    code = "import sys; from vit_suite import cli; cli.main(['launch', '--status', sys.argv[1]]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from vit_suite import cli; cli.main(['launch', '--status', sys.argv[1]]); print('torch' in"
+        " sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=os.environ)
     assert done.stdout.endswith("False\n"), done

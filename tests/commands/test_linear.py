@@ -1,4 +1,5 @@
-"""`vit-suite linear`: tables, results.json, a frozen backbone, an unread test split, protocols, and what cannot be probed."""
+"""`vit-suite linear`: tables, results.json, a frozen backbone, an unread test split, protocols, and what cannot be
+probed."""
 
 from __future__ import annotations
 
@@ -24,7 +25,18 @@ from vit_suite.evaluation.linear_protocols import resolve
 from vit_suite.models.backbone import Backbone
 from vit_suite.weights.checkpoint import load_backbone, save_backbone, weights_sha256
 
-SHAPES = ["--data.name", "shapes", "--data.image_size", 32, "--data.length", 100, "--data.test_length", 40, "--precision", "fp32"]
+SHAPES = [
+    "--data.name",
+    "shapes",
+    "--data.image_size",
+    32,
+    "--data.length",
+    100,
+    "--data.test_length",
+    40,
+    "--precision",
+    "fp32",
+]
 FEW = ["--shot_steps", 8, "--draws", 2]
 SWEEP = ["--lr", 0.01, 0.3, "--epochs", 4, "--batch_size", 32]
 
@@ -34,7 +46,9 @@ def probe(vit_suite, tiny_run, tmp_path):
     """Probes the tiny run on `shapes`, into scores.json; the words win over those."""
 
     def call(*words, checkpoint=tiny_run, data=SHAPES, sweep=SWEEP):
-        return vit_suite("linear", "--checkpoint", checkpoint, "--output", tmp_path / "scores.json", *data, *sweep, *words)
+        return vit_suite(
+            "linear", "--checkpoint", checkpoint, "--output", tmp_path / "scores.json", *data, *sweep, *words
+        )
 
     return call
 
@@ -47,7 +61,14 @@ def test_table_and_entry(probe, tiny_run, tmp_path):
     lines = said.out.splitlines()
     assert lines[0] == "shapes: linear heads on 100 images of train, scored on 40 of test"
     assert lines[1].split() == ["protocol", "sweep", "top-1", "%", "top-5", "%", "lr", "blocks", "pool"]
-    row = ["checkpoint", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['lr']:g}", str(scores["blocks"]), scores["pool"]]
+    row = [
+        "checkpoint",
+        f"{scores['top1']:.2f}",
+        f"{scores['top5']:.2f}",
+        f"{scores['lr']:g}",
+        str(scores["blocks"]),
+        scores["pool"],
+    ]
     assert lines[3].split() == row
     assert lines[5].split() == ["held", "out,", "top-1", "%", "lr", "0.01", "lr", "0.3"]
     names = [line.split("  ")[0] for line in lines[7:13]]
@@ -55,12 +76,21 @@ def test_table_and_entry(probe, tiny_run, tmp_path):
     assert lines[-1] == f"appended to {tmp_path}/scores.json"
     assert len(scores["held_out"]) == 12 and scores["trained_on"] == 100
     best = max(scores["held_out"], key=lambda one: (one["top1"], -one["loss"]))
-    assert {key: best[key] for key in ("lr", "pool", "blocks")} == {key: scores[key] for key in ("lr", "pool", "blocks")}
+    assert {key: best[key] for key in ("lr", "pool", "blocks")} == {
+        key: scores[key] for key in ("lr", "pool", "blocks")
+    }
     protocol = entry["protocol"]
     assert entry["task"] == "linear" and entry["sha256"] == load_backbone(tiny_run).sha256
-    assert protocol["train"] == {"split": "train", "images": 100} and protocol["test"] == {"split": "test", "images": 40}
+    assert protocol["train"] == {"split": "train", "images": 100} and protocol["test"] == {
+        "split": "test",
+        "images": 40,
+    }
     assert protocol["recipe"]["lr"] == [0.01, 0.3] and protocol["recipe"]["epochs"] == 4 and protocol["holdout"] == 0.1
-    assert protocol["data"] == "shapes" and protocol["trained_on"]["method"] == "dino" and protocol["data_options"]["length"] == 100
+    assert (
+        protocol["data"] == "shapes"
+        and protocol["trained_on"]["method"] == "dino"
+        and protocol["data_options"]["length"] == 100
+    )
     assert "trained again on all" in protocol["retrained"] and "read once" in protocol["choice"]
 
 
@@ -69,16 +99,21 @@ def test_numbers_are_those_of_a_probe_from_python(probe, tiny_run, tmp_path):
     assert probe("--lr", 0.3, "--blocks", 1, "--pool", "cls", "--epochs", 20).status == 0
     loaded = load_backbone(tiny_run)
     sources = (ShapesSource(split, length, (32, 32), 3, 0) for split, length in (("train", 100), ("test", 40)))
-    train, test = (extract_features(loaded.backbone, s, 32, loaded.mean, loaded.std, precision="fp32", unit=False) for s in sources)
+    train, test = (
+        extract_features(loaded.backbone, s, 32, loaded.mean, loaded.std, precision="fp32", unit=False) for s in sources
+    )
     expected = linear_probe(train, test, Recipe((0.3,), 20, 32))
     scores = results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]
     assert scores["held_out"] == []  # nothing to choose, nothing held out
     assert scores["top1"] == pytest.approx(expected.top1, abs=2.6)  # 16 bits: one image may sit on the fence
 
 
-@pytest.mark.parametrize("words", [[], ["--augment", "true"], ["--shots", 2, *FEW], ["--head", "mlp", "--hidden_dim", 8]])
+@pytest.mark.parametrize(
+    "words", [[], ["--augment", "true"], ["--shots", 2, *FEW], ["--head", "mlp", "--hidden_dim", 8]]
+)
 def test_the_backbone_is_frozen_bit_for_bit(probe, tiny_run, monkeypatch, words):
-    """Weights and buffers, gradients, what wants gradients, and the mode of every module, though it was left in training mode."""
+    """Weights and buffers, gradients, what wants gradients, and the mode of every module, though it was left in
+    training mode."""
     loaded = load_backbone(tiny_run)
     vit = loaded.backbone.vit
     vit.register_buffer("running", torch.randn(3))
@@ -98,7 +133,9 @@ def test_the_backbone_is_frozen_bit_for_bit(probe, tiny_run, monkeypatch, words)
     assert [part.training for part in loaded.backbone.modules()] == modes
 
 
-@pytest.mark.parametrize("words", [[], ["--augment", "true"], ["--shots", 2, *FEW], ["--lr", 0.3, "--blocks", 1, "--pool", "cls"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--augment", "true"], ["--shots", 2, *FEW], ["--lr", 0.3, "--blocks", 1, "--pool", "cls"]]
+)
 def test_no_test_image_is_read_before_the_choice(probe, monkeypatch, tmp_path, words):
     events = []
     load = ShapesSource.load
@@ -144,7 +181,9 @@ def test_augmented_views_are_drawn_anew_each_step(probe, monkeypatch, tmp_path):
     """Without augmentation the backbone runs once an image."""
     passes, draws = [], []
     tokens, alone = Backbone.tokens, command.alone
-    monkeypatch.setattr(Backbone, "tokens", lambda self, images, *rest: passes.append(len(images)) or tokens(self, images, *rest))
+    monkeypatch.setattr(
+        Backbone, "tokens", lambda self, images, *rest: passes.append(len(images)) or tokens(self, images, *rest)
+    )
     monkeypatch.setattr(command, "alone", lambda *place: draws.append(place) or alone(*place))
     assert probe("--epochs", 6).status == 0
     assert sum(passes) == 140 and not draws  # train and test
@@ -173,7 +212,9 @@ def test_transfer_to_photographs_of_many_sizes(probe, photographs, tmp_path):
     data = ["--data.name", "folder", "--data.root", photographs, "--data.workers", 0, "--baselines"]
     for augment in ("false", "true"):
         said = probe("--augment", augment, "--epochs", 20, "--batch_size", 8, data=data)
-        assert said.status == 0 and "animals: linear heads on 24 images of train, scored on 12 of test" in said.out, said.err
+        assert said.status == 0 and "animals: linear heads on 24 images of train, scored on 12 of test" in said.out, (
+            said.err
+        )
     for entry in results(tmp_path / "scores.json"):
         assert entry["metrics"]["raw pixels"]["top1"] == 100  # dark against bright
         assert entry["protocol"]["trained_on"]["data"] == "shapes" and entry["protocol"]["data"] == "animals"
@@ -183,13 +224,29 @@ def test_few_shot_tables_and_entries(probe, vit_suite, tiny_run, tmp_path):
     said = probe("--shots", 1, 4, "--draws", 3, "--baselines", "--shot_steps", 20)
     assert said.status == 0 and "on 3 draws from the 100 images of train" in said.out, said.err
     entry = results(tmp_path / "scores.json")[0]
-    assert entry["task"] == "linear few-shot" and entry["protocol"]["shots"] == [1, 4] and entry["protocol"]["draws"] == 3
+    assert (
+        entry["task"] == "linear few-shot" and entry["protocol"]["shots"] == [1, 4] and entry["protocol"]["draws"] == 3
+    )
     one = entry["metrics"]["checkpoint"]["shots4"]
     assert len(one["top1"]["draws"]) == 3 and one["top1"]["mean"] == pytest.approx(sum(one["top1"]["draws"]) / 3)
     row = next(line for line in said.out.splitlines() if line.startswith("checkpoint, 4 a class"))
     assert row.split()[4:7] == [f"{one['top1']['mean']:.2f}", "±", f"{one['top1']['std']:.2f}"]
     assert entry["protocol"]["recipe"]["steps"] == 20 and "held out, 1 a class" in said.out
-    words = ["--checkpoint", tiny_run, *SHAPES, "--k", 5, 20, "--output", tmp_path / "scores.json", "--shots", 1, 4, "--draws", 3]
+    words = [
+        "--checkpoint",
+        tiny_run,
+        *SHAPES,
+        "--k",
+        5,
+        20,
+        "--output",
+        tmp_path / "scores.json",
+        "--shots",
+        1,
+        4,
+        "--draws",
+        3,
+    ]
     said = vit_suite("knn", *words, "--baselines")
     assert said.status == 0 and "bank of 100: 3 draws from each class" in said.out, said.err
     entry = results(tmp_path / "scores.json")[1]
@@ -200,7 +257,8 @@ def test_few_shot_tables_and_entries(probe, vit_suite, tiny_run, tmp_path):
     assert len(entry["metrics"]["checkpoint"]["shots4"]["k20"]["top5"]["draws"]) == 3
 
 
-# Protocols ----------------------------------------------------------------------------------------------------------------------------
+# Protocols
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def tiny_backbone(**options) -> Backbone:
@@ -213,26 +271,47 @@ def test_dino_takes_cls_of_four_blocks_or_for_wide_networks_one_with_the_mean():
         return resolve(LinearConfig("c", protocol="dino"), shape)
 
     protocol, found = features(384)
-    assert found == [Feature("cls", 4)] and features(768)[1] == [Feature("cls_mean", 1)] and features(192, 2)[1] == [Feature("cls", 2)]
+    assert (
+        found == [Feature("cls", 4)]
+        and features(768)[1] == [Feature("cls_mean", 1)]
+        and features(192, 2)[1] == [Feature("cls", 2)]
+    )
     assert features(384, has_cls=False)[1] == [Feature("mean", 4)]
-    assert protocol.augment and protocol.recipe.lr == (1e-3,) and protocol.recipe.epochs == 100 and protocol.recipe.optimiser == "sgd"
+    assert (
+        protocol.augment
+        and protocol.recipe.lr == (1e-3,)
+        and protocol.recipe.epochs == 100
+        and protocol.recipe.optimizer == "sgd"
+    )
 
 
-def test_sit_wants_a_second_token_and_its_own_optimiser():
+def test_sit_wants_a_second_token_and_its_own_optimizer():
     protocol, found = resolve(LinearConfig("c", protocol="sit", head="mlp"), tiny_backbone(registers=1))
-    assert found == [Feature("tokens", 1)] and protocol.recipe == Recipe((5e-4,), 501, 256, "adamw", 5e-4, 5, 5e-6, hidden_dim=1024)
-    with pytest.raises(UserError, match=r"protocol sit: .* the backbone of 'c' has 1 \(backbone.registers is 0\); use --protocol dino or"):
+    assert found == [Feature("tokens", 1)] and protocol.recipe == Recipe(
+        (5e-4,), 501, 256, "adamw", 5e-4, 5, 5e-6, hidden_dim=1024
+    )
+    with pytest.raises(
+        UserError,
+        match=r"protocol sit: .* the backbone of 'c' has 1 \(backbone.registers is 0\); use --protocol dino or",
+    ):
         resolve(LinearConfig("c", protocol="sit"), tiny_backbone())
-    with pytest.raises(UserError, match="protocol sit trains with AdamW, which takes one learning rate at a time, not 2"):
+    with pytest.raises(
+        UserError, match="protocol sit trains with AdamW, which takes one learning rate at a time, not 2"
+    ):
         resolve(LinearConfig("c", protocol="sit", lr=[1e-3, 1e-2]), tiny_backbone(registers=1))
 
 
 def test_what_is_given_wins_over_the_protocol():
-    cfg = LinearConfig("c", protocol="dino", lr=[0.1, 0.1, 0.2], blocks=[1], pool=["mean"], epochs=3, augment=False, batch_size=64)
+    cfg = LinearConfig(
+        "c", protocol="dino", lr=[0.1, 0.1, 0.2], blocks=[1], pool=["mean"], epochs=3, augment=False, batch_size=64
+    )
     protocol, found = resolve(cfg, tiny_backbone())
     assert found == [Feature("mean", 1)] and not protocol.augment
     assert protocol.recipe == Recipe((0.1, 0.2), 3, 64)
-    assert resolve(LinearConfig("c"), tiny_backbone(class_token=False, pool="mean"))[1] == [Feature("mean", 1), Feature("mean", 2)]
+    assert resolve(LinearConfig("c"), tiny_backbone(class_token=False, pool="mean"))[1] == [
+        Feature("mean", 1),
+        Feature("mean", 2),
+    ]
     assert Feature("tokens", 1) in resolve(LinearConfig("c"), tiny_backbone(registers=1))[1]
 
 
@@ -243,7 +322,11 @@ def test_published_protocols_run(probe, tmp_path, protocol):
     assert said.status == 0, said.err
     entry = results(tmp_path / "scores.json")[0]
     scores = entry["metrics"]["checkpoint"]
-    assert scores["held_out"] == [] and scores["trained_on"] == 100 and scores["pool"] == {"dino": "cls", "sit": "tokens"}[protocol]
+    assert (
+        scores["held_out"] == []
+        and scores["trained_on"] == 100
+        and scores["pool"] == {"dino": "cls", "sit": "tokens"}[protocol]
+    )
     assert "last epoch instead of the best on test" in entry["protocol"]["protocol"]
     assert "random resized crop" in entry["protocol"]["augment"]
 
@@ -252,11 +335,20 @@ def test_a_backbone_without_cls_is_probed_by_its_patches(probe, vit_suite, tmp_p
     save_backbone(tiny_backbone(class_token=False, pool="mean"), tmp_path / "patches", [0.5] * 3, [0.25] * 3)
     said = probe(checkpoint=tmp_path / "patches")
     assert said.status == 0, said.err
-    assert {one["pool"] for one in results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]["held_out"]} == {"mean"}
-    refused(probe("--pool", "cls", checkpoint=tmp_path / "patches"), "pool cls: the backbone of", "has no CLS token; it has tokens for")
+    assert {one["pool"] for one in results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]["held_out"]} == {
+        "mean"
+    }
+    refused(
+        probe("--pool", "cls", checkpoint=tmp_path / "patches"),
+        "pool cls: the backbone of",
+        "has no CLS token; it has tokens for",
+    )
     words = ["--checkpoint", tmp_path / "patches", *SHAPES, "--k", 5, "--output", tmp_path / "scores.json"]
     assert vit_suite("knn", *words).status == 0
-    assert results(tmp_path / "scores.json")[1]["protocol"]["features"] == "mean of the patch tokens after the final norm, L2-normalised"
+    assert (
+        results(tmp_path / "scores.json")[1]["protocol"]["features"]
+        == "mean of the patch tokens after the final norm, L2-normalized"
+    )
 
 
 def test_the_edge_of_the_sweep_is_said(probe):
@@ -273,7 +365,8 @@ def test_a_rate_that_diverges_is_shown_and_kept_as_json(probe, tmp_path):
     assert all((row["loss"] is None) == (row["lr"] > 1) for row in rows)
 
 
-# Real images --------------------------------------------------------------------------------------------------------------------------
+# Real images
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real
@@ -285,24 +378,34 @@ def test_raw_pixels_of_cifar10_score_above_chance(probe, tmp_path):
     assert 20 < results(tmp_path / "scores.json")[0]["metrics"]["raw pixels"]["top1"] < 45
 
 
-# What cannot be probed ----------------------------------------------------------------------------------------------------------------
+# What cannot be probed
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def refused(said, *parts):
-    assert said.status == 2 and said.out == "" and said.err.strip().count("\n") == 0 and "vit-suite: error: " in said.err, said.err
+    assert (
+        said.status == 2 and said.out == "" and said.err.strip().count("\n") == 0 and "vit-suite: error: " in said.err
+    ), said.err
     for part in parts:
         assert part in said.err
 
 
 def test_wrong_options(probe):
-    refused(probe("--pool", "tokens"), "pool tokens: the backbone of", "has no registers besides its CLS token; it has tokens for cls, ")
+    refused(
+        probe("--pool", "tokens"),
+        "pool tokens: the backbone of",
+        "has no registers besides its CLS token; it has tokens for cls, ",
+    )
     refused(probe("--blocks", 4), "blocks 4: the backbone of", "has 2")
     refused(probe("--pool", "clss"), "--pool: expected any of cls, mean, cls_mean, tokens", "'clss'")
     refused(probe("--lr", 0), "--lr: expected list of float (above 0)", "got '0'")
     refused(probe("--protocol", "dinov2"), "--protocol: expected one of sweep, dino, sit, got 'dinov2'")
     refused(probe("--holdout", 0), "--holdout: expected float", "got '0'")
     refused(probe("--image_size", 30), "image_size 30x30 is not divisible by the patch size 8")
-    refused(probe("--shots", 2, "--augment", "true"), "few-shot heads train on features that are extracted once; add --augment false")
+    refused(
+        probe("--shots", 2, "--augment", "true"),
+        "few-shot heads train on features that are extracted once; add --augment false",
+    )
 
 
 def test_a_class_with_fewer_images_than_shots(probe, vit_suite, tiny_run, tmp_path):
@@ -310,30 +413,46 @@ def test_a_class_with_fewer_images_than_shots(probe, vit_suite, tiny_run, tmp_pa
         save_pictures(tmp_path / "few" / "train" / label, count)
         save_pictures(tmp_path / "few" / "test" / label, 3, seed=50)
     data = ["--data.name", "folder", "--data.root", tmp_path / "few"]
-    refused(probe("--shots", 1, 5, data=data), "shots 5 is more than class 'bee' has labelled training images besides those held out: 4")
+    refused(
+        probe("--shots", 1, 5, data=data),
+        "shots 5 is more than class 'bee' has labeled training images besides those held out: 4",
+    )
     words = ["--checkpoint", tiny_run, *data, "--shots", 5, "--output", tmp_path / "scores.json"]
     said = vit_suite("knn", *words)
-    assert said.status == 2 and "shots 5 is more than class 'bee' has labelled training images: 4." in said.err
+    assert said.status == 2 and "shots 5 is more than class 'bee' has labeled training images: 4." in said.err
     assert not (tmp_path / "scores.json").exists()
 
 
 def test_labels_that_are_missing(probe, photographs, tmp_path):
-    refused(probe(data=["--data.name", "flat", "--data.root", photographs / "train"]), "no labels, and linear evaluation needs some")
+    refused(
+        probe(data=["--data.name", "flat", "--data.root", photographs / "train"]),
+        "no labels, and linear evaluation needs some",
+    )
     folder = tmp_path / "lists"
     folder.mkdir()
     paths = sorted(photographs.rglob("*.jpg"))
     (folder / "train.txt").write_text("".join(f"{path}\t{path.parent.name}\n" for path in paths))
     (folder / "test.txt").write_text("".join(f"{path}\n" for path in paths))
-    refused(probe(data=["--data.name", "list", "--data.root", folder]), "has no labels to score against", "data.test_split")
+    refused(
+        probe(data=["--data.name", "list", "--data.root", folder]), "has no labels to score against", "data.test_split"
+    )
     refused(probe("--data.test_split", "train"), "would be scored on the images that it learns from, split 'train'")
 
 
 def test_features_that_do_not_fit_into_memory(probe, monkeypatch):
     monkeypatch.setattr(FileSource, "load", None)
-    refused(probe("--memory_gb", 1e-6), "features of 100 training images x 4 x 24 numbers take 1.79e-05 GiB", "--augment true")
+    refused(
+        probe("--memory_gb", 1e-6),
+        "features of 100 training images x 4 x 24 numbers take 1.79e-05 GiB",
+        "--augment true",
+    )
 
 
 def test_a_view_that_is_not_square_has_no_crops(probe, tmp_path):
     backbone = Backbone(BackboneConfig(patch_size=8, dim=24, depth=1, heads=3, image_size=[16, 32]))
     save_backbone(backbone, tmp_path / "wide", [0.5] * 3, [0.25] * 3)
-    refused(probe("--augment", "true", checkpoint=tmp_path / "wide"), "crops are square, and the view is 16x32", "--augment false")
+    refused(
+        probe("--augment", "true", checkpoint=tmp_path / "wide"),
+        "crops are square, and the view is 16x32",
+        "--augment false",
+    )

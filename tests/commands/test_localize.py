@@ -1,4 +1,5 @@
-"""`vit-suite localize`: numbers by hand, truth from data sets and from files, the baselines, and what cannot be scored."""
+"""`vit-suite localize`: numbers by hand, truth from data sets and from files, the baselines, and what cannot be
+scored."""
 
 from __future__ import annotations
 
@@ -60,15 +61,22 @@ def mask_boxes(source) -> list[list[int]]:
 
 
 def test_table_and_entry(localize, tiny_run):
-    said = localize(*SHAPES, "--threshold", 0.4, 0.6, "--seed", 1)  # with 0 the untrained one is where the tiny run began, and ended
+    said = localize(
+        *SHAPES, "--threshold", 0.4, 0.6, "--seed", 1
+    )  # with 0 the untrained one is where the tiny run began, and ended
     assert said.status == 0
     entry = localize.entry()
     metrics, protocol = entry["metrics"], entry["protocol"]
     assert entry["task"] == "localize" and entry["sha256"] == load_backbone(tiny_run).sha256
-    assert protocol["truth"] == "masks of shapes test" and (protocol["images"], protocol["scored"]) == (COUNT, COUNT // 2)
+    assert protocol["truth"] == "masks of shapes test" and (protocol["images"], protocol["scored"]) == (
+        COUNT,
+        COUNT // 2,
+    )
     assert protocol["thresholds"] == [0.4, 0.6] and protocol["methods"] == ["attention", "lost", "tokencut"]
     assert protocol["trained_on"]["method"] == "dino" and protocol["options"]["seed"] == 1
-    assert said.out.startswith(f"masks of shapes test: {COUNT // 2} images scored, {COUNT // 2} others chose thresholds and heads\n")
+    assert said.out.startswith(
+        f"masks of shapes test: {COUNT // 2} images scored, {COUNT // 2} others chose thresholds and heads\n"
+    )
     own = ["best head", "fixed head", "mean map", "LOST", "TokenCut"]
     assert list(metrics["checkpoint"]) == list(metrics["untrained"]) == own
     assert metrics["checkpoint"] != metrics["untrained"]
@@ -79,7 +87,9 @@ def test_table_and_entry(localize, tiny_run):
         shown = rf"^{name} +{row['jaccard']:.2f} +{row['pointing']:.2f}\b"
         assert sum(bool(re.search(shown, line)) for line in lines) == 1, name
         if "sweep" in row:
-            assert any(re.search(rf"^{name} +{row['sweep'][0]:.2f} +{row['sweep'][1]:.2f}$", line) for line in lines), name
+            assert any(re.search(rf"^{name} +{row['sweep'][0]:.2f} +{row['sweep'][1]:.2f}$", line) for line in lines), (
+                name
+            )
             assert row["jaccard"] == row["sweep"][[0.4, 0.6].index(row["threshold"])]
     best, fixed, mean = (metrics["checkpoint"][name] for name in own[:3])
     assert fixed["head"] in range(3) and "head" not in best and "head" not in mean
@@ -105,8 +115,12 @@ def test_numbers_by_hand(localize, tiny_run):
         pointed.append(bool(truth[16, 16]))
     metrics = localize.entry()["metrics"]
     row = metrics["checkpoint"]["mean map"]
-    assert row["jaccard"] == pytest.approx(100 * np.mean(jaccard)) and row["pointing"] == pytest.approx(100 * np.mean(hits))
-    assert metrics["whole_image"]["jaccard"] == pytest.approx(100 * np.mean(whole)) == metrics["whole_image"]["pointing"]
+    assert row["jaccard"] == pytest.approx(100 * np.mean(jaccard)) and row["pointing"] == pytest.approx(
+        100 * np.mean(hits)
+    )
+    assert (
+        metrics["whole_image"]["jaccard"] == pytest.approx(100 * np.mean(whole)) == metrics["whole_image"]["pointing"]
+    )
     assert metrics["center_box"]["pointing"] == pytest.approx(100 * np.mean(pointed))
     assert metrics["center_box"]["jaccard"] >= metrics["whole_image"]["jaccard"]
 
@@ -128,7 +142,9 @@ def test_boxes_of_every_format_give_the_same_numbers(localize, shapes, tmp_path)
         content["images"].append({"id": index, "file_name": f"{index:04d}.png", "width": 32, "height": 32})
         content["annotations"].append({"image_id": index, "bbox": [x0, y0, x1 - x0, y1 - y0]})
         ends = f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
-        (tmp_path / "xml" / f"{index:04d}.xml").write_text(f"<annotation><object><bndbox>{ends}</bndbox></object></annotation>")
+        (tmp_path / "xml" / f"{index:04d}.xml").write_text(
+            f"<annotation><object><bndbox>{ends}</bndbox></object></annotation>"
+        )
         lines.append(f"{index:04d}.png\tn01\t{x0}\t{y0}\t{x1 - 1}\t{y1 - 1}")
     (tmp_path / "coco.json").write_text(json.dumps(content))
     (tmp_path / "val_annotations.txt").write_text("\n".join(lines))
@@ -151,8 +167,13 @@ def test_boxes_by_hand(localize, tiny_run, shapes, tmp_path):
     from vit_suite.attention.discovery import last_keys, tokencut
 
     boxes = mask_boxes(shapes)
-    (tmp_path / "x_boxes.txt").write_text("\n".join(f"{i:04d}.png {x} {y} {u - 1} {v - 1}" for i, (x, y, u, v) in enumerate(boxes)))
-    assert localize("--images", tmp_path / "images", "--truth", tmp_path / "x_boxes.txt", "--method", "tokencut").status == 0
+    (tmp_path / "x_boxes.txt").write_text(
+        "\n".join(f"{i:04d}.png {x} {y} {u - 1} {v - 1}" for i, (x, y, u, v) in enumerate(boxes))
+    )
+    assert (
+        localize("--images", tmp_path / "images", "--truth", tmp_path / "x_boxes.txt", "--method", "tokencut").status
+        == 0
+    )
     loaded = load_backbone(tiny_run)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (loaded.mean, loaded.std))
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(stable_seed("localize", 0)))
@@ -170,7 +191,8 @@ def test_boxes_by_hand(localize, tiny_run, shapes, tmp_path):
 
 
 def test_photographs_of_many_sizes(localize, tmp_path):
-    """Sizes that are no multiple of the patch, a file that is broken, an image without an object; the grid follows image_size."""
+    """Sizes that are no multiple of the patch, a file that is broken, an image without an object; the grid follows
+    image_size."""
     save_pictures(tmp_path / "images", 10)
     lines = [f"{index:03d}.jpg 4 4 20 20" for index in range(10)]
     (tmp_path / "images" / "009.jpg").write_bytes(b"no image")
@@ -229,7 +251,11 @@ def test_what_cannot_be_scored(localize, shapes, tmp_path):
     refused(localize(*SHAPES, "--threshold", 0), "threshold")
     refused(localize(*SHAPES[:4], "--data.test_length", 1), "only 1 image shows an object")
     save_pictures(tmp_path / "flat", 3)
-    refused(localize("--data.name", "flat", "--data.root", tmp_path / "flat"), "has neither masks nor boxes", "tiny_imagenet or shapes")
+    refused(
+        localize("--data.name", "flat", "--data.root", tmp_path / "flat"),
+        "has neither masks nor boxes",
+        "tiny_imagenet or shapes",
+    )
     Image.new("1", (32, 31), 1).save(masks / "0003.png")
     refused(localize("--images", images, "--truth", masks), "0003.png is 32x32, its truth in 0003.png 32x31")
     (tmp_path / "scores.json").unlink(missing_ok=True)
@@ -240,10 +266,21 @@ def test_what_cannot_be_scored(localize, shapes, tmp_path):
 def test_markdown(localize, tmp_path):
     assert localize(*SHAPES, "--image_size", 48).status == 0
     script = Path(__file__).parents[2] / "scripts" / "localize_table.py"
-    done = subprocess.run([sys.executable, script, tmp_path / "scores.json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "scores.json"], capture_output=True, text=True, check=True
+    )
     metrics = localize.entry()["metrics"]
     own, untrained = (metrics[name]["LOST"] for name in ("checkpoint", "untrained"))
     lines = done.stdout.splitlines()
-    assert lines[0].endswith("masks of shapes test: 12 images at 48 px") and lines[2] == "| (untrained) | Jaccard % | pointing % |"
-    assert "| LOST | " + " | ".join(f"{own[name]:.1f} ({untrained[name]:.1f})" for name in ("jaccard", "pointing")) + " |" in lines
-    assert f"| whole image | {metrics['whole_image']['jaccard']:.1f} | {metrics['whole_image']['pointing']:.1f} |" == lines[-1]
+    assert (
+        lines[0].endswith("masks of shapes test: 12 images at 48 px")
+        and lines[2] == "| (untrained) | Jaccard % | pointing % |"
+    )
+    assert (
+        "| LOST | " + " | ".join(f"{own[name]:.1f} ({untrained[name]:.1f})" for name in ("jaccard", "pointing")) + " |"
+        in lines
+    )
+    assert (
+        f"| whole image | {metrics['whole_image']['jaccard']:.1f} | {metrics['whole_image']['pointing']:.1f} |"
+        == lines[-1]
+    )

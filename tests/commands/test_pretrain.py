@@ -32,13 +32,21 @@ def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# What a run leaves ------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_files_of_a_run(tiny_run):
     found = {str(path.relative_to(tiny_run)) for path in tiny_run.rglob("*") if path.is_file()}
     kept = {f"checkpoints/{name}.ckpt" for name in ("last", "best", "epoch_0001", "epoch_0002")}
-    assert found == kept | {"config.yaml", "metrics.csv", "results.json", "status.json", "backbone.safetensors", "backbone.json"}
+    assert found == kept | {
+        "config.yaml",
+        "metrics.csv",
+        "results.json",
+        "status.json",
+        "backbone.safetensors",
+        "backbone.json",
+    }
 
 
 def test_config_reads_back_to_the_options_of_the_run(tiny_run):
@@ -48,15 +56,21 @@ def test_config_reads_back_to_the_options_of_the_run(tiny_run):
 
 def test_metrics(tiny_run):
     steps = [row for row in rows(tiny_run) if row["train/loss"]]
-    assert [int(row["step"]) for row in steps] == list(range(8)) and [int(row["epoch"]) for row in steps] == [0] * 4 + [1] * 4
+    assert [int(row["step"]) for row in steps] == list(range(8)) and [int(row["epoch"]) for row in steps] == [0] * 4 + [
+        1
+    ] * 4
     for name in ("loss", "teacher_entropy", "kl", "center_norm", "prototypes_used", "feature_std"):
         values = column(tiny_run, f"train/{name}")
         assert len(values) == 8 and all(map(math.isfinite, values)), name
     for row in steps:
-        assert float(row["train/kl"]) == pytest.approx(float(row["train/loss"]) - float(row["train/teacher_entropy"]), abs=1e-5)
+        assert float(row["train/kl"]) == pytest.approx(
+            float(row["train/loss"]) - float(row["train/teacher_entropy"]), abs=1e-5
+        )
     # lr: 5e-3 for 256 images, 16 in the batch; a warm-up over 4 steps, 0 and the peak included, then a cosine to 1e-6
     peak = 5e-3 * 16 / 256
-    expected = [peak * step / 3 for step in range(4)] + [1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * s / 4)) / 2 for s in range(4)]
+    expected = [peak * step / 3 for step in range(4)] + [
+        1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * s / 4)) / 2 for s in range(4)
+    ]
     assert column(tiny_run, "train/lr") == pytest.approx(expected, rel=1e-5)
     decay = [0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     assert column(tiny_run, "train/weight_decay") == pytest.approx(decay, rel=1e-5)
@@ -74,7 +88,12 @@ def test_exported_backbone_is_the_teacher_of_the_last_step(tiny_run):
     exported = load_backbone(tiny_run)
     described = json.loads((tiny_run / "backbone.json").read_text())
     assert exported.sha256 == described["sha256"] == results(tiny_run)[-1]["sha256"]
-    assert (described["step"], described["method"], described["data"], described["image_size"]) == (8, "dino", "shapes", [32, 32])
+    assert (described["step"], described["method"], described["data"], described["image_size"]) == (
+        8,
+        "dino",
+        "shapes",
+        [32, 32],
+    )
     state = load(tiny_run / "checkpoints" / "last.ckpt")["state_dict"]
     weights = exported.backbone.vit.state_dict()
     assert all(torch.equal(tensor, state[f"teacher.backbone.vit.{name}"]) for name, tensor in weights.items())
@@ -93,10 +112,24 @@ def test_results_entry(tiny_run):
 
 
 def test_online_score_is_that_of_the_knn_command(tiny_run, vit_suite, tmp_path):
-    options = ["--data.name", "shapes", "--data.image_size", 32, "--data.length", 64, "--data.test_length", 40, "--precision", "fp32"]
+    options = [
+        "--data.name",
+        "shapes",
+        "--data.image_size",
+        32,
+        "--data.length",
+        64,
+        "--data.test_length",
+        40,
+        "--precision",
+        "fp32",
+    ]
     said = vit_suite("knn", "--checkpoint", tiny_run, *options, "--k", 20, "--output", tmp_path / "scores.json")
     assert said.status == 0
-    assert results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]["k20"]["top1"] == results(tiny_run)[0]["metrics"]["knn_top1"]
+    assert (
+        results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]["k20"]["top1"]
+        == results(tiny_run)[0]["metrics"]["knn_top1"]
+    )
 
 
 def test_next_commands_are_named(pretrain, tmp_path):
@@ -105,20 +138,23 @@ def test_next_commands_are_named(pretrain, tmp_path):
     assert f"vit-suite attention --checkpoint {tmp_path}/run" in said.log
 
 
-# Checkpoints ------------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_best_is_the_epoch_with_the_highest_score(pretrain, monkeypatch, tmp_path):
     scores = iter([10.0, 30.0, 20.0, 30.0])
     monkeypatch.setattr(OnlineKNN, "score", lambda self, module: {"knn/top1": next(scores)})
     assert pretrain(trainer__max_epochs=4).status == 0
-    assert load(tmp_path / "run" / "checkpoints" / "best.ckpt")["global_step"] == 8  # the first of the two that are equal
+    assert (
+        load(tmp_path / "run" / "checkpoints" / "best.ckpt")["global_step"] == 8
+    )  # the first of the two that are equal
     assert column(tmp_path / "run", "knn/top1") == [10, 30, 20, 30]
 
 
 @pytest.fixture
 def saved(monkeypatch):
-    """(name, optimiser steps, micro-batches) of every checkpoint written."""
+    """(name, optimizer steps, micro-batches) of every checkpoint written."""
     found, save = [], Keeper.save
 
     def record(self, trainer, name):
@@ -133,8 +169,15 @@ def test_every_steps_and_every_epochs(pretrain, saved, tmp_path):
     options = {"checkpoint__every_steps": 3, "checkpoint__every_epochs": 10, "checkpoint__keep_every_epochs": 2}
     assert pretrain(trainer__max_epochs=4, evaluate__every_epochs=0, **options).status == 0
     assert [(name, step) for name, step, _ in saved] == [
-        ("last", 3), ("last", 6), ("epoch_0002", 8), ("last", 9), ("last", 12), ("last", 15), ("epoch_0004", 16), ("last", 16)
-    ]  # fmt: skip
+        ("last", 3),
+        ("last", 6),
+        ("epoch_0002", 8),
+        ("last", 9),
+        ("last", 12),
+        ("last", 15),
+        ("epoch_0004", 16),
+        ("last", 16),
+    ]
     found = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert found == {"last.ckpt", "epoch_0002.ckpt", "epoch_0004.ckpt"}
 
@@ -156,12 +199,16 @@ def test_scores_every_other_epoch_and_at_the_end(pretrain, tmp_path):
     assert [epoch for epoch, _ in results(tmp_path / "run")[0]["metrics"]["knn_top1_by_epoch"]] == [2, 3]
 
 
-# How long ---------------------------------------------------------------------------------------------------------------------------
+# How long
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_max_steps_ends_training_and_the_schedules(pretrain, tmp_path):
     assert pretrain(trainer__max_steps=6, optim__warmup_epochs=0, trainer__max_epochs=50).status == 0
-    assert results(tmp_path / "run")[0]["metrics"]["steps"] == 6 and load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 6
+    assert (
+        results(tmp_path / "run")[0]["metrics"]["steps"] == 6
+        and load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 6
+    )
     peak = 5e-3 * 16 / 256
     expected = 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * 5 / 6)) / 2
     assert column(tmp_path / "run", "train/lr")[-1] == pytest.approx(expected, rel=1e-5)
@@ -175,7 +222,8 @@ def test_max_minutes(pretrain, tmp_path):
     assert load_backbone(tmp_path / "run").meta["step"] == metrics["steps"]
 
 
-# Precision, accumulation, backbones --------------------------------------------------------------------------------------------------
+# Precision, accumulation, backbones
+# --------------------------------------------------------------------------------------------------
 
 
 def test_bf16_is_close_to_fp32_but_not_it(pretrain, tiny_run, tmp_path):
@@ -187,14 +235,18 @@ def test_bf16_is_close_to_fp32_but_not_it(pretrain, tiny_run, tmp_path):
 def test_accumulation_keeps_the_batch(pretrain, tiny_run, tmp_path):
     assert pretrain(trainer__accumulate=2).status == 0
     assert results(tmp_path / "run")[0]["metrics"]["steps"] == 8
-    assert column(tmp_path / "run", "train/center_norm") == pytest.approx(column(tiny_run, "train/center_norm"), rel=1e-3)
+    assert column(tmp_path / "run", "train/center_norm") == pytest.approx(
+        column(tiny_run, "train/center_norm"), rel=1e-3
+    )
     assert column(tmp_path / "run", "train/lr") == column(tiny_run, "train/lr")
 
 
 def test_checkpointing_activations_repeats_the_run(pretrain, tiny_run, tmp_path):
     """To the bit, drop path included; a run may also be resumed with another choice."""
     assert pretrain(backbone__checkpointing=True).status == 0
-    assert column(tmp_path / "run", "train/loss") == column(tiny_run, "train/loss") and sha256(tmp_path / "run") == sha256(tiny_run)
+    assert column(tmp_path / "run", "train/loss") == column(tiny_run, "train/loss") and sha256(
+        tmp_path / "run"
+    ) == sha256(tiny_run)
     assert "is complete" in pretrain(backbone__checkpointing=False).log
 
 
@@ -210,7 +262,13 @@ def test_timm_name_as_backbone(pretrain, tmp_path):
     options = {"backbone__name": "vit_tiny_patch16_224", "trainer__max_steps": 2, "evaluate__every_epochs": 0}
     assert pretrain(**dims, **options).status == 0
     backbone = load_backbone(tmp_path / "run").backbone
-    assert (backbone.dim, backbone.depth, backbone.heads, backbone.patch_size, backbone.native_grid) == (192, 12, 3, 16, (2, 2))
+    assert (backbone.dim, backbone.depth, backbone.heads, backbone.patch_size, backbone.native_grid) == (
+        192,
+        12,
+        3,
+        16,
+        (2, 2),
+    )
 
 
 def test_one_channel(pretrain, tmp_path):
@@ -220,7 +278,8 @@ def test_one_channel(pretrain, tmp_path):
     assert len(column(tmp_path / "run", "knn/top1")) == 1
 
 
-# Files ------------------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_photographs_of_all_sizes(pretrain, photographs, tmp_path):
@@ -234,7 +293,7 @@ def test_photographs_of_all_sizes(pretrain, photographs, tmp_path):
     assert digests[0] == digests[1]  # how many processes decode does not matter
 
 
-def test_unlabelled_images_train_without_scores_and_say_so(pretrain, photographs, tmp_path):
+def test_unlabeled_images_train_without_scores_and_say_so(pretrain, photographs, tmp_path):
     said = pretrain(data__root=photographs / "train", **FLAT | {"data__batch_size": 8, "trainer__max_epochs": 1})
     assert said.status == 0
     assert "train has no labels: no kNN during training; the best checkpoint is the last" in said.log
@@ -267,7 +326,12 @@ def test_too_many_damaged_files_stop_the_run(pretrain, sizes, tmp_path):
     save_pictures(tmp_path / "data", 120, sizes)
     for name in ("007", "050", "099"):
         (tmp_path / "data" / f"{name}.jpg").write_bytes(b"")
-    options = FLAT | {"data__root": tmp_path / "data", "data__workers": 0, "trainer__max_epochs": 1, "views__local_crops": 0}
+    options = FLAT | {
+        "data__root": tmp_path / "data",
+        "data__workers": 0,
+        "trainer__max_epochs": 1,
+        "views__local_crops": 0,
+    }
     said = pretrain(**options)
     assert said.status == 2 and said.err.count("\n") == 1
     assert "of the 120 images of data all do not decode" in said.err and "data.max_corrupt allows 1.0%" in said.err
@@ -279,12 +343,16 @@ def test_too_many_damaged_files_stop_the_run(pretrain, sizes, tmp_path):
 
 
 def test_files_that_are_odd_but_images(pretrain, tmp_path):
-    """Alpha, grey, palette, a 3-pixel-wide strip, an upright phone picture: all train."""
+    """Alpha, gray, palette, a 3-pixel-wide strip, an upright phone picture: all train."""
     root = tmp_path / "odd" / "deep er"
     root.mkdir(parents=True)
     for index, mode in enumerate(("RGBA", "L", "P", "CMYK", "RGB", "LA", "1", "I;16")):
         image = picture(index, 20 + index, 40)
-        image = image.convert("L").convert("I").point(lambda v: v * 256).convert("I;16") if mode == "I;16" else image.convert(mode)
+        image = (
+            image.convert("L").convert("I").point(lambda v: v * 256).convert("I;16")
+            if mode == "I;16"
+            else image.convert(mode)
+        )
         image.save(root / f"{index} é.{'jpg' if mode in ('CMYK', 'RGB') else 'png'}")
     picture(20, 400, 3).save(root / "strip.png")
     upright = picture(21, 30, 60)
@@ -296,14 +364,20 @@ def test_files_that_are_odd_but_images(pretrain, tmp_path):
     assert not (tmp_path / "run" / "quarantine.txt").exists()
 
 
-# Loggers ----------------------------------------------------------------------------------------------------------------------------
+# Loggers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_wandb_without_an_account_goes_on_with_its_run(pretrain, monkeypatch, tmp_path):
     """Started twice, in the middle interrupted: one id, and every option in its config."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    options = {"logger__wandb": True, "logger__wandb_offline": True, "trainer__max_epochs": 1, "evaluate__every_epochs": 0}
+    options = {
+        "logger__wandb": True,
+        "logger__wandb_offline": True,
+        "trainer__max_epochs": 1,
+        "evaluate__every_epochs": 0,
+    }
     configs = []
     for drill, status in (("preempt@2", 75), (None, 0)):
         monkeypatch.setenv(DRILL, drill) if drill else monkeypatch.delenv(DRILL)
@@ -313,13 +387,21 @@ def test_wandb_without_an_account_goes_on_with_its_run(pretrain, monkeypatch, tm
         finally:
             wandb.finish()
         time.sleep(1.1)  # W&B names its folders by the second
-    assert configs[0]["optim"]["lr"] == 5e-3 and configs[0]["data"]["batch_size"] == 16 and configs[0]["run"]["output"].endswith("run")
-    (name,) = {path.parent.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}
+    assert (
+        configs[0]["optim"]["lr"] == 5e-3
+        and configs[0]["data"]["batch_size"] == 16
+        and configs[0]["run"]["output"].endswith("run")
+    )
+    (name,) = {
+        path.parent.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    }
     assert name == (tmp_path / "run" / "wandb_id").read_text().strip()
     logs = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(logs) == 2
     end = time.monotonic() + 30
-    while logs[0].stat().st_size < 1000 and time.monotonic() < end:  # W&B's own process writes it, and finish() does not wait for that
+    while (
+        logs[0].stat().st_size < 1000 and time.monotonic() < end
+    ):  # W&B's own process writes it, and finish() does not wait for that
         time.sleep(0.1)
     assert logs[0].stat().st_size >= 1000 and len(column(tmp_path / "run", "train/loss")) == 4
 
@@ -336,16 +418,20 @@ def test_wandb_online_without_an_account_is_refused_before_the_run_starts(pretra
     assert not (tmp_path / "run").exists()
 
 
-# More than one process ----------------------------------------------------------------------------------------------------------------
+# More than one process
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_two_ranks_repeat_the_losses_of_one(pretrain, tmp_path):
-    """Same global batch, fp32, gloo on CPUs, ranks that Lightning starts itself; more is compared in tests/cluster/test_ranks.py."""
+    """Same global batch, fp32, gloo on CPUs, ranks that Lightning starts itself; more is compared in
+    tests/cluster/test_ranks.py."""
     options = {"backbone__drop_path": 0.2, "trainer__max_epochs": 1, "trainer__accumulate": 2, "trainer__log_every": 2}
     assert pretrain(tmp_path / "one", **options).status == 0
     command = ["pretrain", *words(run__output=tmp_path / "two", trainer__devices=2, **options)]
-    done = subprocess.run([sys.executable, "-m", "vit_suite", *command], capture_output=True, text=True, timeout=300, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_suite", *command], capture_output=True, text=True, timeout=300, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("global batch 16 = 2 ranks x 2 accumulated x 4 images") == 1  # one rank speaks for both
     assert "sync_dist" not in done.stderr
@@ -356,7 +442,8 @@ def test_two_ranks_repeat_the_losses_of_one(pretrain, tmp_path):
     assert column(tmp_path / "two", "knn/top1") == pytest.approx(column(tmp_path / "one", "knn/top1"), abs=5)
 
 
-# Launchers --------------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_nodes_and_devices_follow_the_launcher(monkeypatch):
@@ -373,5 +460,8 @@ def test_one_process_of_a_slurm_job_of_many_does_not_wait_for_the_others(pretrai
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)
     said = pretrain()
-    assert said.status == 2 and "a SLURM job of 4 tasks, but this is one process: start it with `srun vit-suite ...`" in said.err
+    assert (
+        said.status == 2
+        and "a SLURM job of 4 tasks, but this is one process: start it with `srun vit-suite ...`" in said.err
+    )
     assert not (tmp_path / "run").exists()

@@ -60,12 +60,17 @@ def test_backward_passes_within_the_loss(profile):
 
 
 def test_products_are_counted(profile):
-    """A bigger network in the same place: the count follows the blocks; accumulation does not change it, nor do views count."""
+    """A bigger network in the same place: the count follows the blocks; accumulation does not change it, nor do views
+    count."""
     flops = profile("supervised")[1]["flops"]
     deeper = profile("supervised", backbone__depth=4)[1]["flops"]
     tokens, dim, batch = 17, 24, 16
-    forward = 2 * tokens * 12 * dim * dim + 4 * tokens * tokens * dim  # of one block and image: products with weights, attention
-    assert deeper - flops == pytest.approx(2 * 3 * batch * forward, rel=1e-6)  # two blocks; backward is twice the forward
+    forward = (
+        2 * tokens * 12 * dim * dim + 4 * tokens * tokens * dim
+    )  # of one block and image: products with weights, attention
+    assert deeper - flops == pytest.approx(
+        2 * 3 * batch * forward, rel=1e-6
+    )  # two blocks; backward is twice the forward
     assert profile("supervised", trainer__accumulate=2)[1]["flops"] == pytest.approx(flops, rel=1e-6)
 
 

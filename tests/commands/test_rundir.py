@@ -37,13 +37,16 @@ def stop_after(monkeypatch, saves: int) -> None:
 def assert_same_as_straight(folder, straight) -> None:
     """Weights to the bit, and metrics as if nothing had happened."""
     assert sha256(folder) == sha256(straight)
-    assert [(row["step"], row["knn/top1"]) for row in rows(folder)] == [(row["step"], row["knn/top1"]) for row in rows(straight)]
+    assert [(row["step"], row["knn/top1"]) for row in rows(folder)] == [
+        (row["step"], row["knn/top1"]) for row in rows(straight)
+    ]
     for name in ("train/loss", "train/lr", "train/center_norm"):
         assert column(folder, name) == column(straight, name)
     assert results(folder)[-1]["metrics"]["knn_top1_by_epoch"] == results(straight)[0]["metrics"]["knn_top1_by_epoch"]
 
 
-# Resume -----------------------------------------------------------------------------------------------------------------------------
+# Resume
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("saves", [2, 4, 7])
@@ -75,7 +78,8 @@ def test_resume_drops_the_rows_that_it_logs_again(pretrain, straight_run, monkey
 
 
 def test_a_crash_while_scoring_loses_nothing(pretrain, straight_run, monkeypatch, tmp_path):
-    """The checkpoint after an epoch's last step is written when its score is there, so a resumed run still scores it."""
+    """The checkpoint after an epoch's last step is written when its score is there, so a resumed run still scores
+    it."""
     score, calls = OnlineKNN.score, []
 
     def crash(self, module):
@@ -115,12 +119,18 @@ def test_a_finished_run_says_so_and_stays_as_it_is(pretrain, tmp_path):
     assert pretrain(trainer__max_epochs=1).status == 0
 
     def content():
-        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "status.json"}
+        return {
+            path: path.read_bytes()
+            for path in (tmp_path / "run").rglob("*")
+            if path.is_file() and path.name != "status.json"
+        }
 
     before = content()
     said = pretrain(trainer__max_epochs=1)
     assert said.status == 0
-    assert f"{tmp_path}/run is complete: 4 steps, nothing left to train" in said.log and "trainer.max_epochs" in said.log
+    assert (
+        f"{tmp_path}/run is complete: 4 steps, nothing left to train" in said.log and "trainer.max_epochs" in said.log
+    )
     assert content() == before and read_status(tmp_path / "run").state == "done"
 
 
@@ -138,7 +148,8 @@ def test_two_processes_of_the_same_seed_agree(tiny_run, pretrain, tmp_path):
     assert sha256(tmp_path / "other") != sha256(tiny_run)
 
 
-# Refused ----------------------------------------------------------------------------------------------------------------------------
+# Refused
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -167,7 +178,9 @@ def test_overwrite_starts_anew(pretrain, finished):
     (finished / "note.txt").write_text("of the old run")
     assert pretrain(trainer__max_epochs=1, evaluate__every_epochs=0, optim__lr=0.5, run__overwrite=True).status == 0
     assert len(results(finished)) == 1 and not (finished / "note.txt").exists()
-    assert len(column(finished, "train/loss")) == 4 and column(finished, "train/lr")[-1] == pytest.approx(0.5 * 16 / 256)
+    assert len(column(finished, "train/loss")) == 4 and column(finished, "train/lr")[-1] == pytest.approx(
+        0.5 * 16 / 256
+    )
 
 
 def test_a_wrong_option_does_not_cost_the_old_run(pretrain, finished):
@@ -210,7 +223,11 @@ def test_a_directory_that_is_no_run_is_never_touched(pretrain, tmp_path, overwri
     precious.parent.mkdir()
     precious.write_text("years of work")
     said = pretrain(run__overwrite=overwrite)
-    assert said.status == 2 and f"'{tmp_path}/run' is not empty and no run directory" in said.err and said.err.count("\n") == 1
+    assert (
+        said.status == 2
+        and f"'{tmp_path}/run' is not empty and no run directory" in said.err
+        and said.err.count("\n") == 1
+    )
     assert precious.read_text() == "years of work" and list((tmp_path / "run").iterdir()) == [precious]
     (tmp_path / "run" / "config.yaml").write_text("port: 8080\n")  # a common name
     said = pretrain(run__overwrite=overwrite)

@@ -49,8 +49,23 @@ def test_every_kind_trains_scores_and_exports(kind, pretrain, vit_suite, tmp_pat
         assert len(column(run, name)) == 4, name
     assert 0 < column(run, "knn/top1")[0] <= 100
     for checkpoint in (run, run / "checkpoints" / "last.ckpt"):  # the file and the checkpoint hold the same backbone
-        said = vit_suite("knn", "--checkpoint", checkpoint, "--data.name", "shapes", "--data.image_size", 32, "--data.length", 64,
-                         "--data.test_length", 40, "--k", 5, "--output", tmp_path / "knn.json")  # fmt: skip
+        said = vit_suite(
+            "knn",
+            "--checkpoint",
+            checkpoint,
+            "--data.name",
+            "shapes",
+            "--data.image_size",
+            32,
+            "--data.length",
+            64,
+            "--data.test_length",
+            40,
+            "--k",
+            5,
+            "--output",
+            tmp_path / "knn.json",
+        )
         assert said.status == 0, said.err
     first, second = (entry["sha256"] for entry in __import__("json").loads((tmp_path / "knn.json").read_text()))
     assert first == second == sha256(run)
@@ -59,7 +74,9 @@ def test_every_kind_trains_scores_and_exports(kind, pretrain, vit_suite, tmp_pat
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(pretrain, tmp_path):
     options = SIT | KINDS["v3"] | {"backbone__drop_path": 0.1}
     assert pretrain(tmp_path / "straight", **options, trainer__max_epochs=2).status == 0
-    assert pretrain(tmp_path / "halved", **options, trainer__max_epochs=2, trainer__max_minutes=1e-4).status == 0  # stops at once
+    assert (
+        pretrain(tmp_path / "halved", **options, trainer__max_epochs=2, trainer__max_minutes=1e-4).status == 0
+    )  # stops at once
     assert len(column(tmp_path / "halved", "train/loss")) < 8
     assert pretrain(tmp_path / "halved", **options, trainer__max_epochs=2).status == 0
     assert sha256(tmp_path / "halved") == sha256(tmp_path / "straight")
@@ -67,23 +84,37 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(pretrain,
 
 @pytest.mark.slow
 def test_two_ranks_repeat_the_losses_of_one(pretrain, tmp_path):
-    """Gathered negatives, corruption from another image, learned weights: the same global batch gives the same numbers."""
+    """Gathered negatives, corruption from another image, learned weights: the same global batch gives the same
+    numbers."""
     options = SIT | {"trainer__max_epochs": 1, "trainer__log_every": 1, "evaluate__every_epochs": 0}
     assert pretrain(tmp_path / "one", **options).status == 0
     command = ["pretrain", *words(run__output=tmp_path / "two", **options | {"trainer__devices": 2})]
-    done = subprocess.run([sys.executable, "-m", "vit_suite", *command], capture_output=True, text=True, timeout=300, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_suite", *command], capture_output=True, text=True, timeout=300, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
-    for name in ("train/loss", "train/contrastive", "train/rotation", "train/reconstruction", "train/contrastive_accuracy"):
+    for name in (
+        "train/loss",
+        "train/contrastive",
+        "train/rotation",
+        "train/reconstruction",
+        "train/contrastive_accuracy",
+    ):
         one, two = column(tmp_path / "one", name), column(tmp_path / "two", name)
         assert len(two) == 4 and two[0] == pytest.approx(one[0], abs=1e-5), name
-        assert two[:3] == pytest.approx(one[:3], abs=1e-3) or name.endswith("accuracy"), name  # Adam amplifies rounding later on
+        assert two[:3] == pytest.approx(one[:3], abs=1e-3) or name.endswith("accuracy"), (
+            name
+        )  # Adam amplifies rounding later on
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method__mask_ratio": 1.5}, "--method.mask_ratio: expected float (at most 1, above 0), got '1.5'"),
-        ({"method__corruption": "masc"}, "--method.corruption: expected one of blocks, gmml, mask, none, got 'masc'. Did you mean 'mask'?"),
+        (
+            {"method__corruption": "masc"},
+            "--method.corruption: expected one of blocks, gmml, mask, none, got 'masc'. Did you mean 'mask'?",
+        ),
         ({"method__corruption": "none", "method__reconstruct": "corrupted"}, "no pixel would count"),
         ({"method__corruption": "gmml", "method__align": 20}, "method.align: expected at most 9"),
         ({"views__local_crops": 2}, "unknown option '--views.local_crops'"),

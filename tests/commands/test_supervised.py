@@ -11,7 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.commands.conftest import column, photographs, results, rows, save_pictures, sha256, words  # noqa: F401 (a fixture)
+from tests.commands.conftest import (
+    column,
+    photographs,  # noqa: F401 (a fixture)
+    results,
+    rows,
+    save_pictures,
+    sha256,
+    words,
+)
 from tests.commands.test_rundir import stop_after
 from vit_suite.config import DataConfig
 from vit_suite.data.module import ImageDataModule
@@ -52,7 +60,9 @@ def test_scores_of_a_run(supervised_run):
     metrics = entry["metrics"]
     assert entry["task"] == "pretrain" and entry["protocol"]["method"] == "supervised"
     assert [epoch for epoch, _ in metrics["val_top1_by_epoch"]] == [1, 2, 3] and metrics["knn_top1"] > 0
-    assert metrics["top1"] == pytest.approx(metrics["val_top1"]) and metrics["test_images"] == 40  # all 40 were scored online too
+    assert (
+        metrics["top1"] == pytest.approx(metrics["val_top1"]) and metrics["test_images"] == 40
+    )  # all 40 were scored online too
     assert metrics["top1"] <= metrics["top5"] <= 100 and 0 <= metrics["calibration_error"] <= 1 and metrics["nll"] > 0
     assert column(supervised_run, "val/top5") and len(column(supervised_run, "train/top1")) == 12
 
@@ -63,7 +73,9 @@ def test_the_files_repeat_the_score(supervised_run):
     head, classes, digest = load_head(supervised_run)
     test = ImageDataModule(DataConfig(name="shapes", image_size=32, length=64, test_length=40)).test_source
     assert digest == loaded.sha256 == results(supervised_run)[0]["sha256"] and classes == list(test.classes)
-    features, labels, *_ = extract_features(loaded.backbone, test, 32, loaded.mean, loaded.std, unit=False, precision="fp32")
+    features, labels, *_ = extract_features(
+        loaded.backbone, test, 32, loaded.mean, loaded.std, unit=False, precision="fp32"
+    )
     accuracy = 100 * (head(features).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(results(supervised_run)[0]["metrics"]["top1"], abs=1e-3)
     checkpoint = load_backbone(supervised_run / "checkpoints" / "last.ckpt")
@@ -126,12 +138,16 @@ def test_two_ranks_train_as_one(supervised, tmp_path):
     one, two = (load_backbone(tmp_path / name).backbone.vit.state_dict() for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=0, msg=name)
-    assert results(tmp_path / "two")[0]["metrics"]["top1"] == pytest.approx(results(tmp_path / "one")[0]["metrics"]["top1"], abs=3)
+    assert results(tmp_path / "two")[0]["metrics"]["top1"] == pytest.approx(
+        results(tmp_path / "one")[0]["metrics"]["top1"], abs=3
+    )
 
 
 def test_best_follows_the_accuracy(supervised, monkeypatch, tmp_path):
     scores = iter([30.0, 50.0, 40.0])
-    monkeypatch.setattr("vit_suite.evaluation.classification.top_accuracy", lambda logits, labels, k: next(scores) if k == 1 else 90.0)
+    monkeypatch.setattr(
+        "vit_suite.evaluation.classification.top_accuracy", lambda logits, labels, k: next(scores) if k == 1 else 90.0
+    )
     monkeypatch.setattr("vit_suite.commands.pretrain.score_run", lambda *_: {})
     assert supervised(trainer__max_epochs=3).status == 0
     best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
@@ -139,13 +155,19 @@ def test_best_follows_the_accuracy(supervised, monkeypatch, tmp_path):
 
 
 def test_post_norm_mean_pooling_without_a_class_token(supervised, tmp_path):
-    options = {"backbone__class_token": False, "backbone__pool": "mean", "backbone__positions": "sincos_2d", "backbone__norm": "post"}
+    options = {
+        "backbone__class_token": False,
+        "backbone__pool": "mean",
+        "backbone__positions": "sincos_2d",
+        "backbone__norm": "post",
+    }
     assert supervised(trainer__max_epochs=1, **options).status == 0
     assert load_backbone(tmp_path / "run").backbone.cfg.pool == "mean"
     assert results(tmp_path / "run")[0]["metrics"]["top1"] >= 0
 
 
-# Refused ------------------------------------------------------------------------------------------------------------------------
+# Refused
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def refused(said, *parts: str) -> None:
@@ -164,7 +186,12 @@ def test_images_without_labels(supervised, tmp_path):
 def test_test_classes_that_are_not_those_of_training(supervised, photographs, tmp_path):  # noqa: F811
     shutil.copytree(photographs, tmp_path / "animals")
     shutil.move(tmp_path / "animals" / "test" / "dark", tmp_path / "animals" / "test" / "dusk")
-    options = {"data__name": "folder", "data__root": tmp_path / "animals", "data__length": None, "data__test_length": None}
+    options = {
+        "data__name": "folder",
+        "data__root": tmp_path / "animals",
+        "data__length": None,
+        "data__test_length": None,
+    }
     refused(supervised(**options), "1 classes that the train split lacks: dusk", "--evaluate.every_epochs 0")
 
 
@@ -172,7 +199,13 @@ def test_a_test_split_without_labels(supervised, tmp_path):
     save_pictures(tmp_path / "pictures", 20)
     (tmp_path / "train.txt").write_text("".join(f"pictures/{index:03d}.jpg {index % 2}\n" for index in range(16)))
     (tmp_path / "test.txt").write_text("".join(f"pictures/{index:03d}.jpg\n" for index in range(16, 20)))
-    options = {"data__name": "list", "data__root": tmp_path, "data__length": None, "data__test_length": None, "data__batch_size": 8}
+    options = {
+        "data__name": "list",
+        "data__root": tmp_path,
+        "data__length": None,
+        "data__test_length": None,
+        "data__batch_size": 8,
+    }
     refused(supervised(**options), "split 'test' of", "has no labels to score", "--evaluate.every_epochs 0")
     said = supervised(evaluate__every_epochs=0, trainer__max_epochs=1, **options)
     assert said.status == 0, said
@@ -181,11 +214,16 @@ def test_a_test_split_without_labels(supervised, tmp_path):
 
 def test_resuming_with_other_classes(supervised, photographs, tmp_path):  # noqa: F811
     shutil.copytree(photographs, tmp_path / "animals")
-    options = {"data__name": "folder", "data__root": tmp_path / "animals", "data__length": None, "data__test_length": None}
+    options = {
+        "data__name": "folder",
+        "data__root": tmp_path / "animals",
+        "data__length": None,
+        "data__test_length": None,
+    }
     options |= {"data__batch_size": 8, "trainer__max_epochs": 1}
     assert supervised(**options).status == 0
     for split in ("train", "test"):
-        shutil.copytree(tmp_path / "animals" / split / "dark", tmp_path / "animals" / split / "grey")
+        shutil.copytree(tmp_path / "animals" / split / "dark", tmp_path / "animals" / split / "gray")
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     said = supervised(**(options | {"trainer__max_epochs": 2}))
     refused(said, "cannot resume: the head of", "has 2 classes and the data 3", "--run.overwrite")

@@ -13,9 +13,9 @@ from vit_suite.data.registry import open_split
 from vit_suite.errors import UserError
 
 
-def picture(path, colour=(10, 20, 30), size=(8, 8)):
+def picture(path, color=(10, 20, 30), size=(8, 8)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def config(name, root, **more):
@@ -32,7 +32,7 @@ def fails(cfg, *words, split="train"):
 
 
 def tar(path, members, form=tarfile.USTAR_FORMAT):
-    """Members are (name, bytes), or (name, colour) for a PNG of 4 x 4."""
+    """Members are (name, bytes), or (name, color) for a PNG of 4 x 4."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as file:
         for name, content in members:

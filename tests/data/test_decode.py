@@ -27,14 +27,14 @@ def test_rgb_pixels_and_axes(tmp_path):
     assert tuple(pixels[:, 0, 0]) == GREEN and tuple(pixels[:, 3, 0]) == RED and tuple(pixels[:, 3, 7]) == BLUE
 
 
-def test_grey_file_and_grey_output(tmp_path):
+def test_gray_file_and_gray_output(tmp_path):
     Image.new("L", (5, 3), 77).save(tmp_path / "g.png")
     assert (decode(tmp_path / "g.png") == 77).all() and decode(tmp_path / "g.png").shape == (3, 3, 5)
     quadrants().save(tmp_path / "c.png")
-    grey = decode(tmp_path / "c.png", 1)
-    assert grey.shape == (1, 4, 8)
-    assert (grey[0, 0, 0], grey[0, 3, 0], grey[0, 3, 7]) == (150, 76, 29)  # ITU-R 601 of green, red, blue
-    assert (convert_channels(decode(tmp_path / "c.png"), 1, "x") == grey).all()  # arrays get the same luma as files
+    gray = decode(tmp_path / "c.png", 1)
+    assert gray.shape == (1, 4, 8)
+    assert (gray[0, 0, 0], gray[0, 3, 0], gray[0, 3, 7]) == (150, 76, 29)  # ITU-R 601 of green, red, blue
+    assert (convert_channels(decode(tmp_path / "c.png"), 1, "x") == gray).all()  # arrays get the same luma as files
 
 
 def test_alpha_is_composited_on_white(tmp_path):
@@ -177,7 +177,11 @@ def test_n_channel_files(tmp_path):
 
 def test_image_names():
     assert (
-        is_image("a/b/C.JPEG") and is_image("x.tif") and not is_image("a.txt") and not is_image("._a.jpg") and not is_image("jpg")
+        is_image("a/b/C.JPEG")
+        and is_image("x.tif")
+        and not is_image("a.txt")
+        and not is_image("._a.jpg")
+        and not is_image("jpg")
     )
 
 
@@ -196,7 +200,10 @@ def test_quarantine_lists_once_counts_and_stops(tmp_path):
         quarantine.report([DecodeError("d.jpg", "bad")], "set train", 20)
     message = str(caught.value)
     assert (
-        "3 of the 20 images of set train" in message and "15.0%" in message and "allows 10.0%" in message and str(file) in message
+        "3 of the 20 images of set train" in message
+        and "15.0%" in message
+        and "allows 10.0%" in message
+        and str(file) in message
     )
     assert file.read_text(encoding="utf-8").count("d.jpg") == 1  # listed before stopping
 

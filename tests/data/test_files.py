@@ -1,4 +1,5 @@
-"""Folders, trees, lists and Tiny-ImageNet, made by hand; every wrong layout gives one UserError that says what was found."""
+"""Folders, trees, lists and Tiny-ImageNet, made by hand; every wrong layout gives one UserError that says what was
+found."""
 
 import os
 
@@ -44,7 +45,9 @@ def test_folder_without_splits_serves_both_ends(tmp_path):
     picture(tmp_path / "b" / "1.png")
     cfg = config("folder", tmp_path)
     assert len(open_train(cfg)) == len(open_test(cfg)) == 2 and open_train(cfg).split == "all"
-    fails(config("folder", tmp_path), "no split 'val'", "class folders without splits", "Splits found: all", split="val")
+    fails(
+        config("folder", tmp_path), "no split 'val'", "class folders without splits", "Splits found: all", split="val"
+    )
 
 
 def test_folder_with_only_train_cannot_be_scored(tmp_path):
@@ -96,7 +99,9 @@ def test_list_of_paths(tmp_path):
     file.write_text(f"# a comment\none.png 10\n\nsub/two three.png\t2\n{tmp_path}/four.png\t10\n", encoding="utf-8")
     source = open_train(config("list", file))
     assert source.classes == ["2", "10"] and source.labels.tolist() == [1, 0, 1]  # numbers sort as numbers
-    assert source.load(1).shape == (3, 8, 8) and source.path(2) == str(tmp_path / "four.png") and source.name == "my list"
+    assert (
+        source.load(1).shape == (3, 8, 8) and source.path(2) == str(tmp_path / "four.png") and source.name == "my list"
+    )
     file.write_text("one.png\nsub/two three.png\n")  # spaces without a tab: the line ends like an image
     assert open_train(config("list", file)).labels is None
     file.write_text("one.png red\nsub/two three.png\n")
@@ -132,7 +137,9 @@ def make_tiny(root):
         (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("\n".join(lines) + "\n")
     for i in range(2):
         picture(root / "val" / "images" / f"val_{i}.JPEG", size=(64, 64))
-    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\t0\t32\t44\t62\nval_1.JPEG\tn02\t52\t55\t57\t59\n")
+    (root / "val" / "val_annotations.txt").write_text(
+        "val_0.JPEG\tn01\t0\t32\t44\t62\nval_1.JPEG\tn02\t52\t55\t57\t59\n"
+    )
     return root
 
 
@@ -140,7 +147,14 @@ def test_tiny_imagenet_layout(tmp_path):
     make_tiny(tmp_path / "data" / "tiny-imagenet-200")
     for root in (tmp_path / "data", tmp_path / "data" / "tiny-imagenet-200"):
         train, val = open_train(config("tiny_imagenet", root)), open_test(config("tiny_imagenet", root))
-        assert train.classes == ["koala", "goldfish"] and train.labels.tolist() == [0, 0, 0, 1, 1, 1]  # the order of wnids.txt
+        assert train.classes == ["koala", "goldfish"] and train.labels.tolist() == [
+            0,
+            0,
+            0,
+            1,
+            1,
+            1,
+        ]  # the order of wnids.txt
         assert train.boxes[5].tolist() == [2, 10, 64, 23] and train.boxes.dtype == torch.float32
         assert val.split == "val" and val.labels.tolist() == [1, 0] and val.boxes[0].tolist() == [0, 32, 45, 63]
         assert train.path(5).endswith("train/n01/images/n01_2.JPEG")
@@ -155,7 +169,13 @@ def test_tiny_imagenet_wrong_layouts(tmp_path):
     (root / "wnids.txt").write_text("n01\nn07\n")
     fails(config("tiny_imagenet", tmp_path), "is missing", "n07")
     (root / "wnids.txt").unlink()
-    fails(config("tiny_imagenet", tmp_path), "no Tiny-ImageNet under", "wnids.txt", "1 folder (tiny-imagenet-200)", "stanford")
+    fails(
+        config("tiny_imagenet", tmp_path),
+        "no Tiny-ImageNet under",
+        "wnids.txt",
+        "1 folder (tiny-imagenet-200)",
+        "stanford",
+    )
 
 
 def test_length_is_stratified_and_depends_on_the_seed_alone(tmp_path):
@@ -178,7 +198,7 @@ def test_real_tiny_imagenet():
     assert len(source) == 2500 and len(source.classes) == 50 and source.name == "Tiny-ImageNet (50 classes)"
     assert torch.bincount(source.labels).tolist() == [50] * 50
     assert (source.boxes[:, 2:] > source.boxes[:, :2]).all() and source.boxes.max() == 64
-    assert all(source.load(i).shape == (3, 64, 64) for i in range(0, 2500, 50))  # some are greyscale on disk
+    assert all(source.load(i).shape == (3, 64, 64) for i in range(0, 2500, 50))  # some are grayscale on disk
 
 
 @pytest.mark.real

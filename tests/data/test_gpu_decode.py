@@ -1,4 +1,5 @@
-"""data.decode gpu, its steps on a CPU: the pixels, replacements and order of the decoder in the workers, whatever the files are."""
+"""data.decode gpu, its steps on a CPU: the pixels, replacements and order of the decoder in the workers, whatever the
+files are."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ from vit_suite.errors import UserError
 
 CPU = torch.device("cpu")
 SIZES = [(40, 30), (33, 57), (64, 64)]
-PLAIN = {"colour.jpg": {}, "progressive.JPEG": {"progressive": True, "subsampling": 0}, "grey.jpg": {}}
+PLAIN = {"color.jpg": {}, "progressive.JPEG": {"progressive": True, "subsampling": 0}, "gray.jpg": {}}
 
 
 def picture(name: str, size: tuple[int, int]) -> Image.Image:
-    """Smooth colours, of the kind that the name begins with."""
+    """Smooth colors, of the kind that the name begins with."""
     coarse = np.random.default_rng(len(name)).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    mode = "L" if name.startswith("grey") else "CMYK" if name.startswith("cmyk") else "RGB"
+    mode = "L" if name.startswith("gray") else "CMYK" if name.startswith("cmyk") else "RGB"
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
@@ -67,11 +68,18 @@ def damage(source: FileSource) -> dict[str, list[int]]:
 
 def test_who_decodes_what(source):
     kinds = {
-        name.split("-")[1] for name in map(bytes.decode, source.paths) if read(source, source.paths.tolist().index(name.encode())).ndim == 1
+        name.split("-")[1]
+        for name in map(bytes.decode, source.paths)
+        if read(source, source.paths.tolist().index(name.encode())).ndim == 1
     }
     assert kinds == set(PLAIN)
     content = source.content(0)
-    assert is_plain(content) and not is_plain(content[:-1]) and not is_plain(content[1:]) and not is_plain(b"\xff\xd8\xff\xd9")
+    assert (
+        is_plain(content)
+        and not is_plain(content[:-1])
+        and not is_plain(content[1:])
+        and not is_plain(b"\xff\xd8\xff\xd9")
+    )
     cmyk = source.content(4)
     adobe = cmyk.index(b"\xff\xee")  # the mark that says so
     assert not is_plain(cmyk[:adobe] + cmyk[adobe + 2 + int.from_bytes(cmyk[adobe + 2 : adobe + 4]) :])
@@ -95,12 +103,16 @@ def test_pixels_labels_and_order(source, workers):
 
 def test_files_of_one_length_stay_files(tmp_path):
     """Two images of one size are stacked; two files of one length are not."""
-    path = save(tmp_path, "colour.jpg", 0)
+    path = save(tmp_path, "color.jpg", 0)
     source = FileSource("set", "train", tmp_path, [path] * 4, 3)
     ((images, labels, _),) = FileLoader(source, EpochPlan(4, 4), decode_on=CPU)
-    assert len(images) == 4 and all(torch.equal(image, source.load(0)) for image in images) and labels.tolist() == [-1] * 4
+    assert (
+        len(images) == 4 and all(torch.equal(image, source.load(0)) for image in images) and labels.tolist() == [-1] * 4
+    )
     save(tmp_path, "other.png", 0)
-    ((images, *_),) = FileLoader(FileSource("set", "train", tmp_path, ["00-other.png"] * 4, 3), EpochPlan(4, 4), decode_on=CPU)
+    ((images, *_),) = FileLoader(
+        FileSource("set", "train", tmp_path, ["00-other.png"] * 4, 3), EpochPlan(4, 4), decode_on=CPU
+    )
     assert isinstance(images, torch.Tensor) and images.shape == (4, 3, 30, 40)
 
 
@@ -111,7 +123,9 @@ def test_bad_files_are_replaced_and_listed_as_ever(source, tmp_path, workers):
     found = {}
     for decode_on in (None, CPU):
         file = tmp_path / f"{decode_on}.txt"
-        loader = FileLoader(source, EpochPlan(len(source), 7), workers, Quarantine(file, limit=1.0), decode_on=decode_on)
+        loader = FileLoader(
+            source, EpochPlan(len(source), 7), workers, Quarantine(file, limit=1.0), decode_on=decode_on
+        )
         found[decode_on] = list(loader), sorted(file.read_text().splitlines())
         loader.close()
     assert found[CPU][1] == found[None][1] and len(found[CPU][1]) == 4
@@ -127,7 +141,9 @@ def test_a_refusal_is_found_one_by_one(source, monkeypatch):
     damage(source)
     calls, decode = [], torchvision.io.decode_jpeg
     monkeypatch.setattr(
-        torchvision.io, "decode_jpeg", lambda files, *args, **kwargs: calls.append(len(files)) or decode(files, *args, **kwargs)
+        torchvision.io,
+        "decode_jpeg",
+        lambda files, *args, **kwargs: calls.append(len(files)) or decode(files, *args, **kwargs),
     )
     files = [read(source, index) for index in (2, 7, 9)]
     found = decode_jpegs(files, CPU)
@@ -153,8 +169,15 @@ def test_training_is_that_of_the_workers_decoder(source, tmp_path):
         views = ViewsConfig(global_size=32, local_size=16, local_crops=2)
         method = DINOConfig(out_dim=32, hidden_dim=16, bottleneck_dim=8)
         module = DINO(method, BackboneConfig(patch_size=8, dim=24, depth=1, heads=3), views, batch_size=7)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, log_every_n_steps=1, default_root_dir=tmp_path, **quiet)
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", devices=1, log_every_n_steps=1, default_root_dir=tmp_path, **quiet
+        )
         trainer.fit(module, data)
         losses[decode] = float(trainer.callback_metrics["train/loss"])
     assert losses["cpu"] == losses["gpu"]
@@ -172,7 +195,9 @@ def test_training_is_that_of_the_workers_decoder(source, tmp_path):
 def test_refused(source, tmp_path, options, kind, views, message):
     for path in tmp_path.iterdir():
         Image.new("RGB", (8, 8)).save(path)
-    data = DataConfig(**{"name": "flat", "root": str(tmp_path), "batch_size": 4, "resident": False, "decode": "gpu"} | options)
+    data = DataConfig(
+        **{"name": "flat", "root": str(tmp_path), "batch_size": 4, "resident": False, "decode": "gpu"} | options
+    )
     cfg = PretrainConfig(data=data, views=ViewsConfig(backend=views))
     with pytest.raises(UserError, match=f"data.decode is gpu, but .*{message}"):
         check_decode(cfg, ImageDataModule(cfg.data), torch.device(kind))
@@ -195,7 +220,9 @@ def test_a_device_that_decodes_nothing_is_not_asked_for_a_run(monkeypatch):
         raise RuntimeError("driver version is\ninsufficient")
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", unfit)
-    with pytest.raises(UserError, match=r"torchvision decodes no JPEG on cpu \(driver version is insufficient\): use data.decode cpu"):
+    with pytest.raises(
+        UserError, match=r"torchvision decodes no JPEG on cpu \(driver version is insufficient\): use data.decode cpu"
+    ):
         check_decoder(CPU)
 
 

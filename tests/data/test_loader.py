@@ -58,15 +58,21 @@ def test_ranks_and_micro_batches_partition_the_global_batch(world, accumulate):
         for plan in plans:
             item = list(plan.batches(3))[number]
             assert (item.step, item.micro, item.epoch) == (step, micro, 3)
-            assert item.indices.tolist() == order[step * batch + item.rows.start : step * batch + item.rows.stop].tolist()
+            assert (
+                item.indices.tolist() == order[step * batch + item.rows.start : step * batch + item.rows.stop].tolist()
+            )
             seen[step] += item.indices.tolist()
-    assert seen == [order[s * batch : (s + 1) * batch].tolist() for s in range(8)]  # in order: micro-batch first, then rank
+    assert seen == [
+        order[s * batch : (s + 1) * batch].tolist() for s in range(8)
+    ]  # in order: micro-batch first, then rank
 
 
 def test_impossible_batches():
     with pytest.raises(UserError, match="batch_size 65 is larger than the data set of 64"):
         EpochPlan(64, 65)
-    with pytest.raises(UserError, match="does not split evenly over 3 ranks x 2 accumulated micro-batches; 60 or 66 would"):
+    with pytest.raises(
+        UserError, match="does not split evenly over 3 ranks x 2 accumulated micro-batches; 60 or 66 would"
+    ):
         EpochPlan(100, 64, world=3, accumulate=2)
     with pytest.raises(UserError, match="batch_size is 0"):
         EpochPlan(100, 0)
@@ -83,7 +89,11 @@ def test_batches_hold_what_their_indices_say(tmp_path, kind, workers):
         assert sum(ids(batches), []) == epoch_order(23, 1, epoch)[:18].tolist()
         for images, labels, indices in batches:
             assert images.dtype == torch.uint8 and images.shape == (6, 3, 8, 8)
-            assert (images == indices.view(-1, 1, 1, 1)).all() and (labels == indices % 2).all() and labels.dtype == torch.int64
+            assert (
+                (images == indices.view(-1, 1, 1, 1)).all()
+                and (labels == indices % 2).all()
+                and labels.dtype == torch.int64
+            )
     loader.set_epoch(5)
     assert ids(loader)[0] == epoch_order(23, 1, 5)[:6].tolist()
 
@@ -142,7 +152,9 @@ def test_micro_batches_may_change_between_epochs_alone(tmp_path, before, now):
     iterator = iter(loader)
     for _ in range(before):
         next(iterator)
-    with pytest.raises(UserError, match=f"within an epoch with another trainer.accumulate \\({before} before, {now} now\\)"):
+    with pytest.raises(
+        UserError, match=f"within an epoch with another trainer.accumulate \\({before} before, {now} now\\)"
+    ):
         other.load_state_dict(loader.state_dict())
     list(iterator)
     other.load_state_dict(loader.state_dict())
@@ -168,7 +180,9 @@ def test_a_worker_sends_images_of_many_sizes_as_one_tensor(tmp_path):
     loader = FileLoader(source, plan, workers=1)
     ((images, _, indices),) = list(loader)
     loader.close()
-    assert len(images) == 23 and all(torch.equal(image, source.load(int(i))) for image, i in zip(images, indices, strict=True))
+    assert len(images) == 23 and all(
+        torch.equal(image, source.load(int(i))) for image, i in zip(images, indices, strict=True)
+    )
 
 
 def test_one_odd_size_beyond_the_probes_keeps_the_set_in_files(tmp_path):
@@ -202,8 +216,14 @@ def test_bad_files_in_workers_are_replaced_alike_and_listed(tmp_path, workers):
         moved = (wanted != indices).nonzero().flatten()
         assert sorted(wanted[moved].tolist()) == [3, 4, 11] and not {3, 4, 11} & set(indices.tolist())
     replaced = [dict(zip(epoch_order(23, 0, e).tolist(), runs[e][2].tolist(), strict=True)) for e in range(2)]
-    assert [replaced[0][i] for i in (3, 4, 11)] == [replaced[1][i] for i in (3, 4, 11)]  # by index, not by place in the epoch
-    assert sorted(line.split("\t")[0][-7:] for line in file.read_text().splitlines()) == ["003.png", "004.png", "011.png"]
+    assert [replaced[0][i] for i in (3, 4, 11)] == [
+        replaced[1][i] for i in (3, 4, 11)
+    ]  # by index, not by place in the epoch
+    assert sorted(line.split("\t")[0][-7:] for line in file.read_text().splitlines()) == [
+        "003.png",
+        "004.png",
+        "011.png",
+    ]
     assert "0 bytes" in file.read_text()
 
 
@@ -244,7 +264,9 @@ def test_evaluation_drops_bad_files(tmp_path):
     assert source.get(2) is None and source.get(5).shape == (3, 8, 8)
     held = resident(source)
     images, labels, indices = list(EvaluationLoader(held, 8))[-1]
-    assert len(held) == 22 and indices.tolist() == [16, 17, 18, 19, 20, 21] and (images[:, 0, 0, 0] == indices + 1).all()
+    assert (
+        len(held) == 22 and indices.tolist() == [16, 17, 18, 19, 20, 21] and (images[:, 0, 0, 0] == indices + 1).all()
+    )
 
 
 def test_samples_of_a_set_are_not_charged_with_all_its_failures(tmp_path):
@@ -273,7 +295,11 @@ def test_transform_runs_on_a_micro_batch_with_its_place(tmp_path):
 def test_subset_of_a_resident_set_is_resident(tmp_path):
     held = resident(make_files(tmp_path / "x"))
     part = held.subset([5, 2])
-    assert isinstance(part, ResidentSource) and part.images[:, 0, 0, 0].tolist() == [5, 2] and part.labels.tolist() == [1, 0]
+    assert (
+        isinstance(part, ResidentSource)
+        and part.images[:, 0, 0, 0].tolist() == [5, 2]
+        and part.labels.tolist() == [1, 0]
+    )
     assert part.path(1).endswith("002.png") and isinstance(part.base, Subset)
 
 
@@ -289,7 +315,7 @@ def test_workers(monkeypatch):
         auto_workers(-1, False)
 
 
-# -- the module ------------------------------------------------------------------------------------------------------------------
+# -- the module --------------------------------------------------------------------------------------------------------
 
 
 def folder_set(root, count=12, size=(8, 8)):
@@ -300,9 +326,15 @@ def folder_set(root, count=12, size=(8, 8)):
 
 
 def test_module_from_python(tmp_path):
-    data = ImageDataModule(DataConfig(name="folder", root=str(folder_set(tmp_path / "pets")), batch_size=8, test_length=10))
+    data = ImageDataModule(
+        DataConfig(name="folder", root=str(folder_set(tmp_path / "pets")), batch_size=8, test_length=10)
+    )
     images, labels, indices = next(iter(data.train_dataloader()))
-    assert images.shape == (8, 3, 8, 8) and set(labels.tolist()) == {0, 1} and (labels == data.train_source.labels[indices]).all()
+    assert (
+        images.shape == (8, 3, 8, 8)
+        and set(labels.tolist()) == {0, 1}
+        and (labels == data.train_source.labels[indices]).all()
+    )
     assert data.resident and data.classes == ["a", "b"] and data.name == "pets" and data.mean == [0.485, 0.456, 0.406]
     assert len(data.test_source) == 10 and len(data.bank(6)) == 6 and len(data.bank()) == 24 and len(data.test(0)) == 10
     assert torch.bincount(data.bank(6).labels).tolist() == [3, 3]

@@ -1,4 +1,5 @@
-"""scripts/make_shards.py: what it writes, that it is whole or not there, and what it refuses. Images: tests/data/conftest.py."""
+"""scripts/make_shards.py: what it writes, that it is whole or not there, and what it refuses. Images:
+tests/data/conftest.py."""
 
 import hashlib
 import os
@@ -26,7 +27,9 @@ def test_shards_hold_the_images_and_labels_of_the_folder(loose, made):
     )
     for split in ("train", "val"):
         files, packed = open_split(config("folder", loose), split), open_split(config("shards", made), split)
-        assert (packed.name, packed.split, packed.classes) == ("photos", split, ["ant", "bee", "cat"]) and len(packed) == len(files)
+        assert (packed.name, packed.split, packed.classes) == ("photos", split, ["ant", "bee", "cat"]) and len(
+            packed
+        ) == len(files)
         theirs = {Path(files.path(i)).stem.replace(".", "_"): i for i in range(len(files))}
         mine = [theirs[Path(packed.path(i)).stem.split("-")[1]] for i in range(len(packed))]
         assert sorted(mine) == list(range(len(files))) and mine != sorted(mine)  # all of them, shuffled
@@ -50,20 +53,35 @@ def test_equal_input_gives_equal_bytes(script, loose, made, tmp_path):
 
 def test_sizes_of_shards(script, tmp_path):
     def parts(*sizes, limit=10**9, count=10**9):
-        return [[name for ((name, _),) in part] for part in script.split_up(([(i, bytes(s))] for i, s in enumerate(sizes)), limit, count)]
+        return [
+            [name for ((name, _),) in part]
+            for part in script.split_up(([(i, bytes(s))] for i, s in enumerate(sizes)), limit, count)
+        ]
 
     end, one = tarfile.RECORDSIZE, 1024  # of a member of 1 to 512 bytes, its header included
-    assert parts(512, 1, 300, limit=end + 2 * one) == [[0, 1], [2]] and parts(512, 513, 1, limit=end + 2 * one) == [[0], [1], [2]]
-    assert parts(1, 9000, 1, limit=end + one) == [[0], [1], [2]] and parts(*[1] * 5, count=2) == [[0, 1], [2, 3], [4]] and parts() == []
+    assert parts(512, 1, 300, limit=end + 2 * one) == [[0, 1], [2]] and parts(512, 513, 1, limit=end + 2 * one) == [
+        [0],
+        [1],
+        [2],
+    ]
+    assert (
+        parts(1, 9000, 1, limit=end + one) == [[0], [1], [2]]
+        and parts(*[1] * 5, count=2) == [[0, 1], [2, 3], [4]]
+        and parts() == []
+    )
 
 
 def test_images_without_files_become_png_or_npy(script):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 6), dtype=np.uint8)
     for images, channels in ((pixels[:, :3], 3), (pixels[:, :1], 1), (pixels, 4)):
-        (name, content), *label = script.sample(ArraySource("set", "train", images, channels, ["a", "b"], [1, -1]), 0, 7)
+        (name, content), *label = script.sample(
+            ArraySource("set", "train", images, channels, ["a", "b"], [1, -1]), 0, 7
+        )
         assert name == f"00000007-train.{'png' if channels < 4 else 'npy'}" and label == [("00000007-train.cls", b"1")]
         assert (decode(name, channels, content) == images[0]).all()
-    assert len(script.sample(ArraySource("set", "train", pixels, 4, ["a", "b"], [1, -1]), 1, 0)) == 1  # no label, no .cls
+    assert (
+        len(script.sample(ArraySource("set", "train", pixels, 4, ["a", "b"], [1, -1]), 1, 0)) == 1
+    )  # no label, no .cls
 
 
 def test_the_converter_refuses(script, loose, shards, capsys, tmp_path):
@@ -73,11 +91,18 @@ def test_the_converter_refuses(script, loose, shards, capsys, tmp_path):
         return capsys.readouterr().err
 
     before = digests(shards)
-    assert "holds 14 files (classes.txt, ...)" in says() and "no split 'vall'. Did you mean 'val'?" in says("--splits", "vall")
+    assert "holds 14 files (classes.txt, ...)" in says() and "no split 'vall'. Did you mean 'val'?" in says(
+        "--splits", "vall"
+    )
     assert "does not exist" in says(root=tmp_path / "gone", output=tmp_path / "new") and not (tmp_path / "new").exists()
     assert "classes that the train split lacks" not in says() and digests(shards) == before
-    assert script.main(["--name", "shards", "--root", str(shards), "--output", str(tmp_path / "recut"), "--keep-order"]) == 0
-    assert open_train(config("shards", tmp_path / "recut")).content(70) == open_train(config("shards", shards)).content(70)
+    assert (
+        script.main(["--name", "shards", "--root", str(shards), "--output", str(tmp_path / "recut"), "--keep-order"])
+        == 0
+    )
+    assert open_train(config("shards", tmp_path / "recut")).content(70) == open_train(config("shards", shards)).content(
+        70
+    )
     assert script.main(["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite"]) == 0
     assert len(digests(shards)) == 4 and len(open_train(config("shards", shards))) == 72
     (shards / "letter.txt").write_text("mine")
@@ -98,7 +123,12 @@ def test_a_conversion_that_breaks_off_leaves_the_old_set(script, loose, shards, 
             raise KeyboardInterrupt
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # in the middle of moving: no half set passes for a whole
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+    ):  # in the middle of moving: no half set passes for a whole
         patch.setattr(os, "replace", stop)
-        script.main(["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite", "--shard-images", "5"])
+        script.main(
+            ["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite", "--shard-images", "5"]
+        )
     fails(config("shards", shards), "is missing, but index.npz names it")

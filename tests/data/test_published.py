@@ -52,9 +52,9 @@ def test_cifar10_pickles(cifar10):
         assert (train.name, len(train), test.split, len(test)) == ("CIFAR-10", 20, "test", 4)
         assert train.classes == CIFAR10_CLASSES and train.labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
         assert (train.load(7).numpy() == images[7]).all() and (test.load(3).numpy() == images[23]).all()
-    grey = open_train(config("cifar10", root, channels=1)).load(0)
-    assert grey.shape == (1, 32, 32)
-    assert abs(float(grey.double().mean()) - np.tensordot(images[0].mean((1, 2)), [0.299, 0.587, 0.114], 1)) < 0.01
+    gray = open_train(config("cifar10", root, channels=1)).load(0)
+    assert gray.shape == (1, 32, 32)
+    assert abs(float(gray.double().mean()) - np.tensordot(images[0].mean((1, 2)), [0.299, 0.587, 0.114], 1)) < 0.01
     with pytest.raises(UserError, match="CIFAR-10 has 3 channels, but data.channels is 4"):
         open_train(config("cifar10", root, channels=4)).load(0)
     fails(config("cifar10", root), "no split 'val'", "train, test", split="val")
@@ -73,11 +73,16 @@ def test_cifar10_class_folders_are_named_by_their_files(tmp_path):
                 picture(place / split / name / "0000.jpg", (i, i, i), (32, 32))
     for root in (tmp_path, tmp_path / "cifar10", tmp_path / "other"):
         source = open_train(config("cifar10", root))
-        assert source.name == "CIFAR-10 (JPEG)" and source.labels.tolist() == list(range(10)) and source.split == "train"
+        assert (
+            source.name == "CIFAR-10 (JPEG)" and source.labels.tolist() == list(range(10)) and source.split == "train"
+        )
     assert open_test(config("cifar10", tmp_path)).split == "test"
     (tmp_path / "other" / "train" / "zebra").mkdir()  # eleven classes: not CIFAR-10, whatever it is
     fails(
-        config("cifar10", tmp_path / "other"), "CIFAR-10 not found", "2 folders (test, train)", "ROOT/cifar10/{train,test}/CLASS"
+        config("cifar10", tmp_path / "other"),
+        "CIFAR-10 not found",
+        "2 folders (test, train)",
+        "ROOT/cifar10/{train,test}/CLASS",
     )
 
 
@@ -88,7 +93,10 @@ def test_cifar100_pickles(tmp_path, monkeypatch):
     for file, rows in (("train", slice(0, 4)), ("test", slice(4, 6))):
         count = len(images[rows])
         labels = [99 - i for i in range(count)]
-        pickled(tmp_path / "cifar-100-python" / file, {"data": images[rows], "fine_labels": labels, "coarse_labels": [0] * count})
+        pickled(
+            tmp_path / "cifar-100-python" / file,
+            {"data": images[rows], "fine_labels": labels, "coarse_labels": [0] * count},
+        )
     pickled(tmp_path / "cifar-100-python" / "meta", {"fine_label_names": names, "coarse_label_names": ["x"] * 20})
     train = open_train(config("cifar100", tmp_path))
     assert train.labels.tolist() == [99, 98, 97, 96] and train.classes == names and train.name == "CIFAR-100"
@@ -111,7 +119,7 @@ def test_stl10_binaries(tmp_path, monkeypatch):
     assert open_split(config("stl10", tmp_path), "unlabeled").labels is None
     both = open_split(config("stl10", tmp_path), "train+unlabeled")
     assert both.labels.tolist() == [0, 9, 2, -1, -1] and (both.load(4).numpy() == images[6]).all()
-    fails(config("stl10", tmp_path), "no split 'unlabelled'", "Did you mean 'unlabeled'?", split="unlabelled")
+    fails(config("stl10", tmp_path), "no split 'unlabeled'", "Did you mean 'unlabeled'?", split="unlabeled")
 
 
 def test_food101_meta(tmp_path):
@@ -132,7 +140,9 @@ def test_food101_meta(tmp_path):
 def test_oxford_pets_lists(tmp_path):
     base = tmp_path / "oxford-iiit-pet"
     (base / "annotations").mkdir(parents=True)
-    (base / "annotations" / "trainval.txt").write_text("Abyssinian_100 1 1 1\namerican_bulldog_1 2 2 1\nAbyssinian_101 1 1 1\n")
+    (base / "annotations" / "trainval.txt").write_text(
+        "Abyssinian_100 1 1 1\namerican_bulldog_1 2 2 1\nAbyssinian_101 1 1 1\n"
+    )
     (base / "annotations" / "test.txt").write_text("Abyssinian_1 1 1 1\namerican_bulldog_7 2 2 1\n")
     for name in ("Abyssinian_100", "american_bulldog_1", "Abyssinian_101", "Abyssinian_1", "american_bulldog_7"):
         picture(base / "images" / f"{name}.jpg")
@@ -148,8 +158,12 @@ def test_flowers102_mat_files(tmp_path, monkeypatch):
     base = tmp_path / "flowers-102"
     base.mkdir()
     scipy_io.savemat(base / "imagelabels.mat", {"labels": np.array([[5, 102, 1, 7]], dtype=np.uint8)})
-    scipy_io.savemat(base / "setid.mat", {"trnid": np.array([[2, 1]]), "valid": np.array([[3]]), "tstid": np.array([[4, 3]])})
-    monkeypatch.setattr(datasets.Flowers102, "_file_dict", {k: (v[0], None) for k, v in datasets.Flowers102._file_dict.items()})
+    scipy_io.savemat(
+        base / "setid.mat", {"trnid": np.array([[2, 1]]), "valid": np.array([[3]]), "tstid": np.array([[4, 3]])}
+    )
+    monkeypatch.setattr(
+        datasets.Flowers102, "_file_dict", {k: (v[0], None) for k, v in datasets.Flowers102._file_dict.items()}
+    )
     for i in range(1, 5):
         picture(base / "jpg" / f"image_{i:05d}.jpg", size=(10 + i, 9))
     train = open_train(config("flowers102", tmp_path))
@@ -162,7 +176,9 @@ def test_flowers102_without_scipy_says_so(tmp_path, monkeypatch):
     picture(base / "jpg" / "image_00001.jpg")
     for name in ("imagelabels.mat", "setid.mat"):
         (base / name).write_bytes(b"x")
-    monkeypatch.setattr(datasets.Flowers102, "_file_dict", {k: (v[0], None) for k, v in datasets.Flowers102._file_dict.items()})
+    monkeypatch.setattr(
+        datasets.Flowers102, "_file_dict", {k: (v[0], None) for k, v in datasets.Flowers102._file_dict.items()}
+    )
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
     monkeypatch.setitem(__import__("sys").modules, "scipy", None)
     fails(config("flowers102", tmp_path), "Flowers-102", "scipy", "pip install")
@@ -174,18 +190,26 @@ def test_imagenet_folders_with_and_without_meta(tmp_path):
             picture(tmp_path / split / wnid / f"{split}_{number}.JPEG", (number, 0, 0))
     train, val = open_train(config("imagenet", tmp_path)), open_test(config("imagenet", tmp_path))
     assert train.classes == ["n01440764", "n01443537"] and val.split == "val" and val.labels.tolist() == [0, 1]
-    torch.save(({"n01440764": ("tench", "Tinca tinca"), "n01443537": ("goldfish",)}, ["n01440764"]), tmp_path / "meta.bin")
+    torch.save(
+        ({"n01440764": ("tench", "Tinca tinca"), "n01443537": ("goldfish",)}, ["n01440764"]), tmp_path / "meta.bin"
+    )
     named = open_train(config("imagenet", tmp_path))
     assert named.classes == ["tench", "goldfish"] and named.path(1) == train.path(1) and named.labels.tolist() == [0, 1]
 
 
 def test_imagenet_elsewhere_and_wrong(tmp_path):
     picture(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "train" / "n01" / "1.JPEG")
-    picture(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "ILSVRC2012_val_00000001.JPEG")  # as the archive unpacks: unsorted
+    picture(
+        tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "ILSVRC2012_val_00000001.JPEG"
+    )  # as the archive unpacks: unsorted
     assert len(open_train(config("imagenet", tmp_path))) == 1
-    fails(config("imagenet", tmp_path), "ImageNet val", "sorted into class folders", "1 file (ILSVRC2012_val", split=None)
+    fails(
+        config("imagenet", tmp_path), "ImageNet val", "sorted into class folders", "1 file (ILSVRC2012_val", split=None
+    )
     (tmp_path / "void" / "x").mkdir(parents=True)
-    fails(config("imagenet", tmp_path / "void"), "no ImageNet train split", "ROOT/train/WNID", "1 folder (x)", "account")
+    fails(
+        config("imagenet", tmp_path / "void"), "no ImageNet train split", "ROOT/train/WNID", "1 folder (x)", "account"
+    )
     fails(config("imagenet", tmp_path / "void", download=True), "account")
 
 
@@ -203,7 +227,9 @@ def test_failed_download_is_a_user_error(tmp_path, monkeypatch):
         raise OSError("network is unreachable")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
-    fails(config("cifar10", tmp_path / "new", download=True), "CIFAR-10 could not be downloaded", "network is unreachable")
+    fails(
+        config("cifar10", tmp_path / "new", download=True), "CIFAR-10 could not be downloaded", "network is unreachable"
+    )
 
 
 def test_one_of_many_processes_downloads(cifar10, tmp_path_factory, monkeypatch):

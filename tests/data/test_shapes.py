@@ -1,4 +1,4 @@
-"""Generated images: determinism, statistics, and that the class is in the outline and not in the colours."""
+"""Generated images: determinism, statistics, and that the class is in the outline and not in the colors."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,8 @@ def test_an_image_depends_on_seed_split_and_index_alone():
 
 
 def test_pixels_are_those_of_earlier_releases():
-    # A changed generator would silently change every score on `shapes`; a few grey levels may differ between processors.
+    # A changed generator would silently change every score on `shapes`; a few gray levels may differ between
+    # processors.
     image = ShapesSource("train", 10, (32, 32), seed=0).load(7).float()
     assert image.shape == (3, 32, 32)
     assert torch.allclose(image.mean((1, 2)), torch.tensor(FINGERPRINT), atol=0.5)
@@ -38,7 +39,7 @@ def test_classes_are_balanced_and_masks_salient():
 
 
 def test_mask_is_where_the_object_is():
-    # The same background with and without the object cannot be had, but inside and outside must differ in mean colour.
+    # The same background with and without the object cannot be had, but inside and outside must differ in mean color.
     source = ShapesSource("train", 200, (48, 48))
     gaps = []
     for i in range(200):
@@ -59,7 +60,9 @@ def test_the_background_says_nothing_and_the_hue_not_all():
         nearest = torch.cdist(features[2000:], features[:2000]).argmin(1)
         return float((source.labels[:2000][nearest] == source.labels[2000:]).double().mean())
 
-    inside, outside = (torch.stack([image[:, m].mean(1) for image, m in zip(pixels, part, strict=True)]) for part in (masks, ~masks))
+    inside, outside = (
+        torch.stack([image[:, m].mean(1) for image, m in zip(pixels, part, strict=True)]) for part in (masks, ~masks)
+    )
     assert hits(outside) < 0.14  # chance is 0.1, standard error 0.01
     assert 0.35 < hits(inside) < 0.55  # two classes share a hue and neighbours overlap
     assert hits(torch.nn.functional.normalize(pixels.flatten(1) - 0.5)) < 0.5  # raw pixels: 0.44 with 2,000 in the bank
@@ -74,7 +77,9 @@ def test_masks_tell_the_class():
         box = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].float()
         crops.append(torch.nn.functional.interpolate(box[None, None], (16, 16), mode="bilinear")[0, 0])
     flat = torch.stack(crops).flatten(1)
-    hits = (source.labels[:1500][torch.cdist(flat[1500:], flat[:1500]).argmin(1)] == source.labels[1500:]).double().mean()
+    hits = (
+        (source.labels[:1500][torch.cdist(flat[1500:], flat[:1500]).argmin(1)] == source.labels[1500:]).double().mean()
+    )
     assert hits > 0.8
 
 
@@ -82,13 +87,19 @@ def test_masks_tell_the_class():
 def test_any_size(size):
     source = ShapesSource("test", 30, size)
     areas = [float(source.mask(i).double().mean()) for i in range(30)]
-    assert source.load(3).shape == (3, *size) and source.mask(3).shape == size and min(areas) > 0.03 and max(areas) < 0.45
+    assert (
+        source.load(3).shape == (3, *size) and source.mask(3).shape == size and min(areas) > 0.03 and max(areas) < 0.45
+    )
 
 
 def test_through_the_registry():
     cfg = DataConfig(name="shapes", length=30, test_length=20, image_size=40, channels=1)
     train, test = open_train(cfg, 5), open_test(cfg, 5)
-    assert (len(train), len(test), train.split, test.split) == (30, 20, "train", "test") and train.load(0).shape == (1, 40, 40)
+    assert (len(train), len(test), train.split, test.split) == (30, 20, "train", "test") and train.load(0).shape == (
+        1,
+        40,
+        40,
+    )
     assert len(open_train(DataConfig(name="shapes"))) == 10_000
     with pytest.raises(UserError, match="no split 'trian'"):
         open_split(cfg, "trian")
@@ -135,7 +146,7 @@ def test_statistics_of_channels():
 
 
 def test_the_weave_belongs_to_the_class():
-    """Objects of a striped class have more contrast than those of the plain one, whatever their colours."""
+    """Objects of a striped class have more contrast than those of the plain one, whatever their colors."""
     source = ShapesSource("train", 1000, (64, 64))
 
     def contrast(name: str) -> torch.Tensor:

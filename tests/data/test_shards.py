@@ -1,4 +1,5 @@
-"""Sets in tar files: what the reader makes of ours and of other people's, the order by shards, and whatever can be wrong with them.
+"""Sets in tar files: what the reader makes of ours and of other people's, the order by shards, and whatever can be
+wrong with them.
 
 On real Tiny-ImageNet images where $VIT_SUITE_DATA has them, else on generated JPEGs.
 """
@@ -40,11 +41,14 @@ def ids(batches):
     return [batch[2].tolist() for batch in batches]
 
 
-# Order, ranks, resume ---------------------------------------------------------------------------------------------------------------
+# Order, ranks, resume
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_order_by_shards():
-    shard = torch.repeat_interleave(torch.arange(20), torch.randint(1, 90, (20,), generator=torch.Generator().manual_seed(0)))
+    shard = torch.repeat_interleave(
+        torch.arange(20), torch.randint(1, 90, (20,), generator=torch.Generator().manual_seed(0))
+    )
     total = len(shard)
     orders = [shard_order(shard, 3, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(order.sort().values.tolist() == list(range(total)) for order in orders)
@@ -54,7 +58,9 @@ def test_order_by_shards():
         ends = {s: (seen.index(s), total - seen[::-1].index(s)) for s in range(20)}
         assert max(sum(a <= place < b for a, b in ends.values()) for place in range(total)) == 3  # open at a time
         first = list(dict.fromkeys(seen))
-        assert first != sorted(first) and sum(a != b for a, b in zip(seen, seen[1:], strict=False)) > total / 3  # mixed within a window
+        assert (
+            first != sorted(first) and sum(a != b for a, b in zip(seen, seen[1:], strict=False)) > total / 3
+        )  # mixed within a window
     assert torch.equal(shard_order(shard, 20, 4, 2), epoch_order(total, 4, 2))
     firsts = torch.tensor([int(shard[shard_order(shard, 1, 0, epoch)[0]]) for epoch in range(400)])
     assert torch.bincount(firsts, minlength=20).float().std() < 9  # each shard comes first as often: 4.4 expected
@@ -90,7 +96,9 @@ def test_resume_within_a_shard_goes_on_with_the_same_images(made, workers):
 
 def test_shards_are_read_one_window_after_the_other(made, monkeypatch):
     read, content = [], ShardSource.content
-    monkeypatch.setattr(ShardSource, "content", lambda self, index: read.append(int(self.shards[index])) or content(self, index))
+    monkeypatch.setattr(
+        ShardSource, "content", lambda self, index: read.append(int(self.shards[index])) or content(self, index)
+    )
     list(loader(made, window=3))
     assert len(read) == 72 and all(len(set(read[start : start + 24])) == 3 for start in (0, 24, 48))
 
@@ -112,7 +120,15 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(made, monkeypatch
     def pretrain(folder):
         return cli.main(["pretrain", *words(**options, run__output=tmp_path / folder)])
 
-    own = {"name": "shards", "root": made, "order": "shards", "shard_window": 2, "resident": False, "workers": 1, "batch_size": 24}
+    own = {
+        "name": "shards",
+        "root": made,
+        "order": "shards",
+        "shard_window": 2,
+        "resident": False,
+        "workers": 1,
+        "batch_size": 24,
+    }
     options = {f"data__{key}": value for key, value in own.items()} | {
         f"data__{key}": None for key in ("image_size", "length", "test_length")
     }
@@ -134,7 +150,8 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(made, monkeypatch
     assert sha256(tmp_path / "resumed") == sha256(tmp_path / "straight")
 
 
-# Shards of others -------------------------------------------------------------------------------------------------------------------
+# Shards of others
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_webdataset_reads_ours(made):
@@ -151,7 +168,13 @@ def test_ours_reads_webdatasets(tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "train-%04d.tar"), maxcount=2, verbose=0) as sink:
         for i in range(5):
             sink.write(
-                {"__key__": f"säm/{i:03d}" + "x" * 120 * (i == 3), "png": tiny + i, "seg.png": tiny, "cls": i % 3, "json": {"label": 9}}
+                {
+                    "__key__": f"säm/{i:03d}" + "x" * 120 * (i == 3),
+                    "png": tiny + i,
+                    "seg.png": tiny,
+                    "cls": i % 3,
+                    "json": {"label": 9},
+                }
             )
     source = open_split(config("shards", tmp_path), "train")
     assert source.labels.tolist() == [0, 1, 2, 0, 1] and source.classes == ["0", "1", "2"]
@@ -167,7 +190,15 @@ def test_layouts(tmp_path):
         "b/train/0.tar",
         "b/val/0.tar",
     ):
-        tar(tmp_path / name, [("x.jpg.txt", b"no image"), ("x.PNG", (len(name), 0, 0)), ("x.json", b'{"label": 1}'), ("y.webp", (1, 0, 0))])
+        tar(
+            tmp_path / name,
+            [
+                ("x.jpg.txt", b"no image"),
+                ("x.PNG", (len(name), 0, 0)),
+                ("x.json", b'{"label": 1}'),
+                ("y.webp", (1, 0, 0)),
+            ],
+        )
     for root in (tmp_path / "a", tmp_path / "b"):
         train, val = open_train(config("shards", root)), open_test(config("shards", root))
         assert (train.split, val.split, len(val)) == ("train", "val", 2) and train.labels[:2].tolist() == [1, -1]
@@ -179,19 +210,26 @@ def test_layouts(tmp_path):
     assert len(open_train(config("shards", tmp_path / "a" / "*-train-*.tar"))) == 4
     assert len(open_train(config("shards", tmp_path / "a" / "imagenet1k-train-{0000..0001}.tar"))) == 4
     one = open_train(config("shards", tar(tmp_path / "c" / "part.tar", [("x.png", (1, 2, 3))])))
-    assert (one.split, one.labels, one.classes) == ("all", None, []) and open_test(config("shards", tmp_path / "c")).split == "all"
+    assert (one.split, one.labels, one.classes) == ("all", None, []) and open_test(
+        config("shards", tmp_path / "c")
+    ).split == "all"
 
 
 def test_labels(tmp_path):
     def labels(*members):
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
-        tar(tmp_path / "x" / "0.tar", [(f"{key}.png", (0, 0, 0)) for key in "abc"] + [member for member in members if member])
+        tar(
+            tmp_path / "x" / "0.tar",
+            [(f"{key}.png", (0, 0, 0)) for key in "abc"] + [member for member in members if member],
+        )
         if classes:
             (tmp_path / "x" / "classes.txt").write_text(classes)
         return config("shards", tmp_path / "x")
 
     classes = ""
-    assert open_train(labels(("a.cls", b" 2\n"), ("c.json", b'{"cls": 0}'), ("b.json", b'{"caption": "x"}'))).labels.tolist() == [2, -1, 0]
+    assert open_train(
+        labels(("a.cls", b" 2\n"), ("c.json", b'{"cls": 0}'), ("b.json", b'{"caption": "x"}'))
+    ).labels.tolist() == [2, -1, 0]
     fails(labels(("a.cls", b"dog")), "label 'dog'", "name the classes, one a line", "x/classes.txt")
     fails(labels(("a.json", b"{")), "0.tar/a.json' is not readable text of a label")
     fails(labels(("a.json", b'{"label": [1]}')), "a.json' has the label [1]; expected a number or a word")
@@ -225,7 +263,8 @@ def test_a_folder_that_cannot_be_written(shards, monkeypatch, caplog):
     assert "index.npz cannot be written (Read-only file system): every start reads the headers" in caplog.text
 
 
-# Bad input --------------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_read(tmp_path):
@@ -264,7 +303,12 @@ def test_a_shard_that_is_not_whole(shards, cut):
     }
     path.write_bytes(spoilt[cut])
     if cut != "middle":  # as long as before
-        fails(config("shards", shards), "train-000004.tar' has", "cut off, or was written again", f"delete '{shards}/index.npz'")
+        fails(
+            config("shards", shards),
+            "train-000004.tar' has",
+            "cut off, or was written again",
+            f"delete '{shards}/index.npz'",
+        )
     (shards / "index.npz").unlink()
     fails(config("shards", shards), "train-000004.tar' is not a whole uncompressed tar file")
 
@@ -277,8 +321,12 @@ def test_shards_that_are_gone_or_written_again(shards):
         source.load(60)
     shutil.copy(shards / "train-000006.tar", shards / "train-000007.tar")
     length = (shards / "moved").stat().st_size
-    os.truncate(shards / "train-000007.tar", length)  # as long as the one in the index: zeros at the end of tar files are usual
-    with pytest.raises(UserError, match="train-000007.tar' was written again since it was indexed .*delete '.*index.npz'"):
+    os.truncate(
+        shards / "train-000007.tar", length
+    )  # as long as the one in the index: zeros at the end of tar files are usual
+    with pytest.raises(
+        UserError, match="train-000007.tar' was written again since it was indexed .*delete '.*index.npz'"
+    ):
         open_train(config("shards", shards)).load(60)
     (shards / "index.npz").write_bytes(b"PK not an index")
     fails(config("shards", shards), "index.npz' is damaged")
@@ -293,9 +341,15 @@ def test_images_that_do_not_decode_are_listed(tmp_path):
             source.load(index)
     quarantine = Quarantine(tmp_path / "quarantine.txt", limit=0.2)
     batches = list(FileLoader(source, EpochPlan(22, 11), 0, quarantine))
-    assert all(int(image[0, 0, 0]) == index for images, _, indices in batches for image, index in zip(images, indices, strict=True))
+    assert all(
+        int(image[0, 0, 0]) == index
+        for images, _, indices in batches
+        for image, index in zip(images, indices, strict=True)
+    )
     lines = (tmp_path / "quarantine.txt").read_text().splitlines()
-    assert sorted(line.split("\t")[0] for line in lines) == [f"{tmp_path}/set/train-0.tar/{name}" for name in ("bad.jpg", "void.png")]
+    assert sorted(line.split("\t")[0] for line in lines) == [
+        f"{tmp_path}/set/train-0.tar/{name}" for name in ("bad.jpg", "void.png")
+    ]
     assert sum(ids(EvaluationLoader(source, 8, 0, quarantine)), []) == list(range(20))
 
 
@@ -311,5 +365,7 @@ def test_arrays_and_tiffs_are_decoded_from_memory(tmp_path):
 
 def test_held_in_memory_and_written_down(made):
     data = ImageDataModule(config("shards", made, order="shards", shard_window=1, batch_size=8))
-    assert data.resident and len({int(data.train_source.shards[i]) for i in next(iter(data.train_dataloader()))[2]}) == 1
+    assert (
+        data.resident and len({int(data.train_source.shards[i]) for i in next(iter(data.train_dataloader()))[2]}) == 1
+    )
     assert json.dumps(data.train_dataloader().state_dict()) and data.train_dataloader().state_dict()["window"] == 1

@@ -30,9 +30,9 @@ def images(tmp_path):
 
 def palette(path, pixels=PIXELS):
     image = Image.fromarray(pixels, mode="P")
-    colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
-    colours[0], colours[255] = 0, (224, 224, 192)
-    image.putpalette(colours.tobytes())
+    colors = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    colors[0], colors[255] = 0, (224, 224, 192)
+    image.putpalette(colors.tobytes())
     image.save(path)
     return image
 
@@ -40,15 +40,19 @@ def palette(path, pixels=PIXELS):
 def test_masks_of_every_kind(tmp_path):
     image = palette(tmp_path / "voc.png")
     assert read_mask(tmp_path / "voc.png").tolist() == TRINARY
-    image.convert("RGB").save(tmp_path / "colour.png")
-    assert read_mask(tmp_path / "colour.png").tolist() == TRINARY
+    image.convert("RGB").save(tmp_path / "color.png")
+    assert read_mask(tmp_path / "color.png").tolist() == TRINARY
     Image.fromarray(PIXELS).save(tmp_path / "numbers.png")
     assert read_mask(tmp_path / "numbers.png", "index").tolist() == TRINARY
-    assert read_mask(tmp_path / "numbers.png", "grey").tolist() == [[0, 0, 0, 1], [0, 0, 0, 1]]
+    assert read_mask(tmp_path / "numbers.png", "gray").tolist() == [[0, 0, 0, 1], [0, 0, 0, 1]]
     np.save(tmp_path / "array.npy", PIXELS)
     assert read_mask(tmp_path / "array.npy", "index").tolist() == TRINARY
     object_ = PIXELS == 3
-    for name, pixels in (("bool", object_), ("one", object_.astype(np.uint8)), ("white", object_.astype(np.uint8) * 255)):
+    for name, pixels in (
+        ("bool", object_),
+        ("one", object_.astype(np.uint8)),
+        ("white", object_.astype(np.uint8) * 255),
+    ):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
         Image.fromarray(pixels).convert("RGB").save(tmp_path / f"{name}_rgb.png")
         for file in (f"{name}.png", f"{name}_rgb.png"):
@@ -58,7 +62,7 @@ def test_masks_of_every_kind(tmp_path):
 
 def test_masks_that_could_be_two_things_are_not_guessed(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "numbers.png")
-    with pytest.raises(UserError, match=r"numbers.png' holds 4 values \(0, 3, 15, 255\).*mask_values.*index.*grey"):
+    with pytest.raises(UserError, match=r"numbers.png' holds 4 values \(0, 3, 15, 255\).*mask_values.*index.*gray"):
         read_mask(tmp_path / "numbers.png")
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match="text.png' cannot be read"):
@@ -96,9 +100,13 @@ def test_what_has_no_partner_is_named(images, tmp_path, caplog):
         source, _ = open_truths(images, folder)
     assert len(source) == 1
     assert "2 of 3 images" in caplog.text and "c.jpg, deep/b.png" in caplog.text and "zebra" in caplog.text
-    with pytest.raises(UserError, match=r"no truth in .*masks' has the name of an image.*called x, images a.jpg, c.jpg, deep/b.png"):
+    with pytest.raises(
+        UserError, match=r"no truth in .*masks' has the name of an image.*called x, images a.jpg, c.jpg, deep/b.png"
+    ):
         open_truths(images, mask_folder(tmp_path / "none", ("x.png",)))
-    with pytest.raises(UserError, match=r"2 truths are not of the size.*a.jpg is 4x2, its truth in a.png 2x4; c.jpg is"):
+    with pytest.raises(
+        UserError, match=r"2 truths are not of the size.*a.jpg is 4x2, its truth in a.png 2x4; c.jpg is"
+    ):
         wrong = mask_folder(tmp_path / "wrong", ("a.png", "c.png"), (2, 4))
         mask_folder(tmp_path / "wrong", ("deep/b.png",))
         open_truths(images, wrong)
@@ -121,7 +129,10 @@ def test_folders_that_are_none(images, tmp_path):
 
 
 XML = "<annotation><size><width>{}</width><height>{}</height></size>{}</annotation>"
-OBJECT = "<object><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+OBJECT = (
+    "<object><difficult>{}</difficult><bndbox>"
+    "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
 
 
 def test_voc(images, tmp_path):
@@ -131,15 +142,24 @@ def test_voc(images, tmp_path):
     (folder / "c.xml").write_text(XML.format(4, 2, ""))
     source, truths = open_truths(images, folder)
     assert truths.kind == "boxes" and len(source) == 2
-    assert truths.load(0).tolist() == [[0, 0, 4, 2], [1, 0, 2, 1]]  # counted from 1, the last pixel named: xmin 1, xmax W is everything
+    assert truths.load(0).tolist() == [
+        [0, 0, 4, 2],
+        [1, 0, 2, 1],
+    ]  # counted from 1, the last pixel named: xmin 1, xmax W is everything
     assert truths.load(1).shape == (0, 4)
     (folder / "c.xml").write_text(XML.format(40, 20, OBJECT.format(0, 1, 1, 4, 2)))
     with pytest.raises(UserError, match="c.jpg is 4x2, its truth in Annotations 40x20"):
         open_truths(images, folder)
     (folder / "c.xml").write_text(XML.format(4, 2, OBJECT.format(0, 1, 1, 9, 2)))
-    with pytest.raises(UserError, match=r"1 images are empty or lie outside.*c.jpg \(4x2\): \[\[0.0, 0.0, 9.0, 2.0\]\]"):
+    with pytest.raises(
+        UserError, match=r"1 images are empty or lie outside.*c.jpg \(4x2\): \[\[0.0, 0.0, 9.0, 2.0\]\]"
+    ):
         open_truths(images, folder)
-    for text in ("<annotation", XML.format(4, 2, OBJECT.format(0, "one", 1, 9, 2)), "<a><object><bndbox></bndbox></object></a>"):
+    for text in (
+        "<annotation",
+        XML.format(4, 2, OBJECT.format(0, "one", 1, 9, 2)),
+        "<a><object><bndbox></bndbox></object></a>",
+    ):
         (folder / "c.xml").write_text(text)
         with pytest.raises(UserError, match="c.xml' is no VOC annotation"):
             open_truths(images, folder)
@@ -166,7 +186,10 @@ def test_coco(images, tmp_path):
 
 
 def test_text_of_tiny_imagenet(images, tmp_path):
-    for name, lines in (("val_annotations.txt", "a.jpg\tn01\t0\t0\t3\t1\nc.jpg\tn02\t1\t1\t2\t1\n"), ("n01_boxes.txt", "a.jpg 0 0 3 1\n")):
+    for name, lines in (
+        ("val_annotations.txt", "a.jpg\tn01\t0\t0\t3\t1\nc.jpg\tn02\t1\t1\t2\t1\n"),
+        ("n01_boxes.txt", "a.jpg 0 0 3 1\n"),
+    ):
         (tmp_path / name).write_text(lines)
     source, truths = open_truths(images, tmp_path / "val_annotations.txt")
     assert truths.load(0).tolist() == [[0, 0, 4, 2]] and truths.load(1).tolist() == [[1, 1, 3, 2]]

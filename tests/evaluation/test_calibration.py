@@ -16,14 +16,16 @@ def logits(*confidences: float) -> torch.Tensor:
 
 
 def test_by_hand():
-    """Bins of a fifth. 0.55, 0.58: bin (0.4, 0.6], one right of two, |0.5 - 0.565| = 0.065. 0.9, 0.95, 0.99, 0.84: bin (0.8, 1],
-    three right of four, |0.75 - 0.92| = 0.17. ECE = 2/6 0.065 + 4/6 0.17 = 0.135."""
+    """Bins of a fifth. 0.55, 0.58: bin (0.4, 0.6], one right of two, |0.5 - 0.565| = 0.065. 0.9, 0.95, 0.99, 0.84: bin
+    (0.8, 1], three right of four, |0.75 - 0.92| = 0.17. ECE = 2/6 0.065 + 4/6 0.17 = 0.135."""
     table = logits(0.55, 0.58, 0.9, 0.95, 0.99, 0.84)
     labels = torch.tensor([0, 1, 0, 0, 0, 1])
     assert expected_calibration_error(table, labels, bins=5) == pytest.approx(2 / 6 * 0.065 + 4 / 6 * 0.17)
     counts, confidence, accuracy = reliability(table, labels, bins=5).unbind(1)
     assert counts.tolist() == [0, 0, 2, 0, 4]
-    assert confidence[[2, 4]].tolist() == pytest.approx([0.565, 0.92]) and accuracy[[2, 4]].tolist() == pytest.approx([0.5, 0.75])
+    assert confidence[[2, 4]].tolist() == pytest.approx([0.565, 0.92]) and accuracy[[2, 4]].tolist() == pytest.approx(
+        [0.5, 0.75]
+    )
 
 
 def test_an_edge_belongs_to_the_bin_below():
@@ -48,4 +50,6 @@ def test_calibrated_guesses_have_a_small_error():
 
 
 def test_likelihood():
-    assert negative_log_likelihood(logits(0.25, 0.5), torch.tensor([0, 1])) == pytest.approx((math.log(4) + math.log(2)) / 2)
+    assert negative_log_likelihood(logits(0.25, 0.5), torch.tensor([0, 1])) == pytest.approx(
+        (math.log(4) + math.log(2)) / 2
+    )

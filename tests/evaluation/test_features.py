@@ -38,7 +38,8 @@ class Source:
 
 
 class Net(nn.Module):
-    """Linear in the pixels, so that features can be checked by hand; dropout and BatchNorm tell whether eval mode was on."""
+    """Linear in the pixels, so that features can be checked by hand; dropout and BatchNorm tell whether eval mode was
+    on."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +101,7 @@ def test_nothing_to_score_is_the_users_error():
         extract_features(Net(), Source(count=3, bad=range(3)), 8, MEAN, STD)
 
 
-def test_unlabelled_images_have_label_minus_one():
+def test_unlabeled_images_have_label_minus_one():
     assert extract_features(Net(), Source(labels=False), 8, MEAN, STD).labels.tolist() == [-1] * 11
 
 

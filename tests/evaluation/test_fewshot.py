@@ -1,4 +1,4 @@
-"""Draws of few labelled images, and heads trained on them."""
+"""Draws of few labeled images, and heads trained on them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_every_image_is_as_likely():
 
 def test_a_class_that_is_too_small_is_named():
     labels = torch.tensor([0] * 9 + [1] * 3 + [2] * 4)
-    with pytest.raises(UserError, match="shots 5 is more than class 'cat' has labelled training images: 3"):
+    with pytest.raises(UserError, match="shots 5 is more than class 'cat' has labeled training images: 3"):
         draw_shots(labels, 5, 0, classes=["ant", "cat", "dog"])
-    with pytest.raises(UserError, match="class 1 has labelled training images besides those held out: 3"):
+    with pytest.raises(UserError, match="class 1 has labeled training images besides those held out: 3"):
         draw_shots(labels, 5, 0, where="training images besides those held out")
-    with pytest.raises(UserError, match="shots 1 is more than class 'eel' has labelled training images: 0"):
+    with pytest.raises(UserError, match="shots 1 is more than class 'eel' has labeled training images: 0"):
         draw_shots(labels, 1, 0, classes=["ant", "cat", "dog", "eel"])
 
 
@@ -49,11 +49,16 @@ def test_spread():
 
 
 def test_heads_see_their_shots_alone(monkeypatch):
-    """Draws and held-out images do not touch; each head trains on n images a class; all settings of a draw train in the same."""
+    """Draws and held-out images do not touch; each head trains on n images a class; all settings of a draw train in the
+    same."""
     train, seen = blobs(120, noise=2.0), []
     original = fewshot.stored
-    monkeypatch.setattr(fewshot, "stored", lambda parts, labels, rows, *rest: seen.append(rows) or original(parts, labels, rows, *rest))
-    results = few_shot_probe(train, lambda: blobs(60, seed=5), Recipe((0.1, 1.0), 1, steps=5), columns=COLUMNS, shots=[2, 6], draws=3)
+    monkeypatch.setattr(
+        fewshot, "stored", lambda parts, labels, rows, *rest: seen.append(rows) or original(parts, labels, rows, *rest)
+    )
+    results = few_shot_probe(
+        train, lambda: blobs(60, seed=5), Recipe((0.1, 1.0), 1, steps=5), columns=COLUMNS, shots=[2, 6], draws=3
+    )
     held = set(split(train.labels, 0.1, 0)[1].tolist())
     assert [len(rows) for rows in seen] == [6] * 3 + [18] * 3 + [6] * 3 + [18] * 3  # choosing, then the winners again
     assert all(train.labels[rows].bincount().tolist() == [len(rows) // 3] * 3 for rows in seen)
@@ -79,10 +84,22 @@ def test_a_draw_scores_what_a_probe_on_its_images_scores():
 
 def test_more_shots_score_higher():
     train, test = blobs(300, noise=3.0), blobs(300, noise=3.0, seed=5)
-    results = few_shot_probe(train, lambda: test, Recipe((0.1, 1.0), 1, steps=40), columns=COLUMNS, shots=[1, 30], draws=3)
+    results = few_shot_probe(
+        train, lambda: test, Recipe((0.1, 1.0), 1, steps=40), columns=COLUMNS, shots=[1, 30], draws=3
+    )
     assert results[30].top1.mean > results[1].top1.mean + 5 and results[1].top1.std > 0
 
 
 def test_too_few_besides_the_held_out():
-    with pytest.raises(UserError, match="shots 10 is more than class 'a' has labelled training images besides those held out: 9"):
-        few_shot_probe(blobs(30), lambda: blobs(9), Recipe((0.1, 1.0), 1), columns=COLUMNS, shots=[10], draws=1, names=["a", "b", "c"])
+    with pytest.raises(
+        UserError, match="shots 10 is more than class 'a' has labeled training images besides those held out: 9"
+    ):
+        few_shot_probe(
+            blobs(30),
+            lambda: blobs(9),
+            Recipe((0.1, 1.0), 1),
+            columns=COLUMNS,
+            shots=[10],
+            draws=1,
+            names=["a", "b", "c"],
+        )

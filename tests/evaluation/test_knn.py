@@ -77,7 +77,11 @@ def test_chunks_stay_within_the_memory_budget(monkeypatch):
     memory = 2**20
     knn_classify(features(5000), torch.arange(5000) % 10, features(700, seed=1), ks=[20], memory=memory)
     assert 0 < largest * 12 <= memory
-    for queries, rows, k, classes, budget in ((10**6, 10**7, 200, 1000, 2**28), (10**4, 10**6, 1000, 21841, 2**27), (3, 5, 2, 2, 10**6)):
+    for queries, rows, k, classes, budget in (
+        (10**6, 10**7, 200, 1000, 2**28),
+        (10**4, 10**6, 1000, 21841, 2**27),
+        (3, 5, 2, 2, 10**6),
+    ):
         query_rows, bank_rows = chunk_sizes(queries, rows, k, classes, budget)
         assert query_rows * (96 * k + 16 * classes + 12 * bank_rows) <= budget
         assert 1 <= query_rows <= queries and min(rows, k) <= bank_rows <= rows
@@ -127,7 +131,9 @@ def test_a_tiny_temperature_does_not_overflow():
 
 def test_leave_one_out_ignores_the_query_itself():
     bank, labels = features(60), torch.arange(60) % 4
-    result = knn_classify(bank, labels, bank, labels, ks=[5, 100], leave_one_out=True, return_neighbours=True, memory=40000)
+    result = knn_classify(
+        bank, labels, bank, labels, ks=[5, 100], leave_one_out=True, return_neighbours=True, memory=40000
+    )
     assert not (result.neighbours[:, :59] == torch.arange(60)[:, None]).any()
     assert result.used_k == {5: 5, 100: 59}
     for i in range(60):
@@ -136,7 +142,7 @@ def test_leave_one_out_ignores_the_query_itself():
         assert int(alone.predictions[5]) == int(result.predictions[5][i])
 
 
-def test_rows_are_normalised_and_autocast_is_ignored():
+def test_rows_are_normalized_and_autocast_is_ignored():
     bank, queries, labels = features(200), features(50, seed=1), torch.arange(200) % 9
     plain = knn_classify(bank, labels, queries, ks=[20], return_scores=True)
     scaled = knn_classify(bank * 3, labels, queries * torch.rand(50, 1).add(0.5), ks=[20], return_scores=True)
@@ -155,8 +161,8 @@ def test_rows_are_normalised_and_autocast_is_ignored():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bank_labels": torch.tensor([0, -1, 1, -1])}, "2 of 4 images of the kNN bank are unlabelled"),
-        ({"query_labels": torch.tensor([-1, 0])}, "1 of 2 images of the kNN queries are unlabelled"),
+        ({"bank_labels": torch.tensor([0, -1, 1, -1])}, "2 of 4 images of the kNN bank are unlabeled"),
+        ({"query_labels": torch.tensor([-1, 0])}, "1 of 2 images of the kNN queries are unlabeled"),
         ({"bank_labels": torch.tensor([0, 1])}, r"one integer label a row \(4\)"),
         ({"bank_labels": torch.ones(4)}, "integer"),
         ({"bank_labels": None}, "integer label"),
@@ -172,6 +178,11 @@ def test_rows_are_normalised_and_autocast_is_ignored():
     ],
 )
 def test_wrong_input_is_one_clear_message(change, message):
-    given = {"bank": features(4), "bank_labels": torch.tensor([0, 1, 1, 0]), "queries": features(2), "query_labels": torch.tensor([0, 1])}
+    given = {
+        "bank": features(4),
+        "bank_labels": torch.tensor([0, 1, 1, 0]),
+        "queries": features(2),
+        "query_labels": torch.tensor([0, 1]),
+    }
     with pytest.raises(UserError, match=message):
         knn_classify(**(given | change))

@@ -15,7 +15,15 @@ from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features
 from vit_suite.evaluation.linear import choose, linear_probe, split
 from vit_suite.evaluation.linear_heads import HeadScore, Recipe, Setting, Sweep, fit, score, stored
-from vit_suite.evaluation.linear_inputs import PIXELS, Feature, backbone_subject, features_of, parts_of, pixel_subject, pools_of
+from vit_suite.evaluation.linear_inputs import (
+    PIXELS,
+    Feature,
+    backbone_subject,
+    features_of,
+    parts_of,
+    pixel_subject,
+    pools_of,
+)
 from vit_suite.models.backbone import Backbone
 
 ONE, TWO = Feature("cls", 1), Feature("cls", 2)
@@ -24,14 +32,15 @@ COLUMNS = {ONE: [[1]], TWO: [[0, 1]]}
 
 
 def blobs(count: int, classes: int = 3, parts: int = 2, width: int = 6, noise: float = 1.0, seed: int = 0) -> Features:
-    """Parts around a centre for each class."""
-    centres = torch.randn(classes, parts, width, generator=torch.Generator().manual_seed(99))
+    """Parts around a center for each class."""
+    centers = torch.randn(classes, parts, width, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(count) % classes
     drawn = torch.randn(count, parts, width, generator=torch.Generator().manual_seed(seed))
-    return Features(centres[labels] + noise * drawn, labels, torch.arange(count), [])
+    return Features(centers[labels] + noise * drawn, labels, torch.arange(count), [])
 
 
-# What a head sees -----------------------------------------------------------------------------------------------------------------------
+# What a head sees
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_parts_of_each_pooling():
@@ -69,12 +78,16 @@ def test_parts_are_the_normed_tokens_of_the_last_blocks(options):
     assert set(subject.columns) == {*expected, *([Feature("tokens", 1)] if backbone.has_cls else [])}
     for feature, pieces in expected.items():
         (columns,) = subject.columns[feature]
-        torch.testing.assert_close(parts[:, columns].flatten(1).float(), torch.cat(pieces, 1), atol=2e-3, rtol=2e-3)  # 16 bits
+        torch.testing.assert_close(
+            parts[:, columns].flatten(1).float(), torch.cat(pieces, 1), atol=2e-3, rtol=2e-3
+        )  # 16 bits
 
 
 def test_what_a_backbone_does_not_have():
     plain = Backbone(BackboneConfig(patch_size=8, dim=24, depth=2, heads=3, image_size=[16, 16]))
-    patches = Backbone(BackboneConfig(patch_size=8, dim=24, depth=2, heads=3, image_size=[16, 16], class_token=False, pool="mean"))
+    patches = Backbone(
+        BackboneConfig(patch_size=8, dim=24, depth=2, heads=3, image_size=[16, 16], class_token=False, pool="mean")
+    )
     assert pools_of(plain) == ["cls", "mean", "cls_mean"] and pools_of(patches) == ["mean"]
     with pytest.raises(UserError, match="pool tokens: the backbone of 'run' has no registers besides its CLS token"):
         features_of(plain, ["tokens"], [1], "run")
@@ -98,23 +111,27 @@ def test_pixels_are_one_part():
     torch.testing.assert_close(subject.embed(images)[:, 0].float(), images.flatten(1), atol=1e-3, rtol=1e-3)
 
 
-# Training, against one plain layer at a time ------------------------------------------------------------------------------------------
+# Training, against one plain layer at a time
+# ------------------------------------------------------------------------------------------
 
 
-def by_hand(train: Features, inputs, modules, optimiser, lr_at, epochs: int, batch: int, seed: int) -> None:
+def by_hand(train: Features, inputs, modules, optimizer, lr_at, epochs: int, batch: int, seed: int) -> None:
     """Train `modules`, one for each of `inputs` (columns), with their losses added."""
     step = 0
     for epoch in range(epochs):
         order = epoch_order(len(train.features), seed, epoch)
         for start in range(0, len(order) // batch * batch, batch):
             rows = order[start : start + batch]
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = lr_at(step)
-            logits = [module(train.features[rows][:, columns].flatten(1)) for columns, module in zip(inputs, modules, strict=True)]
+            logits = [
+                module(train.features[rows][:, columns].flatten(1))
+                for columns, module in zip(inputs, modules, strict=True)
+            ]
             loss = sum(functional.cross_entropy(part, train.labels[rows]) for part in logits)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             step += 1
 
 
@@ -123,7 +140,10 @@ def plain_head(heads, token: int, rate: int) -> nn.Module:
 
     def layer(weight, bias):
         linear = nn.Linear(*weight[token, :, rate].shape)
-        linear.weight.data, linear.bias.data = weight[token, :, rate].detach().T.clone(), bias[token, rate].detach().clone()
+        linear.weight.data, linear.bias.data = (
+            weight[token, :, rate].detach().T.clone(),
+            bias[token, rate].detach().clone(),
+        )
         return linear
 
     layers = ([layer(*heads.first), nn.Tanh()] if heads.first else []) + [layer(*heads.last)]
@@ -132,7 +152,8 @@ def plain_head(heads, token: int, rate: int) -> nn.Module:
 
 @pytest.mark.parametrize("hidden", [0, 5])
 def test_every_head_of_a_sweep_trains_as_it_would_alone(hidden):
-    """Rates differ by a factor of 300 in one tensor; each equals torch.optim.SGD at its own rate, momentum and cosine included."""
+    """Rates differ by a factor of 300 in one tensor; each equals torch.optim.SGD at its own rate, momentum and cosine
+    included."""
     train, lrs, epochs, batch = blobs(50), (1e-3, 0.02, 0.3), 7, 16
     recipe = Recipe(lrs, epochs, batch, hidden_dim=hidden, seed=3)
     sweep = Sweep(COLUMNS, 6, 3, recipe)
@@ -144,9 +165,18 @@ def test_every_head_of_a_sweep_trains_as_it_would_alone(hidden):
     for place, setting in enumerate(sweep.settings):
         alone = first[setting.feature, lrs.index(setting.lr)]
         peak = setting.lr * batch / 256
-        optimiser = torch.optim.SGD(alone.parameters(), lr=1, momentum=0.9)
+        optimizer = torch.optim.SGD(alone.parameters(), lr=1, momentum=0.9)
         columns = COLUMNS[setting.feature]
-        by_hand(train, columns, [alone], optimiser, lambda s, p=peak: p * (1 + math.cos(math.pi * s / steps)) / 2, epochs, batch, 3)
+        by_hand(
+            train,
+            columns,
+            [alone],
+            optimizer,
+            lambda s, p=peak: p * (1 + math.cos(math.pi * s / steps)) / 2,
+            epochs,
+            batch,
+            3,
+        )
         expected = alone(train.features[:, columns[0]].flatten(1))
         torch.testing.assert_close(logits[:, place], expected, atol=2e-5, rtol=1e-4)
     assert (logits[:, 0] - logits[:, 2]).abs().max() > 0.01  # the rates did differ
@@ -156,15 +186,19 @@ def test_every_head_of_a_sweep_trains_as_it_would_alone(hidden):
 def test_sit_trains_a_head_on_each_token_and_averages_their_logits(name):
     """With AdamW as SiT does; with SGD, where a factor on the loss would show."""
     train, epochs, batch, feature, decay = blobs(48), 6, 16, Feature("tokens", 1), 0.1 * (name == "adamw")
-    recipe = Recipe((0.05,), epochs, batch, name, weight_decay=decay, warmup_epochs=2, min_lr=1e-4 * (name == "adamw"), seed=1)
+    recipe = Recipe(
+        (0.05,), epochs, batch, name, weight_decay=decay, warmup_epochs=2, min_lr=1e-4 * (name == "adamw"), seed=1
+    )
     sweep = Sweep({feature: [[0], [1]]}, 6, 3, recipe)
     alone = [plain_head(sweep.heads[0], token, 0) for token in (0, 1)]
     fit(sweep, *stored(train.features, train.labels, torch.arange(48), batch, 1))
     weights, biases = ([p for m in alone for p in m.parameters() if p.ndim == n] for n in (2, 1))
     if name == "adamw":
-        optimiser = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}])
+        optimizer = torch.optim.AdamW(
+            [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+        )
     else:
-        optimiser = torch.optim.SGD([*weights, *biases], momentum=0.9)
+        optimizer = torch.optim.SGD([*weights, *biases], momentum=0.9)
     peak, low, warmup, steps = 0.05 * batch / 256, recipe.min_lr, 6, 18
 
     def lr_at(step: int) -> float:
@@ -172,14 +206,14 @@ def test_sit_trains_a_head_on_each_token_and_averages_their_logits(name):
             return peak * step / (warmup - 1)
         return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
-    by_hand(train, [[0], [1]], alone, optimiser, lr_at, epochs, batch, 1)
+    by_hand(train, [[0], [1]], alone, optimizer, lr_at, epochs, batch, 1)
     expected = (alone[0](train.features[:, 0]) + alone[1](train.features[:, 1])) / 2
     torch.testing.assert_close(sweep.logits(train.features)[:, 0], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_adamw_takes_one_rate():
     with pytest.raises(UserError, match="2 learning rates, but this protocol trains with AdamW"):
-        Sweep(COLUMNS, 6, 3, Recipe((0.1, 0.2), 1, optimiser="adamw")).optimiser()
+        Sweep(COLUMNS, 6, 3, Recipe((0.1, 0.2), 1, optimizer="adamw")).optimizer()
 
 
 def test_a_diverged_head_leaves_the_others_alone_and_scores_nothing():
@@ -220,7 +254,8 @@ def test_score_counts_by_hand():
     assert (part.top1, part.top5) == (50, 100)
 
 
-# The choice ---------------------------------------------------------------------------------------------------------------------------
+# The choice
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def head_score(lr: float, top1: float, loss: float) -> HeadScore:
@@ -237,7 +272,9 @@ def test_the_highest_top1_wins_then_the_lowest_loss():
 def test_the_held_out_share_is_stratified_disjoint_and_drawn_from_the_seed():
     labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 10)
     inner, held = split(labels, 0.1, seed=0)
-    assert labels[held].bincount().tolist() == [10, 5, 1] and torch.cat([inner, held]).sort().values.equal(torch.arange(160))
+    assert labels[held].bincount().tolist() == [10, 5, 1] and torch.cat([inner, held]).sort().values.equal(
+        torch.arange(160)
+    )
     assert split(labels, 0.1, seed=0)[1].equal(held) and not split(labels, 0.1, seed=1)[1].equal(held)
     assert [len(part) for part in split(labels[:2], 0.1, 0)] == [1, 1]
     with pytest.raises(UserError, match="cannot be split"):
@@ -247,7 +284,9 @@ def test_the_held_out_share_is_stratified_disjoint_and_drawn_from_the_seed():
 def test_held_out_images_are_not_trained_on():
     """60 images of random labels in 400 dimensions: any head learns those by heart and knows nothing of the others."""
     random = torch.Generator().manual_seed(0)
-    train = Features(torch.randn(60, 1, 400, generator=random), torch.randint(0, 2, (60,), generator=random), torch.arange(60), [])
+    train = Features(
+        torch.randn(60, 1, 400, generator=random), torch.randint(0, 2, (60,), generator=random), torch.arange(60), []
+    )
     result = linear_probe(train, train, Recipe((1.0, 2.0), 50, 64), columns={ONE: [[0]]}, holdout=0.5)
     assert result.top1 == 100 and all(found.top1 < 80 for found in result.held_out)
 

@@ -55,15 +55,29 @@ def test_overlap_with_boxes_is_that_of_the_largest_region_and_the_best_box():
 
 
 def test_pointing():
-    # a grid of 2 x 4 over 20 x 40 pixels: centres at y 5, 15 and x 5, 15, 25, 35
+    # a grid of 2 x 4 over 20 x 40 pixels: centers at y 5, 15 and x 5, 15, 25, 35
     boxes = torch.tensor([[0.0, 0, 15, 10], [30, 10, 40, 20]])
-    assert on_object(torch.arange(8), (2, 4), boxes, (20, 40)).tolist() == [True, False, False, False, False, False, False, True]
+    assert on_object(torch.arange(8), (2, 4), boxes, (20, 40)).tolist() == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
     truth = torch.full((20, 40), -1, dtype=torch.int8)
     truth[5, 15] = 1
     truth[15, 25] = 0
-    assert on_object(torch.arange(8).view(2, 4), (2, 4), truth, (20, 40)).tolist() == [[False, True, False, False], [False] * 4]
+    assert on_object(torch.arange(8).view(2, 4), (2, 4), truth, (20, 40)).tolist() == [
+        [False, True, False, False],
+        [False] * 4,
+    ]
     assert covered(boxes, (20, 40)) == pytest.approx((150 + 100) / 800)
-    assert covered(torch.tensor([[0.0, 0, 20, 20], [10, 0, 30, 20]]), (20, 40)) == pytest.approx(30 / 40)  # the union, not the sum
+    assert covered(torch.tensor([[0.0, 0, 20, 20], [10, 0, 30, 20]]), (20, 40)) == pytest.approx(
+        30 / 40
+    )  # the union, not the sum
     truth[:10] = 1
     assert covered(truth, (20, 40)) == pytest.approx(400 / 401)
 
@@ -97,7 +111,9 @@ def test_baselines_choose_a_size_for_each_score():
     found = baselines(overlaps, torch.tensor([True, False, False, False]), torch.tensor([0.1, 0.1, 0.1, 0.5]).double())
     assert (found.center_box.overlap, found.center_box.found, found.center_box.pointing) == pytest.approx((65, 75, 25))
     assert found.sizes == {"overlap": (0.5, 1.0), "found": (1.0, 0.5)}
-    assert (found.whole_image.overlap, found.whole_image.found, found.whole_image.pointing) == pytest.approx((30, 0, 20))
+    assert (found.whole_image.overlap, found.whole_image.found, found.whole_image.pointing) == pytest.approx(
+        (30, 0, 20)
+    )
 
 
 CHOOSING = torch.tensor([True, True, False, False])
@@ -105,7 +121,9 @@ CHOOSING = torch.tensor([True, True, False, False])
 
 def heads(overlaps, hits) -> Found:
     """overlaps (N, M, T) and hits (N, M), the last map being the mean."""
-    return Found(torch.tensor(overlaps, dtype=torch.float64), torch.tensor(hits, dtype=torch.bool), (0.4, 0.6), heads=True)
+    return Found(
+        torch.tensor(overlaps, dtype=torch.float64), torch.tensor(hits, dtype=torch.bool), (0.4, 0.6), heads=True
+    )
 
 
 def test_best_head_is_per_image_and_the_fixed_head_is_chosen_on_other_images():
@@ -146,7 +164,9 @@ def test_the_scored_images_choose_nothing():
 
 
 def test_a_method_without_heads_is_one_row():
-    found = Found(torch.tensor([[[0.1]], [[0.2]], [[0.5]], [[0.3]]]).double(), torch.tensor([[False], [False], [True], [False]]))
+    found = Found(
+        torch.tensor([[[0.1]], [[0.2]], [[0.5]], [[0.3]]]).double(), torch.tensor([[False], [False], [True], [False]])
+    )
     (name, row), *others = score(found, CHOOSING).items()
     assert name == "" and not others and row.sweep is None and row.threshold is None
     assert (row.overlap, row.found, row.pointing) == pytest.approx((40, 50, 50))

@@ -54,13 +54,21 @@ def test_every_rank_gets_all_features_in_the_order_of_the_images(ranks, count, b
     source = Source(count=11, bad=(0, 7))
 
     def features_of(shared: bool) -> Features:
-        return collect(source, 8, MEAN, STD, lambda views: views.flatten(1)[:, :5], torch.device("cpu"), batch_size, shared=shared)
+        return collect(
+            source, 8, MEAN, STD, lambda views: views.flatten(1)[:, :5], torch.device("cpu"), batch_size, shared=shared
+        )
 
     (whole,) = ranks(1, lambda: features_of(False))
     assert whole.indices.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10] and whole.rows is None
     for found in ranks(count, lambda: features_of(False)):
-        assert found.features.equal(whole.features) and found.labels.equal(whole.labels) and found.indices.equal(whole.indices)
-        assert [failure.path for failure in found.failures] == [failure.path for failure in whole.failures] and len(found.failures) == 2
+        assert (
+            found.features.equal(whole.features)
+            and found.labels.equal(whole.labels)
+            and found.indices.equal(whole.indices)
+        )
+        assert [failure.path for failure in found.failures] == [failure.path for failure in whole.failures] and len(
+            found.failures
+        ) == 2
     parts = ranks(count, lambda: features_of(True))
     assert sum(len(part.features) for part in parts) == 9
     for part in parts if count > 1 else ():
@@ -83,10 +91,16 @@ def test_what_one_rank_cannot_embed_stops_all(ranks):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 13])
 def test_a_shared_bank_is_searched_as_a_whole(ranks, count):
-    """Nine different rows, five times each: there are ties within ranks and between them, and ranks with fewer rows than k."""
+    """Nine different rows, five times each: there are ties within ranks and between them, and ranks with fewer rows
+    than k."""
     bank = functional.normalize(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)), dim=1).repeat(5, 1)
     labels, queries = torch.arange(45) % 4, bank[:7].flip(1)
-    options = {"ks": [2, 30, 60], "return_neighbours": True, "return_scores": True, "memory": 3 * (96 * 45 + 16 * 4 + 12 * 45)}
+    options = {
+        "ks": [2, 30, 60],
+        "return_neighbours": True,
+        "return_scores": True,
+        "memory": 3 * (96 * 45 + 16 * 4 + 12 * 45),
+    }
 
     def search(queries, **more):
         rows = own_rows(45)
@@ -143,7 +157,11 @@ def test_picked_rows_are_shared_anew(ranks):
     parts = ranks(2, pick)
     assert [part.rows.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5]]
     for part in parts:
-        assert part.features.equal(whole[chosen][part.rows]) and part.labels.equal(chosen) and part.indices.equal(chosen + 100)
+        assert (
+            part.features.equal(whole[chosen][part.rows])
+            and part.labels.equal(chosen)
+            and part.indices.equal(chosen + 100)
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])

@@ -21,16 +21,18 @@ def draws(side: int, share: float, count: int = 20) -> torch.Tensor:
     return torch.rand(count, side, side + 3, generator=torch.Generator().manual_seed(side)) < share
 
 
-@pytest.mark.parametrize("masks", [draws(4, 0.5), draws(9, 0.6), draws(30, 0.59), draws(5, 0.0), draws(5, 1.0), snake(25)[None]])
+@pytest.mark.parametrize(
+    "masks", [draws(4, 0.5), draws(9, 0.6), draws(30, 0.59), draws(5, 0.0), draws(5, 1.0), snake(25)[None]]
+)
 def test_regions_are_those_of_scipy(masks):
     numbers = regions(masks)
     for mask, own in zip(masks, numbers, strict=True):
-        labelled, count = ndimage.label(mask.numpy())
+        labeled, count = ndimage.label(mask.numpy())
         assert own[~mask].eq(-1).all()
-        pairs = set(zip(labelled[mask.numpy()].tolist(), own[mask].tolist(), strict=True))
+        pairs = set(zip(labeled[mask.numpy()].tolist(), own[mask].tolist(), strict=True))
         assert len(pairs) == count == len({number for _, number in pairs})  # one number a label, one label a number
         for label, number in pairs:  # a region is called after its first cell
-            assert np.flatnonzero(labelled.ravel() == label)[0] == number
+            assert np.flatnonzero(labeled.ravel() == label)[0] == number
 
 
 def test_leading_axes_change_nothing():
@@ -42,18 +44,18 @@ def test_leading_axes_change_nothing():
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 def test_largest_region(share):
     for mask in draws(12, share):
-        labelled, count = ndimage.label(mask.numpy())
-        sizes = np.bincount(labelled.ravel())[1:]
-        assert largest_region(mask).numpy().tolist() == (labelled == 1 + sizes.argmax()).tolist()
+        labeled, count = ndimage.label(mask.numpy())
+        sizes = np.bincount(labeled.ravel())[1:]
+        assert largest_region(mask).numpy().tolist() == (labeled == 1 + sizes.argmax()).tolist()
     assert not largest_region(torch.zeros(2, 3, 3, dtype=torch.bool)).any()
 
 
 def test_region_at_a_cell():
     for mask in draws(8, 0.5):
-        labelled, _ = ndimage.label(mask.numpy())
+        labeled, _ = ndimage.label(mask.numpy())
         for cell in (0, 17, 87):
-            here = labelled.ravel()[cell]
-            expected = (labelled == here) & (here > 0)
+            here = labeled.ravel()[cell]
+            expected = (labeled == here) & (here > 0)
             assert region_at(mask[None], torch.tensor([cell]))[0].numpy().tolist() == expected.tolist()
 
 

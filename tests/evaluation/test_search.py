@@ -1,4 +1,5 @@
-"""Against whole numbers: rows on the grid are integers, their products and sums too, so the reference has no rounding of its own."""
+"""Against whole numbers: rows on the grid are integers, their products and sums too, so the reference has no rounding
+of its own."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def around(centers, spread, rows, generator):
 
 
 def made(name, rows, width):
-    """(bank, 40 queries) with the structure that features have: at the start, when trained, when collapsed, and what files add."""
+    """(bank, 40 queries) with the structure that features have: at the start, when trained, when collapsed, and what
+    files add."""
     draw = torch.Generator().manual_seed(width)
     centers = functional.normalize(torch.randn(10, width, generator=draw), dim=1)
     parts = {
@@ -68,7 +70,18 @@ def made(name, rows, width):
     return parts[name](rows), parts[name](40)
 
 
-NAMES = ["noise", "classes", "tight classes", "one direction", "repeats", "all equal", "zero rows", "outlier", "any length", "few numbers"]
+NAMES = [
+    "noise",
+    "classes",
+    "tight classes",
+    "one direction",
+    "repeats",
+    "all equal",
+    "zero rows",
+    "outlier",
+    "any length",
+    "few numbers",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,12 +135,14 @@ def test_products_err_less_than_the_bound(candidates_in, name, device):
 
 
 def reversed_by_bf16(count, scale=1.0, rest=(-0.359375,) * 4):
-    """A query, and a bank whose best row (the last) bf16 puts behind `count` others, by nearly as much as the bound allows.
+    """A query, and a bank whose best row (the last) bf16 puts behind `count` others, by nearly as much as the bound
+    allows.
 
-    Entries lie beside the middle of two bf16 numbers: those of the best row below, and all are rounded down; of the others 11 of 12 lie
-    above and are rounded up, and the last is so much smaller that each is worse by a little. All else is exact in bf16: the query, `rest`,
-    which sets how large the similarities are, and what the query does not see and makes rows of length 1. The rows are there with both
-    signs, so that their mean is zero.
+    Entries lie beside the middle of two bf16 numbers: those of the best row below, and all are rounded down; of the
+    others 11 of 12 lie
+    above and are rounded up, and the last is so much smaller that each is worse by a little. All else is exact in bf16:
+    the query, `rest`, which sets how large the similarities are, and what the query does not see and makes rows of
+    length 1. The rows are there with both signs, so that their mean is zero.
     """
     middle, little = scale * (0.125 + 2**-11), scale * 2**-14
     best = torch.full((1, 12), middle - little)
@@ -142,7 +157,8 @@ def reversed_by_bf16(count, scale=1.0, rest=(-0.359375,) * 4):
 
 
 LARGE = {"scale": 0.5, "rest": (0.359375,) * 3 + (0.359375 + 2**-8,)}
-"""The best row is one bf16 number behind, while the bound of the sums alone is less than half the step between bf16 numbers."""
+"""The best row is one bf16 number behind, while the bound of the sums alone is less than half the step between bf16
+numbers."""
 
 
 @pytest.mark.parametrize("kind", [{}, LARGE])

@@ -40,7 +40,7 @@ def tensors(tree, path: str = "") -> dict[str, torch.Tensor]:
 
 
 def assert_same(folder: Path, straight: Path, lost_rows: int = 0) -> None:
-    """Weights, centre, optimiser to the bit; scores, and log but for `lost_rows` of steps that a kill broke off."""
+    """Weights, center, optimizer to the bit; scores, and log but for `lost_rows` of steps that a kill broke off."""
     assert sha256(folder) == sha256(straight)
     ours, theirs = checkpoint(folder), checkpoint(straight)
     assert ours["global_step"] == theirs["global_step"] and ours["epoch"] == theirs["epoch"]
@@ -48,7 +48,9 @@ def assert_same(folder: Path, straight: Path, lost_rows: int = 0) -> None:
         a, b = tensors(ours[part]), tensors(theirs[part])
         assert a.keys() == b.keys() and len(a) > 10
         assert not [name for name in a if not torch.equal(a[name], b[name])]
-    assert results(folder)[-1]["metrics"].get("knn_top1_by_epoch") == results(straight)[-1]["metrics"].get("knn_top1_by_epoch")
+    assert results(folder)[-1]["metrics"].get("knn_top1_by_epoch") == results(straight)[-1]["metrics"].get(
+        "knn_top1_by_epoch"
+    )
     for name in ("train/loss", "knn/top1"):
         ours, theirs = column(folder, name), column(straight, name)
         assert len(theirs) - lost_rows <= len(ours) <= len(theirs) and set(ours) <= set(theirs)

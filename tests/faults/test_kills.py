@@ -1,4 +1,5 @@
-"""SIGKILL, and everything a process cannot answer: the same command again ends with the same weights. scripts/kill_drill.py does many."""
+"""SIGKILL, and everything a process cannot answer: the same command again ends with the same weights.
+scripts/kill_drill.py does many."""
 
 from __future__ import annotations
 
@@ -53,10 +54,16 @@ class Killed(BaseException):
 @pytest.mark.parametrize("files", [False, True], ids=["in memory", "from files, views in workers"])
 @pytest.mark.parametrize("method", ["dino", "sit v1", "supervised"])
 def test_every_method_goes_on_from_mid_epoch(pretrain, photographs, monkeypatch, tmp_path, method, files):  # noqa: F811
-    """Weights, EMA, centre, the uncertainties of SiT's losses, optimiser: between two checkpoints, in the second epoch."""
+    """Weights, EMA, center, the uncertainties of SiT's losses, optimizer: between two checkpoints, in the second
+    epoch."""
     options = METHODS.get(method, SIT | KINDS["v1"]) | {"trainer__max_epochs": 3, "checkpoint__every_steps": 2}
     if files:
-        options |= FOLDER | {"data__root": photographs, "data__workers": 1, "views__backend": "workers", "trainer__max_epochs": 3}
+        options |= FOLDER | {
+            "data__root": photographs,
+            "data__workers": 1,
+            "views__backend": "workers",
+            "trainer__max_epochs": 3,
+        }
     assert pretrain(tmp_path / "straight", **options).status == 0
     after = Keeper.on_train_batch_end
 
@@ -134,10 +141,15 @@ def test_overwriting_spares_the_files_of_the_job_that_does_it(pretrain, tmp_path
         (tmp_path / "run" / name).write_text("of the job")
     assert pretrain(**one).status == 0
     assert pretrain(run__overwrite=True, **one).status == 0
-    assert (tmp_path / "run" / "slurm-17.log").read_text() == (tmp_path / "run" / "launch.sbatch").read_text() == "of the job"
+    assert (
+        (tmp_path / "run" / "slurm-17.log").read_text()
+        == (tmp_path / "run" / "launch.sbatch").read_text()
+        == "of the job"
+    )
 
 
-# Drill ------------------------------------------------------------------------------------------------------------------------------
+# Drill
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -149,7 +161,10 @@ def test_drill(vit_suite, pretrain, tmp_path):
     assert said.status == 0
     assert "drill preempt@2: 2 steps were done, 2 are in the checkpoint; starting again" in said.log
     assert "drill kill@7: 6 steps were done, 4 are in the checkpoint; starting again" in said.log
-    assert f"drill preempt@2,kill@7: finished, 2 steps done twice; sha256 of the weights {sha256(tmp_path / 'run')}" in said.log
+    assert (
+        f"drill preempt@2,kill@7: finished, 2 steps done twice; sha256 of the weights {sha256(tmp_path / 'run')}"
+        in said.log
+    )
     assert_same(tmp_path / "run", tmp_path / "straight")
 
 

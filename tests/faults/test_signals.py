@@ -1,4 +1,5 @@
-"""SIGUSR1, SIGTERM, SIGINT: the step under way is finished and saved, the exit status says which it was, and the same command goes on."""
+"""SIGUSR1, SIGTERM, SIGINT: the step under way is finished and saved, the exit status says which it was, and the same
+command goes on."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(pretrain, monkeypatch):
-    """`interrupted(signal, step, **options)`: the tiny run gets the signal in the middle of the step, from within its own process."""
+    """`interrupted(signal, step, **options)`: the tiny run gets the signal in the middle of the step, from within its
+    own process."""
 
     def call(number, step, **options):
         handlers = {each: signal.getsignal(each) for each in STATUS}
@@ -64,11 +66,21 @@ def test_stops_after_the_step_and_goes_on(pretrain, interrupted, straight, tmp_p
     """In the first step, in mid-epoch, and in the last step of an epoch, whose score is not lost."""
     said = interrupted(number, step, **THREE)
     assert said.status == STATUS[number]
-    assert said.err == f"vit-suite: stopped by {number.name} at step {step}, checkpoint saved; the same command goes on\n"
+    assert (
+        said.err == f"vit-suite: stopped by {number.name} at step {step}, checkpoint saved; the same command goes on\n"
+    )
     assert checkpoint(tmp_path / "run")["global_step"] == step
-    assert len(column(tmp_path / "run", "train/loss")) == step and len(column(tmp_path / "run", "knn/top1")) == step // 4
+    assert (
+        len(column(tmp_path / "run", "train/loss")) == step and len(column(tmp_path / "run", "knn/top1")) == step // 4
+    )
     status = read_status(tmp_path / "run")
-    assert (status.state, status.reason, status.step, status.max_steps, status.epoch) == ("stopped", number.name, step, 12, step // 4)
+    assert (status.state, status.reason, status.step, status.max_steps, status.epoch) == (
+        "stopped",
+        number.name,
+        step,
+        12,
+        step // 4,
+    )
     assert not (tmp_path / "run" / "results.json").exists()
     said = pretrain(**THREE)
     assert said.status == 0 and f"last.ckpt, {step} steps done" in said.log
@@ -115,9 +127,18 @@ def test_status_while_training_and_after_a_failure(pretrain, monkeypatch, tmp_pa
     monkeypatch.setattr(OnlineKNN, "score", failing)
     assert pretrain(**THREE).status == 1
     first, second = seen
-    assert (first.state, first.step, first.max_steps, first.epoch, first.knn, first.job) == ("running", 4, 12, 1, None, None)
+    assert (first.state, first.step, first.max_steps, first.epoch, first.knn, first.job) == (
+        "running",
+        4,
+        12,
+        1,
+        None,
+        None,
+    )
     assert second.step == 8 and second.knn == pytest.approx(column(tmp_path / "run", "knn/top1")[0], abs=1e-4)
-    assert second.images_per_second > 0 and second.seconds_left == pytest.approx(4 * 16 / second.images_per_second, abs=0.06)
+    assert second.images_per_second > 0 and second.seconds_left == pytest.approx(
+        4 * 16 / second.images_per_second, abs=0.06
+    )
     assert abs(second.updated - time.time()) < 60
     failed = read_status(tmp_path / "run")
     assert (failed.state, failed.reason, failed.step) == ("failed", "RuntimeError: the disk is full", 8)
@@ -144,12 +165,14 @@ def test_results_and_export_that_a_kill_at_the_end_left_out_are_made_up(pretrain
     assert pretrain(**options).status == 0 and len(results(tmp_path / "run")) == 1
 
 
-# SLURM ------------------------------------------------------------------------------------------------------------------------------
+# SLURM
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scontrol(monkeypatch, tmp_path):
-    """`scontrol(status)` puts a command of that name on PATH that notes its words and ends so; returns the file of notes."""
+    """`scontrol(status)` puts a command of that name on PATH that notes its words and ends so; returns the file of
+    notes."""
 
     def call(status: int):
         folder, notes = tmp_path / "bin", tmp_path / "notes"
@@ -199,7 +222,8 @@ def test_a_requeued_job_does_not_overwrite_its_own_work(pretrain, interrupted, s
     assert_same(tmp_path / "run", straight)
 
 
-# Handlers ---------------------------------------------------------------------------------------------------------------------------
+# Handlers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_repeated_signal(monkeypatch):
@@ -236,8 +260,12 @@ def test_before_training_sigterm_and_ctrl_c_are_what_they_were():
 
 
 def test_loader_workers_outlive_the_signals_of_their_main_process():
-    """SIGTERM by a while: the main process may need them for the step under way, and nobody shall wait for them for ever."""
-    code = "import time; from vit_suite import signals; signals.GRACE = 1; signals.outlive(); print('ready', flush=True); time.sleep(60)"
+    """SIGTERM by a while: the main process may need them for the step under way, and nobody shall wait for them for
+    ever."""
+    code = (
+        "import time; from vit_suite import signals; signals.GRACE = 1; signals.outlive(); print('ready', flush=True);"
+        " time.sleep(60)"
+    )
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert worker.stdout.readline() == "ready\n"
     worker.send_signal(signal.SIGINT)
@@ -258,14 +286,18 @@ def test_a_process_of_its_own(pretrain, tmp_path, number):
     long = {"checkpoint__every_steps": 1, "evaluate__every_epochs": 0, "data__resident": False, "data__workers": 1}
     child = start(tmp_path / "run", trainer__max_epochs=4000, **long)
     wait_for_checkpoint(child, tmp_path / "run")
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True, check=True).stdout.split()
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert found
     for worker in map(int, found):
         os.kill(worker, number)
     time.sleep(0.2)
     child.send_signal(number)
     _, err = child.communicate(timeout=120)
-    assert child.returncode == STATUS[number] and err.splitlines()[-1].startswith(f"vit-suite: stopped by {number.name} at step ")
+    assert child.returncode == STATUS[number] and err.splitlines()[-1].startswith(
+        f"vit-suite: stopped by {number.name} at step "
+    )
     assert "Traceback" not in err
     done = checkpoint(tmp_path / "run")["global_step"]
     assert done >= 1 and f"at step {done}," in err

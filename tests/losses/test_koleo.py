@@ -24,7 +24,9 @@ def test_pushes_the_nearest_pair_apart():
     koleo_loss(features).backward()
     step = -features.grad
     assert step[0, 1] > 0 > step[1, 1]  # downhill, the two neighbours part
-    torch.testing.assert_close(koleo_loss(3 * features.detach()), koleo_loss(features.detach()))  # only directions count
+    torch.testing.assert_close(
+        koleo_loss(3 * features.detach()), koleo_loss(features.detach())
+    )  # only directions count
 
 
 def test_equal_rows_are_finite():

@@ -21,7 +21,10 @@ def test_only_pixels_that_count_count():
     assert reconstruction_l1(output, clean, counted & False).item() == 0.0
     # two ranks with an image each: the mean of their losses is the loss of both
     pixels = counted.sum() / 2
-    parts = [reconstruction_l1(output[:, i : i + 1], clean[:, i : i + 1], counted[:, i : i + 1], pixels).item() for i in range(2)]
+    parts = [
+        reconstruction_l1(output[:, i : i + 1], clean[:, i : i + 1], counted[:, i : i + 1], pixels).item()
+        for i in range(2)
+    ]
     assert sum(parts) / 2 == 1.0
     assert reconstruction_l1(output, clean).item() == pytest.approx((6 + 100 * 48) / 96)
 

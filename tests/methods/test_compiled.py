@@ -1,4 +1,5 @@
-"""trainer.compile: the numbers of a training that is not compiled, few graphs, names and copies as before, and what it refuses."""
+"""trainer.compile: the numbers of a training that is not compiled, few graphs, names and copies as before, and what it
+refuses."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ BATCH = 4
 def dino(depth: int = 2, drop_path: float = 0.0, **method) -> DINO:
     torch.manual_seed(0)
     method = DINOConfig(out_dim=32, hidden_dim=16, bottleneck_dim=8, **method)
-    return DINO(method, backbone(depth, drop_path), ViewsConfig(global_size=32, local_size=16, local_crops=2), batch_size=BATCH)
+    return DINO(
+        method, backbone(depth, drop_path), ViewsConfig(global_size=32, local_size=16, local_crops=2), batch_size=BATCH
+    )
 
 
 def sit() -> SiT:
@@ -42,7 +45,9 @@ def sit() -> SiT:
 
 def supervised() -> SupervisedViT:
     torch.manual_seed(0)
-    return SupervisedViT(SupervisedConfig(ema=0.9), backbone(2), SupervisedViewsConfig(global_size=32), batch_size=BATCH, classes=4)
+    return SupervisedViT(
+        SupervisedConfig(ema=0.9), backbone(2), SupervisedViewsConfig(global_size=32), batch_size=BATCH, classes=4
+    )
 
 
 def backbone(depth: int, drop_path: float = 0.0) -> BackboneConfig:
@@ -77,20 +82,24 @@ def no_graphs() -> Iterator[None]:
 
 @pytest.fixture
 def traced(monkeypatch) -> Iterator[list[torch.fx.GraphModule]]:
-    """Graphs as they are found, which then run as they are: compiling them takes tens of seconds. Too many are an error."""
+    """Graphs as they are found, which then run as they are: compiling them takes tens of seconds. Too many are an
+    error."""
     graphs, compile = [], nn.Module.compile
 
     def keep(graph, inputs):
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic, mode: compile(module, dynamic=dynamic, backend=keep))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, dynamic, mode: compile(module, dynamic=dynamic, backend=keep)
+    )
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield graphs
 
 
 def test_blocks_share_graphs(traced):
-    """Drop path's rate is another in each of the blocks; torch keeps 8 graphs of a function and would run the rest as they are."""
+    """Drop path's rate is another in each of the blocks; torch keeps 8 graphs of a function and would run the rest as
+    they are."""
     module = dino(depth=12, drop_path=0.3)
     compile_blocks(module)
     assert losses(module) == losses(dino(depth=12, drop_path=0.3))
@@ -129,7 +138,9 @@ def test_only_training_is_compiled_and_copies_are_free_of_it(traced):
     assert len(traced) == found > 0 and list(module.state_dict()) == names
     twin = copy.deepcopy(module).train()
     assert losses(twin) and len(traced) == found
-    torch.testing.assert_close(module.evaluation_backbone()(images), features, rtol=0, atol=0)  # the copy trained its own weights
+    torch.testing.assert_close(
+        module.evaluation_backbone()(images), features, rtol=0, atol=0
+    )  # the copy trained its own weights
 
 
 @pytest.mark.slow
@@ -147,7 +158,11 @@ def test_losses_are_those_of_plain_blocks(make):
     [
         ({"compile": "graphs"}, "cpu", "captures CUDA graphs, and this training is on a CPU: use blocks"),
         ({"compile": "graphs", "accumulate": 2}, "cuda", "use blocks with trainer.accumulate"),
-        ({"compile": "blocks", "strategy": "fsdp2"}, "cuda", "trainer.strategy fsdp2 gathers the parts of a block while it runs"),
+        (
+            {"compile": "blocks", "strategy": "fsdp2"},
+            "cuda",
+            "trainer.strategy fsdp2 gathers the parts of a block while it runs",
+        ),
         ({"compile": "blocks"}, "cpu", "there is no missing-c++ here"),
         ({"compile": "blocks"}, "cuda", "there is no missing-cc or clang here"),
     ],

@@ -1,4 +1,5 @@
-"""DINO as a module under a Trainer: what reaches the loss, what is updated when, what survives. Numbers are in tests/parity."""
+"""DINO as a module under a Trainer: what reaches the loss, what is updated when, what survives. Numbers are in
+tests/parity."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ from vit_suite.methods.dino import DINO
 VIEWS = ViewsConfig(global_size=16, local_size=8, local_crops=3)
 
 
-def make(seed: int = 0, drop_path: float = 0.0, method: dict | None = None, optim: dict | None = None, views: ViewsConfig = VIEWS) -> DINO:
+def make(
+    seed: int = 0,
+    drop_path: float = 0.0,
+    method: dict | None = None,
+    optim: dict | None = None,
+    views: ViewsConfig = VIEWS,
+) -> DINO:
     torch.manual_seed(seed)
     return DINO(
         DINOConfig(**{"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "momentum_teacher": 0.9} | (method or {})),
@@ -115,7 +122,9 @@ def test_teacher_has_no_drop_path_and_student_has():
     assert not any("DropPath" in type(part).__name__ for part in module.teacher.modules())
     # the gain of the last layer is trained or not for the student as asked, never for the teacher
     free = make(method={"norm_last_layer": False})
-    assert free.student.head.last_layer.weight_g.requires_grad and not free.teacher.head.last_layer.weight_g.requires_grad
+    assert (
+        free.student.head.last_layer.weight_g.requires_grad and not free.teacher.head.last_layer.weight_g.requires_grad
+    )
 
 
 def test_fit_refuses_different_twins(tmp_path):
@@ -127,7 +136,7 @@ def test_fit_refuses_different_twins(tmp_path):
 
 
 class Watch(pl.Callback):
-    """Recomputes the teacher from the student after every optimiser step and counts the steps at which it agrees."""
+    """Recomputes the teacher from the student after every optimizer step and counts the steps at which it agrees."""
 
     def __init__(self):
         self.steps = self.moved = 0
@@ -147,7 +156,7 @@ class Watch(pl.Callback):
         self.steps += 1
 
 
-def test_ema_and_centre_move_once_an_optimiser_step(tmp_path):
+def test_ema_and_center_move_once_an_optimizer_step(tmp_path):
     for accumulate in (1, 2):
         watch = Watch()
         train(make(), data(accumulate), tmp_path, callbacks=[watch], accumulate_grad_batches=accumulate)
@@ -166,7 +175,7 @@ def test_accumulation_gives_the_numbers_of_the_whole_batch(tmp_path):
 
 
 class Losses(pl.Callback):
-    """The loss that is logged at each optimiser step."""
+    """The loss that is logged at each optimizer step."""
 
     def __init__(self):
         self.values = []
@@ -190,7 +199,10 @@ def test_the_logged_loss_is_that_of_the_whole_batch(tmp_path):
 
 def test_what_compares_images_is_said_when_gradients_are_accumulated(tmp_path, caplog):
     options = {"koleo_weight": 0.1, "head_batch_norm": True}
-    said = "trainer.accumulate 2: BatchNorm, KoLeo: over the 8 images of a micro-batch, so the loss is not that of the whole batch of 16"
+    said = (
+        "trainer.accumulate 2: BatchNorm, KoLeo: over the 8 images of a micro-batch, so the loss is not that of the"
+        " whole batch of 16"
+    )
     with caplog.at_level("WARNING", "vit_suite"):
         train(make(method=options), data(), tmp_path)
         train(make(), data(2), tmp_path, accumulate_grad_batches=2)
@@ -262,9 +274,14 @@ def test_checkpoint_rebuilds_the_module(tmp_path):
 
 
 def test_works_with_any_loader_of_images_and_labels(tmp_path):
-    loader = DataLoader(TensorDataset(torch.randint(0, 256, (32, 3, 20, 24), dtype=torch.uint8), torch.zeros(32)), batch_size=8)
+    loader = DataLoader(
+        TensorDataset(torch.randint(0, 256, (32, 3, 20, 24), dtype=torch.uint8), torch.zeros(32)), batch_size=8
+    )
     module = DINO(
-        DINOConfig(out_dim=16, hidden_dim=8, bottleneck_dim=4), BackboneConfig(patch_size=4, dim=8, depth=1, heads=1), VIEWS, OptimConfig()
+        DINOConfig(out_dim=16, hidden_dim=8, bottleneck_dim=4),
+        BackboneConfig(patch_size=4, dim=8, depth=1, heads=1),
+        VIEWS,
+        OptimConfig(),
     )
     trainer = train(module, loader, tmp_path, epochs=1)
     assert trainer.global_step == 4 and module.global_batch == 8
@@ -274,7 +291,16 @@ def test_works_with_any_loader_of_images_and_labels(tmp_path):
 def test_logged_values(tmp_path):
     trainer = train(make(), data(), tmp_path, epochs=1)
     logged = {name.removeprefix("train/"): float(value) for name, value in trainer.callback_metrics.items()}
-    assert {"loss", "lr", "weight_decay", "teacher_entropy", "kl", "center_norm", "prototypes_used", "feature_std"} <= logged.keys()
+    assert {
+        "loss",
+        "lr",
+        "weight_decay",
+        "teacher_entropy",
+        "kl",
+        "center_norm",
+        "prototypes_used",
+        "feature_std",
+    } <= logged.keys()
     assert logged["kl"] == pytest.approx(logged["loss"] - logged["teacher_entropy"], abs=1e-5) and logged["kl"] >= 0
     assert 0 < logged["prototypes_used"] <= 1 and 0 <= logged["teacher_entropy"] <= math.log(32) + 1e-5
 
@@ -361,5 +387,7 @@ def test_a_training_of_unknown_length_is_refused_in_plain_words(tmp_path, option
 def test_a_stream_trains_by_steps(tmp_path):
     """Epochs of two batches, as long as max_steps says."""
     module = make()
-    trainer = train(module, DataLoader(Stream(), batch_size=4), tmp_path, max_epochs=-1, max_steps=3, limit_train_batches=2)
+    trainer = train(
+        module, DataLoader(Stream(), batch_size=4), tmp_path, max_epochs=-1, max_steps=3, limit_train_batches=2
+    )
     assert module.max_steps == trainer.global_step == 3 and module.steps_per_epoch == 2

@@ -1,4 +1,5 @@
-"""Learning from one group of crops at a time (method.crops_at_once): the numbers of the ordinary step, in less memory."""
+"""Learning from one group of crops at a time (method.crops_at_once): the numbers of the ordinary step, in less
+memory."""
 
 from __future__ import annotations
 
@@ -52,7 +53,11 @@ def same(found: dict, expected: dict, digits: float) -> None:
         assert (tensor is None) == (found[name] is None), name
         if tensor is not None:
             torch.testing.assert_close(
-                found[name], tensor, rtol=0, atol=digits * max(float(tensor.abs().max()), 1e-3), msg=f"{name}: {{}}".format
+                found[name],
+                tensor,
+                rtol=0,
+                atol=digits * max(float(tensor.abs().max()), 1e-3),
+                msg=f"{name}: {{}}".format,
             )
 
 
@@ -93,13 +98,16 @@ def test_the_same_losses_and_gradients(offline, at_once, method, local):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bf16(offline, checkpointing):
-    """Groups share autocast's copies of the weights; the backward pass is outside autocast, as that of the ordinary step is."""
+    """Groups share autocast's copies of the weights; the backward pass is outside autocast, as that of the ordinary
+    step is."""
     module, views = make(drop_path=0.5, method={"koleo_weight": 0.1}), crops()
     whole = step(of(module), views, bf16=True)
     module = of(module, crops_at_once=1)
     module.student.backbone.cfg.checkpointing = checkpointing
     within = []
-    module.student.backbone.vit.norm.weight.register_hook(lambda gradient: within.append(torch.is_autocast_enabled("cpu")))
+    module.student.backbone.vit.norm.weight.register_hook(
+        lambda gradient: within.append(torch.is_autocast_enabled("cpu"))
+    )
     parts = step(module, views, bf16=True)
     same(parts[0], whole[0], 1e-5)
     same(parts[1], whole[1], 2e-2)
@@ -107,14 +115,16 @@ def test_bf16(offline, checkpointing):
 
 
 class Gradients(pl.Callback):
-    """The student's gradients at each optimiser step, before clipping."""
+    """The student's gradients at each optimizer step, before clipping."""
 
     def __init__(self):
         self.found = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         named = module.student.named_parameters()
-        self.found.append({name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in named})
+        self.found.append(
+            {name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in named}
+        )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -122,13 +132,19 @@ def test_under_a_trainer(tmp_path, accumulate):
     """Lightning's accumulation, clipping, and the frozen last layer see what they see without groups."""
     runs = []
     for at_once in (None, 1):
-        module = make(drop_path=0.5, method={"crops_at_once": at_once, "freeze_last_layer_epochs": 1}, optim={"clip": 0.1, "lr": 1e-3})
+        module = make(
+            drop_path=0.5,
+            method={"crops_at_once": at_once, "freeze_last_layer_epochs": 1},
+            optim={"clip": 0.1, "lr": 1e-3},
+        )
         gradients, losses = Gradients(), Losses()
         train(module, data(accumulate), tmp_path, callbacks=[gradients, losses], accumulate_grad_batches=accumulate)
         runs.append((gradients.found, losses.values))
     (whole, expected), (parts, found) = runs
     same(parts[0], whole[0], 5e-6)
-    assert len(parts) == 6 and all(all(tensor is not None for name, tensor in step.items() if "weight_g" not in name) for step in parts)
+    assert len(parts) == 6 and all(
+        all(tensor is not None for name, tensor in step.items() if "weight_g" not in name) for step in parts
+    )
     assert found == pytest.approx(expected, abs=1e-4) and len(set(found)) == 6
 
 
@@ -142,7 +158,9 @@ def peak(module: DINO, views: list[torch.Tensor]) -> int:
         def __init__(self, tensor: torch.Tensor):
             nonlocal most
             self.tensor, self.place = tensor, tensor.untyped_storage().data_ptr()
-            kept.setdefault(self.place, [0, tensor.untyped_storage().nbytes() // 4 * (self.place not in weights)])[0] += 1
+            kept.setdefault(self.place, [0, tensor.untyped_storage().nbytes() // 4 * (self.place not in weights)])[
+                0
+            ] += 1
             most = max(most, sum(size for _, size in kept.values()))
 
         def __del__(self):
@@ -159,7 +177,10 @@ def peak(module: DINO, views: list[torch.Tensor]) -> int:
 
 
 def test_one_group_is_kept_at_a_time(offline):
-    module, views = make(), [crop.repeat(16, 1, 1, 1) for crop in crops()]  # a batch in which the network's gradients are few numbers
+    module, views = (
+        make(),
+        [crop.repeat(16, 1, 1, 1) for crop in crops()],
+    )  # a batch in which the network's gradients are few numbers
     whole, two, one = (peak(of(module, crops_at_once=at_once), views) for at_once in (None, 2, 1))
     assert two < 0.6 * whole  # of 2 x 17 + 6 x 5 = 64 tokens 34
     assert one < 0.4 * whole  # and 20: four local crops
@@ -188,11 +209,15 @@ def test_sums_of_gradients():
 
 
 def test_batch_norm_needs_all_crops():
-    with pytest.raises(UserError, match="method.head_batch_norm takes statistics over all crops, and method.crops_at_once"):
+    with pytest.raises(
+        UserError, match="method.head_batch_norm takes statistics over all crops, and method.crops_at_once"
+    ):
         make(method={"crops_at_once": 1, "head_batch_norm": True})
 
 
 def test_sharded_weights_need_all_crops(monkeypatch):
     monkeypatch.setattr(DINO, "device_mesh", object())
-    with pytest.raises(UserError, match="trainer.strategy fsdp2 averages the gradients of one backward pass, and method.crops_at_once"):
+    with pytest.raises(
+        UserError, match="trainer.strategy fsdp2 averages the gradients of one backward pass, and method.crops_at_once"
+    ):
         make(method={"crops_at_once": 1}).configure_model()

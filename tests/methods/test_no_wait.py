@@ -1,9 +1,11 @@
 """A training step never makes the host wait for the GPU: what it does not read, it queues, and the GPU always has work.
 
-With a GPU torch itself raises where it would wait. Without one the same steps run on the `meta` device, whose tensors have shapes and no
-values: whatever reads one (`item`, `bool`, `tolist`, `nonzero`, boolean indices, copies to the host) raises, and two modes raise for host
-tensors that go there other than through `hardware.send`. Lightning's loop is in both. Logged steps, the first of an epoch, where labels
-are checked, and the optimiser's fused kernel, which `meta` lacks, are not.
+With a GPU torch itself raises where it would wait. Without one the same steps run on the `meta` device, whose tensors
+have shapes and no
+values: whatever reads one (`item`, `bool`, `tolist`, `nonzero`, boolean indices, copies to the host) raises, and two
+modes raise for host
+tensors that go there other than through `hardware.send`. Lightning's loop is in both. Logged steps, the first of an
+epoch, where labels are checked, and the optimizer's fused kernel, which `meta` lacks, are not.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ METHODS = {
     "dino": dino,
     "dino koleo": lambda: dino(koleo_weight=0.1, freeze_last_layer_epochs=0),
     "dino in groups of crops": lambda: dino(crops_at_once=1),
-    "sit blocks": lambda: sit(contrastive="nt_xent", corruption="blocks", colour=0.5),
+    "sit blocks": lambda: sit(contrastive="nt_xent", corruption="blocks", color=0.5),
     "sit gmml": lambda: sit(contrastive="info_nce", corruption="gmml", reconstruct="corrupted"),
     "sit mask": lambda: sit(contrastive="none", corruption="mask", mask_rule="80/10/10", loss_weights="fixed"),
     "supervised": supervised,
@@ -100,7 +102,8 @@ def train(module: Method, loader: ResidentLoader | DataLoader, callback: pl.Call
 
 
 class Copies(TorchDispatchMode):
-    """Raises where a host tensor with axes comes to the device by a blocking copy, or unasked, and where a mask sets elements to others."""
+    """Raises where a host tensor with axes comes to the device by a blocking copy, or unasked, and where a mask sets
+    elements to others."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -108,28 +111,34 @@ class Copies(TorchDispatchMode):
         host = [tuple(value.shape) for value in tensors if value.device.type == "cpu" and value.ndim]
         if host and any(value.device == META for value in tensors):
             assert (kwargs or {}).get("non_blocking"), f"{func} waits for host tensors {host}"
-        if func.overloadpacket is torch.ops.aten.index_put_ and any(index is not None and index.dtype == torch.bool for index in args[1]):
+        if func.overloadpacket is torch.ops.aten.index_put_ and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        ):
             assert not args[2].ndim, "the mask of an index_put_ is counted"  # one value is a masked_fill
         return out
 
 
 class Constants(TorchFunctionMode):
-    """Raises where `torch.tensor` makes one on the device, which is a blocking copy; on `meta` nothing would be seen of it."""
+    """Raises where `torch.tensor` makes one on the device, which is a blocking copy; on `meta` nothing would be seen of
+    it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         where = (kwargs or {}).get("device")
-        assert func is not torch.tensor or where is None or torch.device(where) != META, "torch.tensor waits for its copy to the device"
+        assert func is not torch.tensor or where is None or torch.device(where) != META, (
+            "torch.tensor waits for its copy to the device"
+        )
         return func(*args, **(kwargs or {}))
 
 
 class OnMeta(pl.Callback):
-    """Moves a training to `meta` when it has begun, and back at its end: Lightning starts and ends with reading values."""
+    """Moves a training to `meta` when it has begun, and back at its end: Lightning starts and ends with reading
+    values."""
 
     def __init__(self) -> None:
         self.modes = contextlib.ExitStack()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        torch.__future__.set_swap_module_params_on_conversion(True)  # the optimiser's parameters stay the module's
+        torch.__future__.set_swap_module_params_on_conversion(True)  # the optimizer's parameters stay the module's
         module.to(META)
         torch.__future__.set_swap_module_params_on_conversion(False)
         for group in trainer.optimizers[0].param_groups:

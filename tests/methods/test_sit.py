@@ -1,4 +1,5 @@
-"""SiT as a module: what each option trains, what it refuses, what reaches the loss. Numbers are in tests/parity/test_sit.py."""
+"""SiT as a module: what each option trains, what it refuses, what reaches the loss. Numbers are in
+tests/parity/test_sit.py."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def crops(batch: int = 4, seed: int = 0) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_and_both_views_are_trained(kind):
-    """Every parameter that the optimiser gets has a gradient, as DDP asks, and none of the teacher's."""
+    """Every parameter that the optimizer gets has a gradient, as DDP asks, and none of the teacher's."""
     module = make(**KINDS[kind])
     views = [view.requires_grad_() for view in crops()]
     values = module.losses(views, logged=True)
@@ -69,8 +70,16 @@ def test_every_weight_and_both_views_are_trained(kind):
 def test_what_is_logged():
     names = set(make().losses(crops(), logged=True))
     tasks = {"rotation", "contrastive", "reconstruction"}
-    assert names == {"loss", "rotation_accuracy", "contrastive_accuracy", "psnr"} | tasks | {f"weight_{task}" for task in tasks}
-    assert set(make(**V3).losses(crops(), logged=True)) == {"loss", "contrastive", "reconstruction", "contrastive_accuracy", "psnr"}
+    assert names == {"loss", "rotation_accuracy", "contrastive_accuracy", "psnr"} | tasks | {
+        f"weight_{task}" for task in tasks
+    }
+    assert set(make(**V3).losses(crops(), logged=True)) == {
+        "loss",
+        "contrastive",
+        "reconstruction",
+        "contrastive_accuracy",
+        "psnr",
+    }
 
 
 def test_fixed_weights_are_lambda():
@@ -105,8 +114,17 @@ def test_causal_tokens_draw_the_next_patch():
     pixels = module.student(images.flatten(0, 1)).pixels
     changed = images.clone()
     changed[..., 4:8, 8:12] += 1  # patch 6
-    moved = (module.student(changed.flatten(0, 1)).pixels - pixels).abs().amax((0, 1)).unfold(0, 4, 4).unfold(1, 4, 4).amax((-1, -2))
-    assert (moved.flatten() > 1e-6).tolist() == [False] * 7 + [True] * 9  # the patch itself is drawn without having been seen
+    moved = (
+        (module.student(changed.flatten(0, 1)).pixels - pixels)
+        .abs()
+        .amax((0, 1))
+        .unfold(0, 4, 4)
+        .unfold(1, 4, 4)
+        .amax((-1, -2))
+    )
+    assert (moved.flatten() > 1e-6).tolist() == [False] * 7 + [
+        True
+    ] * 9  # the patch itself is drawn without having been seen
     counted = module.counted(corrupt(module.method, images, alone(4), 4))
     assert not counted[..., :4, :4].any() and counted[..., 4:, :].all() and counted[..., :4, 4:].all()
     assert module.evaluation_backbone().cfg.causal
@@ -160,8 +178,11 @@ def test_reconstruct_shows_what_the_network_is_shown():
         ({"corruption": "mask", "reconstruct": "none"}, "method.corruption mask"),
         ({"order": "causal", "reconstruct": "none"}, "method.order causal"),
         ({"contrastive": "none", "contrastive_head": "mlp"}, "method.contrastive_head mlp has no effect"),
-        ({"reconstruction_weight": 5.0}, "method.reconstruction_weight 5.0 has no effect here: it is for method.loss_weights fixed"),
-        ({"corruption": "mask", "colour": 0.5}, "method.colour 0.5 has no effect"),
+        (
+            {"reconstruction_weight": 5.0},
+            "method.reconstruction_weight 5.0 has no effect here: it is for method.loss_weights fixed",
+        ),
+        ({"corruption": "mask", "color": 0.5}, "method.color 0.5 has no effect"),
         ({"mask_ratio": 0.5}, "it is for method.corruption mask"),
         ({"drop_area": 0.0, "replace_area": 0.0, "reconstruct": "corrupted"}, "nothing would count"),
         ({"corruption": "gmml", "drop_type": []}, "method.drop_type is empty"),
@@ -175,7 +196,16 @@ def test_options_that_exclude_each_other(options, message):
 
 def test_pretrained_weights_have_no_rotation_token():
     with pytest.raises(UserError, match="no rotation token"):
-        make({"name": "vit_tiny_patch16_224", "pretrained": True, "patch_size": None, "dim": None, "depth": None, "heads": None})
+        make(
+            {
+                "name": "vit_tiny_patch16_224",
+                "pretrained": True,
+                "patch_size": None,
+                "dim": None,
+                "depth": None,
+                "heads": None,
+            }
+        )
 
 
 def test_version_3_is_defined_by_options_of_the_same_class():
@@ -183,7 +213,7 @@ def test_version_3_is_defined_by_options_of_the_same_class():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_teacher_follows_once_an_optimiser_step(tmp_path, accumulate):
+def test_teacher_follows_once_an_optimizer_step(tmp_path, accumulate):
     class Students(pl.Callback):
         """The student's weights after every micro-batch, and the step they belong to."""
 

@@ -23,7 +23,9 @@ from vit_suite.views.mix import smoothed
 VIEWS = SupervisedViewsConfig(global_size=16, crop="padded", randaugment=0, erase=0.0)
 
 
-def make(views: SupervisedViewsConfig = VIEWS, backbone: dict | None = None, optim: dict | None = None, **method) -> SupervisedViT:
+def make(
+    views: SupervisedViewsConfig = VIEWS, backbone: dict | None = None, optim: dict | None = None, **method
+) -> SupervisedViT:
     torch.manual_seed(0)
     return SupervisedViT(
         SupervisedConfig(**{"mixup": 0.0, "cutmix": 0.0, "ema": 0.0} | method),
@@ -55,10 +57,13 @@ def train(module: SupervisedViT, source, tmp_path, epochs: int = 2, **options) -
 
 
 def shapes(length: int = 48, batch_size: int = 16, accumulate: int = 1) -> ImageDataModule:
-    return ImageDataModule(DataConfig(name="shapes", image_size=16, length=length, batch_size=batch_size), accumulate=accumulate)
+    return ImageDataModule(
+        DataConfig(name="shapes", image_size=16, length=length, batch_size=batch_size), accumulate=accumulate
+    )
 
 
-# Loss ---------------------------------------------------------------------------------------------------------------------------
+# Loss
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_loss_is_timms():
@@ -66,7 +71,9 @@ def test_loss_is_timms():
     logits, labels = 3 * torch.randn(6, 10, generator=generator), torch.randint(10, (6,), generator=generator)
     mixed = torch.rand(6, 10, generator=generator).softmax(1)
     torch.testing.assert_close(soft_cross_entropy(logits, mixed), SoftTargetCrossEntropy()(logits, mixed))
-    torch.testing.assert_close(soft_cross_entropy(logits, smoothed(labels, 10, 0.1)), LabelSmoothingCrossEntropy(0.1)(logits, labels))
+    torch.testing.assert_close(
+        soft_cross_entropy(logits, smoothed(labels, 10, 0.1)), LabelSmoothingCrossEntropy(0.1)(logits, labels)
+    )
     assert soft_cross_entropy(logits.bfloat16(), mixed).dtype == torch.float32
 
 
@@ -96,7 +103,8 @@ def test_one_class_is_refused():
         SupervisedViT(backbone=BackboneConfig(patch_size=16, dim=16, depth=1, heads=2), classes=["cat"])
 
 
-# Average ------------------------------------------------------------------------------------------------------------------------
+# Average
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_momentum_rises_to_its_value():
@@ -130,7 +138,8 @@ def test_without_an_average_the_network_is_scored():
     assert module.average is None and module.evaluation_backbone() is module.network.backbone
 
 
-# Layer decay --------------------------------------------------------------------------------------------------------------------
+# Layer decay
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.65, 0.75])
@@ -140,18 +149,27 @@ def test_rates_by_layer_are_timms(decay):
     for group in parameter_groups(classifier, decay):
         for parameter in group["params"]:
             ours[id(parameter)] = group["lr_scale"]
-    names = {name.removeprefix("backbone.vit."): ours[id(parameter)] for name, parameter in classifier.named_parameters()}
+    names = {
+        name.removeprefix("backbone.vit."): ours[id(parameter)] for name, parameter in classifier.named_parameters()
+    }
     reference = timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=10, img_size=32)
-    scales = {id(p): group["lr_scale"] for group in param_groups_layer_decay(reference, layer_decay=decay) for p in group["params"]}
+    scales = {
+        id(p): group["lr_scale"]
+        for group in param_groups_layer_decay(reference, layer_decay=decay)
+        for p in group["params"]
+    }
     for name, parameter in reference.named_parameters():
-        if name.startswith("norm."):  # timm counts the last norm to the last block; BEiT and MAE, and so we, to the head
+        if name.startswith(
+            "norm."
+        ):  # timm counts the last norm to the last block; BEiT and MAE, and so we, to the head
             assert names[name] == 1
             continue
         assert names[name] == pytest.approx(scales[id(parameter)]), name
     assert names["blocks.0.attn.qkv.weight"] == pytest.approx(decay**4) and names["head.weight"] == 1
 
 
-# Starting from weights ----------------------------------------------------------------------------------------------------------
+# Starting from weights
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_starts_from_a_backbone_of_the_same_size():
@@ -166,10 +184,14 @@ def test_starts_from_a_backbone_of_the_same_size():
     assert torch.equal(module.network.head.weight, head)
 
 
-@pytest.mark.parametrize("backbone", [{}, {"registers": 2}, {"class_token": False, "pool": "mean"}, {"positions": "sincos_2d"}])
+@pytest.mark.parametrize(
+    "backbone", [{}, {"registers": 2}, {"class_token": False, "pool": "mean"}, {"positions": "sincos_2d"}]
+)
 def test_positions_are_resized_once(backbone):
     torch.manual_seed(5)
-    given = Backbone(BackboneConfig(**{"patch_size": 4, "dim": 24, "depth": 2, "heads": 3, "image_size": [24, 24]} | backbone)).eval()
+    given = Backbone(
+        BackboneConfig(**{"patch_size": 4, "dim": 24, "depth": 2, "heads": 3, "image_size": [24, 24]} | backbone)
+    ).eval()
     module = make(backbone=backbone)
     module.start_from(given)
     own = module.network.backbone.eval()
@@ -177,12 +199,15 @@ def test_positions_are_resized_once(backbone):
     if backbone.get("positions"):
         assert torch.equal(own.vit.pos_embed, make(backbone=backbone).network.backbone.vit.pos_embed)
         return
-    torch.testing.assert_close(own.vit.pos_embed, resize_position(given.vit.pos_embed, (6, 6), (4, 4), own.prefix_tokens))
+    torch.testing.assert_close(
+        own.vit.pos_embed, resize_position(given.vit.pos_embed, (6, 6), (4, 4), own.prefix_tokens)
+    )
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(own(images), given(images), atol=1e-5, rtol=1e-5)  # what the given one does on the fly
 
 
-# Training -----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_learns_shapes(tmp_path):

@@ -19,13 +19,17 @@ def softmax_attention(qkv: torch.Tensor, heads: int, scale: float) -> torch.Tens
 
 
 @pytest.mark.parametrize("tokens", [17, 40])  # shorter and longer than a vector
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
+)
 def test_the_gradient_by_hand_is_autograds(tokens, dtype, tolerance):
     qkv = torch.randn(3, tokens, 36, dtype=dtype, requires_grad=True)
     gradient = torch.randn(3, tokens, 12, dtype=dtype)
     found, expected = PlainAttention.apply(qkv, 2, 0.7), softmax_attention(qkv, 2, 0.7)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(*(torch.autograd.grad(out, qkv, gradient)[0] for out in (found, expected)), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(out, qkv, gradient)[0] for out in (found, expected)), atol=tolerance, rtol=tolerance
+    )
 
 
 @pytest.mark.parametrize(("tokens", "plain"), [(17, True), (65, False)])  # fp32
@@ -34,7 +38,9 @@ def test_blocks_use_it_off_the_fused_kernel_for_short_sequences(monkeypatch, tok
     attention.fused_attn = True
     expected = attention(x)
     by_hand = PlainAttention.forward
-    monkeypatch.setattr(PlainAttention, "forward", lambda ctx, qkv, *rest: calls.append(qkv.shape[1]) or by_hand(ctx, qkv, *rest))
+    monkeypatch.setattr(
+        PlainAttention, "forward", lambda ctx, qkv, *rest: calls.append(qkv.shape[1]) or by_hand(ctx, qkv, *rest)
+    )
     attention.fused_attn = False
     torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=1e-5)
     assert calls == [tokens] * plain
@@ -43,7 +49,15 @@ def test_blocks_use_it_off_the_fused_kernel_for_short_sequences(monkeypatch, tok
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"registers": 2}, {"norm": "post"}, {"causal": True}, {"drop_path": 0.5}, {"depth": 1}, {"checkpointing": True}],
+    [
+        {},
+        {"registers": 2},
+        {"norm": "post"},
+        {"causal": True},
+        {"drop_path": 0.5},
+        {"depth": 1},
+        {"checkpointing": True},
+    ],
     ids=str,
 )
 def test_the_last_block_for_cls_alone_gives_cls_and_all_gradients(options, fused):
@@ -76,11 +90,15 @@ def test_layer_scale_and_norms_of_q_and_k(name):
 def test_the_last_block_works_out_the_cls_token_alone():
     backbone, seen = tiny(), {}
     for index, block in enumerate(backbone.vit.blocks):
-        block.mlp.register_forward_hook(lambda module, inputs, output, index=index: seen.update({index: tuple(output.shape)}))
+        block.mlp.register_forward_hook(
+            lambda module, inputs, output, index=index: seen.update({index: tuple(output.shape)})
+        )
     backbone(torch.randn(2, 3, 16, 16))
     assert seen == {0: (2, 17, 24), 1: (2, 17, 24), 2: (2, 1, 24)}
     tiny_mean = tiny(pool="mean")
-    tiny_mean.vit.blocks[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.update(mean=tuple(output.shape)))
+    tiny_mean.vit.blocks[-1].mlp.register_forward_hook(
+        lambda module, inputs, output: seen.update(mean=tuple(output.shape))
+    )
     tiny_mean(torch.randn(2, 3, 16, 16))
     assert seen["mean"] == (2, 17, 24)
 

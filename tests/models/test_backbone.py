@@ -46,7 +46,8 @@ def test_patches_are_row_major():
 
 @torch.no_grad()
 def test_attention_is_what_the_block_used():
-    """attention @ v, put through the block's projection, is the block's own output: nothing is recomputed differently."""
+    """attention @ v, put through the block's projection, is the block's own output: nothing is recomputed
+    differently."""
     backbone = tiny()
     images = torch.randn(2, 3, 16, 16)
     seen = {}
@@ -60,7 +61,8 @@ def test_attention_is_what_the_block_used():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224.dino"]
+    "name",
+    ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224.dino"],
 )
 def test_timm_models_match_timm_at_their_native_size(name):
     import timm
@@ -125,7 +127,12 @@ def test_checkpointing_changes_memory_and_nothing_else(causal):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             tokens = backbone.tokens(images, blocks=[1])
             size = sum(kept.values())
-            (tokens.cls.square().sum() + tokens.patches.sum() + tokens.blocks[0][0].sum() + backbone(images).square().sum()).backward()
+            (
+                tokens.cls.square().sum()
+                + tokens.patches.sum()
+                + tokens.blocks[0][0].sum()
+                + backbone(images).square().sum()
+            ).backward()
         attention = backbone.last_attention(images)
         return size, [p.grad for p in backbone.parameters()], [tokens.cls, tokens.patches, attention], torch.rand(1)
 

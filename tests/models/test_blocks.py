@@ -1,4 +1,5 @@
-"""What timm has no option for: fixed positions, post-norm, causal order, mean pooling, hidden patches, drop path over ranks."""
+"""What timm has no option for: fixed positions, post-norm, causal order, mean pooling, hidden patches, drop path over
+ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +36,12 @@ def test_sine_positions_of_rows_and_columns():
     table = sincos_positions("sincos_2d", (2, 3), 8, prefix=1)[0]
     assert not table[0].any()
     row, column = 1, 2
-    expected = [wave(place / 10000 ** (pair / 2)) for place in (column, row) for wave in (math.sin, math.cos) for pair in range(2)]
+    expected = [
+        wave(place / 10000 ** (pair / 2))
+        for place in (column, row)
+        for wave in (math.sin, math.cos)
+        for pair in range(2)
+    ]
     torch.testing.assert_close(table[1 + row * 3 + column], torch.tensor(expected), atol=1e-6, rtol=0)
 
 
@@ -154,6 +160,8 @@ def test_drop_path_of_the_parts_of_a_batch_is_that_of_the_whole(parts):
 
 def test_no_drop_path_of_timm_is_left():
     blocks = [type(part) for part in tiny(drop_path=0.3).modules()]
-    assert TimmDropPath not in blocks and blocks.count(DropPath) == 4  # two a block, and none in the first, whose rate is 0
+    assert (
+        TimmDropPath not in blocks and blocks.count(DropPath) == 4
+    )  # two a block, and none in the first, whose rate is 0
     post = [type(part) for part in tiny(drop_path=0.3, norm="post").modules()]
     assert TimmDropPath not in post and post.count(DropPath) == 4

@@ -6,7 +6,8 @@ from .golden import RECORDS, golden_folder
 
 
 def parity_table(records) -> list[str]:
-    """Lines of a table with one row a (fixture, what): the largest error of its records beside the tolerance of that record."""
+    """Lines of a table with one row a (fixture, what): the largest error of its records beside the tolerance of that
+    record."""
     worst: dict[tuple[str, str], object] = {}
     for row in records:
         key = (row.fixture, row.what)

@@ -1,8 +1,8 @@
 """Golden numbers: what the official code computed, read with the shapes and hyperparameters that it was run with.
 
-A fixture is a safetensors file whose metadata has one key, `golden`: JSON with `hyperparameters`, `inputs` (names of the tensors
-that went in; all others came out), `fixture` and `seed`. The folder is $VIT_SUITE_GOLDEN, or the copy in tests/golden; it may
-hold other sizes and seeds, so tests take every shape, head count and hyperparameter from here.
+A fixture is a safetensors file whose metadata has one key, `golden`: JSON with `hyperparameters`, `inputs` (names of
+the tensors that went in; all others came out), `fixture` and `seed`. The folder is $VIT_SUITE_GOLDEN, or the copy in
+tests/golden; it may hold other sizes and seeds, so tests take every shape, head count and hyperparameter from here.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ def golden_folder() -> Path:
 
 
 def golden_path(name: str, suffix: str = ".safetensors") -> Path:
-    """Path of a fixture; FileNotFoundError says which folder lacks it (a missing fixture is a failure, never a silent skip)."""
+    """Path of a fixture; FileNotFoundError says which folder lacks it (a missing fixture is a failure, never a silent
+    skip)."""
     path = golden_folder() / f"{name}{suffix}"
     if not path.is_file():
-        raise FileNotFoundError(f"no golden fixture {path}; VIT_SUITE_GOLDEN names the folder, tests/golden is the default")
+        raise FileNotFoundError(
+            f"no golden fixture {path}; VIT_SUITE_GOLDEN names the folder, tests/golden is the default"
+        )
     return path
 
 
@@ -90,7 +93,8 @@ def largest_error(ours, golden, relative: bool = False) -> float:
 
 
 def record(fixture: str, what: str, error: float, tolerance: float) -> None:
-    """Put a row into the parity table of the terminal summary, then fail the test unless error <= tolerance (NaN fails)."""
+    """Put a row into the parity table of the terminal summary, then fail the test unless error <= tolerance (NaN
+    fails)."""
     row = Record(fixture, what, float(error), float(tolerance))
     RECORDS.append(row)
     assert row.passed, f"{fixture}: {what}: largest error {row.largest_error:.3g} > tolerance {row.tolerance:.3g}"

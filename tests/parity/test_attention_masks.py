@@ -30,7 +30,9 @@ def test_masks(golden):
     hyperparameters, tensors, maps = golden
     mask = mass_mask(maps, hyperparameters["threshold"])
     size = tuple(cells * hyperparameters["patch"] for cells in maps.shape[-2:])
-    record(NAME, "cumulative mass", largest_error(_ascending_mass(maps).sort(-1).values, tensors["cumval_sorted"]), 1e-6)
+    record(
+        NAME, "cumulative mass", largest_error(_ascending_mass(maps).sort(-1).values, tensors["cumval_sorted"]), 1e-6
+    )
     record(NAME, "mask", largest_error(mask, tensors["mask_small"]), 0)
     record(NAME, "mask upsampled", largest_error(upsample(mask, size), tensors["mask_up"]), 0)
 
@@ -43,4 +45,9 @@ def test_batches_and_registers_change_nothing(golden):
     wide[:, :, keep[:, None], keep] = attention
     batch = cls_attention(wide.repeat(2, 1, 1, 1), 4, tuple(maps.shape[-2:]))
     for one in batch:
-        record(NAME, "mask with registers", largest_error(mass_mask(one, hyperparameters["threshold"]), tensors["mask_small"]), 0)
+        record(
+            NAME,
+            "mask with registers",
+            largest_error(mass_mask(one, hyperparameters["threshold"]), tensors["mask_small"]),
+            0,
+        )

@@ -1,4 +1,5 @@
-"""Backbone against DINO's vision_transformer.py: outputs, attention, intermediate layers and positions at every size of the fixture."""
+"""Backbone against DINO's vision_transformer.py: outputs, attention, intermediate layers and positions at every size of
+the fixture."""
 
 from __future__ import annotations
 
@@ -30,7 +31,12 @@ def test_backbone(golden):
         position = resize_position(backbone.vit.pos_embed, backbone.native_grid, grid, 1)
         record("dino_vit", "position embedding", largest_error(position, tensors[f"pos_{key}"]), FORWARD)
         record("dino_vit", "CLS", largest_error(backbone(images), tensors[f"cls_{key}"]), FORWARD)
-        record("dino_vit", "last attention", largest_error(backbone.last_attention(images), tensors[f"attn_last_{key}"]), FORWARD)
+        record(
+            "dino_vit",
+            "last attention",
+            largest_error(backbone.last_attention(images), tensors[f"attn_last_{key}"]),
+            FORWARD,
+        )
         kept = range(-hyper["n"], 0)
         tokens = backbone.tokens(images, blocks=kept)
         assert tokens.grid == grid
@@ -48,7 +54,9 @@ def test_fused_attention_reads_the_same(golden):
     try:
         backbone.set_fused_attention(True)
         images = tensors[f"x_{height}x{width}"]
-        record("dino_vit", "CLS, fused kernel", largest_error(backbone(images), tensors[f"cls_{height}x{width}"]), FORWARD)
+        record(
+            "dino_vit", "CLS, fused kernel", largest_error(backbone(images), tensors[f"cls_{height}x{width}"]), FORWARD
+        )
         error = largest_error(backbone.last_attention(images), tensors[f"attn_last_{height}x{width}"])
         record("dino_vit", "last attention, fused kernel", error, FORWARD)
     finally:

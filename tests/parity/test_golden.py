@@ -31,7 +31,12 @@ def test_record_fails_above_the_tolerance_and_for_nan():
 
 
 def test_table_keeps_the_worst_of_a_row():
-    rows = [Record("f", "x", 1e-7, 1e-6), Record("f", "x", 2e-5, 1e-6), Record("f", "x", 0.0, 1e-6), Record("f", "y", 0.0, 0.0)]
+    rows = [
+        Record("f", "x", 1e-7, 1e-6),
+        Record("f", "x", 2e-5, 1e-6),
+        Record("f", "x", 0.0, 1e-6),
+        Record("f", "y", 0.0, 0.0),
+    ]
     table = parity_table(rows)
     assert len(table) == 3
     assert "2.00e-05" in table[1] and table[1].endswith("FAILED")

@@ -33,9 +33,16 @@ def test_head():
         gradients = {"x": x.grad} | {name: p.grad for name, p in head.named_parameters() if p.requires_grad}
         expected = with_prefix(golden, "grad.")
         assert set(gradients) == set(expected)  # a frozen gain has no gradient, a free one has
-        what, tolerance = ("gradients, BatchNorm", GRADIENT_BATCH_NORM) if options.get("use_bn") else ("gradients", GRADIENT)
+        what, tolerance = (
+            ("gradients, BatchNorm", GRADIENT_BATCH_NORM) if options.get("use_bn") else ("gradients", GRADIENT)
+        )
         for name, gradient in gradients.items():
             record("dino_head", what, largest_error(gradient, expected[name]), tolerance)
         if "out_eval" in golden:
             with torch.no_grad():
-                record("dino_head", "logits, running statistics", largest_error(head.eval()(x), golden["out_eval"]), FORWARD)
+                record(
+                    "dino_head",
+                    "logits, running statistics",
+                    largest_error(head.eval()(x), golden["out_eval"]),
+                    FORWARD,
+                )

@@ -36,7 +36,9 @@ def test_knn(golden, result):
     hyperparameters, tensors = golden
     for k in hyperparameters["ks"]:
         name = f"k{k}"
-        record("knn", "scores (relative)", largest_error(result.scores[k], tensors[f"{name}.scores"], relative=True), 1e-5)
+        record(
+            "knn", "scores (relative)", largest_error(result.scores[k], tensors[f"{name}.scores"], relative=True), 1e-5
+        )
         record("knn", "top-1 %", largest_error([result.top1[k]], tensors[f"{name}.top1"]), 1e-9)
         record("knn", "predictions", largest_error(result.predictions[k], tensors[f"{name}.pred"]), 0)
         lower, upper = float(tensors[f"{name}.top5_lower"]), float(tensors[f"{name}.top5_upper"])

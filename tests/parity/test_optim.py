@@ -20,7 +20,14 @@ def test_schedules():
         steps = options["epochs"] * per_epoch
         warmup = options.get("warmup_epochs", 0) * per_epoch
         ours = [
-            cosine(step, steps, options["base_value"], options["final_value"], warmup, options.get("start_warmup_value", 0.0))
+            cosine(
+                step,
+                steps,
+                options["base_value"],
+                options["final_value"],
+                warmup,
+                options.get("start_warmup_value", 0.0),
+            )
             for step in range(steps)
         ]
         record("schedules", name, largest_error(ours, tensors[name], relative=True), 1e-15)
@@ -30,9 +37,19 @@ def test_clip_each():
     hyper, tensors = load_golden("clip_gradients")
     gradients = [tensors[f"grad_in_{index}"].clone() for index in range(len(hyper["shapes"]))]
     norms = clip_each(gradients, hyper["clip"])
-    record("clip_gradients", "norms (relative)", largest_error([float(n) for n in norms], tensors["norms"], relative=True), 1e-6)
+    record(
+        "clip_gradients",
+        "norms (relative)",
+        largest_error([float(n) for n in norms], tensors["norms"], relative=True),
+        1e-6,
+    )
     for index, gradient in enumerate(gradients):
-        record("clip_gradients", "gradients (relative)", largest_error(gradient, tensors[f"grad_out_{index}"], relative=True), 1e-6)
+        record(
+            "clip_gradients",
+            "gradients (relative)",
+            largest_error(gradient, tensors[f"grad_out_{index}"], relative=True),
+            1e-6,
+        )
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])

@@ -59,7 +59,8 @@ def build(hyper: dict, tensors: dict) -> SiT:
 
 
 def outputs(module: SiT, tensors: dict) -> tuple[Outputs, torch.Tensor, torch.Tensor, Corrupted]:
-    """What the network says of both views, the clean views (2, B, C, S, S), their turns, and that every pixel counts."""
+    """What the network says of both views, the clean views (2, B, C, S, S), their turns, and that every pixel
+    counts."""
     images = torch.stack([tensors["x1_in"], tensors["x2_in"]])
     clean = torch.stack([tensors["x1"], tensors["x2"]])
     turns = torch.stack([tensors["rots1"], tensors["rots2"]])
@@ -115,7 +116,9 @@ def test_losses_and_gradients(golden, form):
     total = uncertainty_sum(losses, module.log_variances, module.factors, {"apr": "april", "jul": "july"}[form])
     record("sit_v1", f"{form} total", largest_error(total, tensors[f"mtl.{form}.total"].squeeze()), 3e-6)
     total.backward()
-    record("sit_v1", f"{form} gradient of s", largest_error(module.log_variances.grad, tensors[f"mtl.{form}.grad_s"]), 1e-6)
+    record(
+        "sit_v1", f"{form} gradient of s", largest_error(module.log_variances.grad, tensors[f"mtl.{form}.grad_s"]), 1e-6
+    )
     vit = module.student.backbone.vit
     ours = {
         "rot_token": vit.reg_token.grad,

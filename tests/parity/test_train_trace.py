@@ -1,6 +1,8 @@
-"""Whole training steps against DINO's train_one_epoch: our DINO module under a real Trainer, on the fixture's crops and weights.
+"""Whole training steps against DINO's train_one_epoch: our DINO module under a real Trainer, on the fixture's crops and
+weights.
 
-Covers at once what no single formula does: order of loss, centre, clipping, last-layer freeze, optimiser and EMA; per-step schedules;
+Covers at once what no single formula does: order of loss, center, clipping, last-layer freeze, optimizer and EMA;
+per-step schedules;
 weight decay of position embedding and CLS token; the teacher's fixed gain.
 """
 
@@ -82,7 +84,10 @@ class Crops:
         first = self.epoch * len(self)
         self.epoch += 1
         for iteration in range(first, first + len(self)):
-            yield [*self.tensors["crops_g"][iteration], *self.tensors["crops_l"][iteration]], torch.zeros(self.hyper["batch"])
+            yield (
+                [*self.tensors["crops_g"][iteration], *self.tensors["crops_l"][iteration]],
+                torch.zeros(self.hyper["batch"]),
+            )
 
 
 def key_bias_mask(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -100,8 +105,18 @@ def test_train_trace(fixture, tmp_path):
     module, recorder = golden_module(hyper, tensors), Recorder()
     with torch.no_grad():
         crops = next(iter(Crops(hyper, tensors)))[0]
-        record(fixture, "student logits, step 0", largest_error(module.student(crops).flatten(0, 1), tensors["student_out_it0"]), 1e-5)
-        record(fixture, "teacher logits, step 0", largest_error(module.teacher(crops[:2]).flatten(0, 1), tensors["teacher_out_it0"]), 1e-5)
+        record(
+            fixture,
+            "student logits, step 0",
+            largest_error(module.student(crops).flatten(0, 1), tensors["student_out_it0"]),
+            1e-5,
+        )
+        record(
+            fixture,
+            "teacher logits, step 0",
+            largest_error(module.teacher(crops[:2]).flatten(0, 1), tensors["teacher_out_it0"]),
+            1e-5,
+        )
     trainer = pl.Trainer(
         max_epochs=hyper["epochs"],
         accelerator="cpu",
@@ -120,7 +135,7 @@ def test_train_trace(fixture, tmp_path):
     record(fixture, "lr (relative)", largest_error(trace["lr"], tensors["lr"], relative=True), 1e-15)
     record(fixture, "weight decay (relative)", largest_error(trace["wd"], tensors["wd"], relative=True), 1e-15)
     record(fixture, "loss", largest_error(torch.stack(trace["loss"]), tensors["loss"]), LOSS)
-    record(fixture, "centre", largest_error(torch.stack(trace["center"]), tensors["center"]), CENTER)
+    record(fixture, "center", largest_error(torch.stack(trace["center"]), tensors["center"]), CENTER)
     record(fixture, "gradient norms", largest_error(torch.stack(trace["norms"]), tensors["grad_norms"]), NORMS)
     for network in ("student", "teacher"):
         ours = getattr(module, network).state_dict()

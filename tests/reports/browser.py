@@ -1,4 +1,5 @@
-"""A headless Chromium over its debugging pipe (--remote-debugging-pipe: JSON ended by NUL on descriptors 3 and 4), for pages on disk."""
+"""A headless Chromium over its debugging pipe (--remote-debugging-pipe: JSON ended by NUL on descriptors 3 and 4), for
+pages on disk."""
 
 from __future__ import annotations
 
@@ -33,18 +34,34 @@ class Browser:
             os.dup2(high[0], 3)
             os.dup2(high[1], 4)
 
-        command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        command += ["--hide-scrollbars", "--force-color-profile=srgb", f"--user-data-dir={self.profile.name}", "--remote-debugging-pipe"]
+        command = [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]
+        command += [
+            "--hide-scrollbars",
+            "--force-color-profile=srgb",
+            f"--user-data-dir={self.profile.name}",
+            "--remote-debugging-pipe",
+        ]
         command += [f"--window-size={size[0]},{size[1]}", "about:blank"]
         silent = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, stdout=silent, stderr=silent, stdin=silent, pass_fds=(3, 4), preexec_fn=wire)
+        self.process = subprocess.Popen(
+            command, stdout=silent, stderr=silent, stdin=silent, pass_fds=(3, 4), preexec_fn=wire
+        )
         for end in (theirs_in, theirs_out, *high):
             os.close(end)
         page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False
+        )
 
     def __enter__(self) -> Browser:
         return self
@@ -73,7 +90,9 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         until = time.monotonic() + self.seconds
         while b"\0" not in self.waiting:
-            assert select.select([self.into], [], [], max(0, until - time.monotonic()))[0], "the browser does not answer"
+            assert select.select([self.into], [], [], max(0, until - time.monotonic()))[0], (
+                "the browser does not answer"
+            )
             read = os.read(self.into, 2**20)
             assert read, "the browser has ended"
             self.waiting += read
@@ -108,7 +127,15 @@ class Browser:
         """`kind` is Moved, Pressed or Released; moved while pressed it drags."""
         self.held = kind == "Pressed" or (kind == "Moved" and self.held)
         button = "left" if self.held or kind == "Released" else "none"
-        self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button=button, buttons=int(self.held), clickCount=1)
+        self.call(
+            "Input.dispatchMouseEvent",
+            type=f"mouse{kind}",
+            x=x,
+            y=y,
+            button=button,
+            buttons=int(self.held),
+            clickCount=1,
+        )
 
     def click(self, x: float, y: float) -> None:
         """Press and release."""

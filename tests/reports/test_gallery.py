@@ -20,7 +20,7 @@ from vit_suite.attention.manifest import OK, write_manifest
 from vit_suite.attention.maps import mass_mask
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.errors import UserError
-from vit_suite.reports.gallery import quantised, write_gallery
+from vit_suite.reports.gallery import quantized, write_gallery
 
 NAMES = ["cat", "deep/dog", "deep/</script><b>", "fish & chips"]
 SIZES = [(60, 80), (200, 100), (48, 48), (375, 500)]
@@ -79,7 +79,13 @@ def test_what_the_page_holds(tmp_path):
             scale = min(1, 320 / max(size))
             assert (picture.height, picture.width) == (round(size[0] * scale), round(size[1] * scale))
             assert kind == ("data:image/png" if max(size) <= 96 else "data:image/jpeg")
-        assert [title for title, _ in item["files"]] == ["npz", "head 0 mask", "head 1 mask", "head 2 mask", "mean mask"]
+        assert [title for title, _ in item["files"]] == [
+            "npz",
+            "head 0 mask",
+            "head 1 mask",
+            "head 2 mask",
+            "mean mask",
+        ]
         assert unquote(item["files"][0][1]) == f"{name}_attention.npz" and "<" not in item["files"][0][1]
     text = page.read_text()
     assert "http" not in re.sub(r'id="data">.*?</script>', "", text, flags=re.DOTALL)  # nothing from elsewhere
@@ -89,29 +95,35 @@ def test_what_the_page_holds(tmp_path):
 def test_masks_of_the_stored_numbers_are_those_of_the_export():
     """16 bits are enough: the same patches at every threshold, but for values that are equal to 5 digits."""
     maps = torch.rand(40, 24, 32, generator=torch.Generator().manual_seed(0)) ** 8
-    stored = torch.from_numpy(quantised(maps.numpy()).astype(np.float32))
+    stored = torch.from_numpy(quantized(maps.numpy()).astype(np.float32))
     for threshold in (0.1, 0.4, 0.6, 0.9):
         different = (mass_mask(maps, threshold) != mass_mask(stored, threshold)).double().mean()
         assert different < 2e-4
-    assert not quantised(np.zeros((2, 3, 3), np.float32)).any()
+    assert not quantized(np.zeros((2, 3, 3), np.float32)).any()
 
 
 def test_pictures_that_have_moved_and_those_of_a_data_set(tmp_path):
     folder = export(tmp_path, ["cat"])
     os.remove(tmp_path / "images" / "0.png")
-    pixels = Image.open(io.BytesIO(base64.b64decode(content(write_gallery(folder))["items"][0]["picture"].partition(",")[2])))
+    pixels = Image.open(
+        io.BytesIO(base64.b64decode(content(write_gallery(folder))["items"][0]["picture"].partition(",")[2]))
+    )
     assert pixels.size == (1, 1)
     rows = [{"image": str(tmp_path / "images" / "0.png"), "kind": kind, "status": OK, "file": f"cat_{end}"}
             for kind, end in (("npz", "attention.npz"), ("overlay", "mean_overlay.png"))]  # fmt: skip
     Image.new("RGB", (80, 60), (10, 200, 30)).save(folder / "cat_mean_overlay.png")
     write_manifest(folder / "manifest.csv", rows)
-    pixels = Image.open(io.BytesIO(base64.b64decode(content(write_gallery(folder))["items"][0]["picture"].partition(",")[2])))
+    pixels = Image.open(
+        io.BytesIO(base64.b64decode(content(write_gallery(folder))["items"][0]["picture"].partition(",")[2]))
+    )
     assert pixels.size == (80, 60) and pixels.convert("RGB").getpixel((5, 5)) == (10, 200, 30)
 
     source = ShapesSource("test", 3, (48, 48))
     rows[0]["image"] = rows[1]["image"] = source.path(2)
     write_manifest(folder / "manifest.csv", rows)
-    pixels = Image.open(io.BytesIO(base64.b64decode(content(write_gallery(folder, source))["items"][0]["picture"].partition(",")[2])))
+    pixels = Image.open(
+        io.BytesIO(base64.b64decode(content(write_gallery(folder, source))["items"][0]["picture"].partition(",")[2]))
+    )
     assert np.asarray(pixels).tolist() == source.load(2).permute(1, 2, 0).tolist()
 
 
@@ -130,7 +142,8 @@ def test_what_no_gallery_can_be_made_of(tmp_path, monkeypatch):
         write_gallery(export(tmp_path / "large"))
 
 
-# In the browser -----------------------------------------------------------------------------------------------------------------
+# In the browser
+# -----------------------------------------------------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt-get install chromium)")
 
@@ -172,7 +185,9 @@ def middle(browser: Browser, selector: str) -> tuple[float, float, float]:
 
 def patches(page: Path, image: int, label: int, share: float) -> int:
     """How many patches the mask of an image has, from the data in the page."""
-    return int(mass_mask(torch.from_numpy(maps_of(content(page)["items"][image])[label].astype(np.float32)), share).sum())
+    return int(
+        mass_mask(torch.from_numpy(maps_of(content(page)["items"][image])[label].astype(np.float32)), share).sum()
+    )
 
 
 @needs_browser
@@ -191,10 +206,12 @@ def test_the_slider_redraws_masks(browser, page, tmp_path):
     share = int(browser.run("document.getElementById('share').textContent").rstrip("%"))
     assert 10 <= share <= 30
     for image in range(4):
-        drawn = browser.run(LIT % (GRIDS[image][1], f".card[data-index=\"{image}\"]".replace('"', '\\"')))
+        drawn = browser.run(LIT % (GRIDS[image][1], f'.card[data-index="{image}"]'.replace('"', '\\"')))
         assert drawn == patches(page, image, 3, share / 100) < patches(page, image, 3, 0.6), image
     browser.screenshot(tmp_path / "after.png")
-    before, after = (np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int) for name in ("before.png", "after.png"))
+    before, after = (
+        np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int) for name in ("before.png", "after.png")
+    )
     assert after[120:].mean() < before[120:].mean() - 1  # less is lit, in what a person sees
 
 
@@ -207,14 +224,21 @@ def test_heads_on_hover_and_click(browser, page):
     assert browser.run(LIT % (8, ".card")) == patches(page, 0, 0, 0.6) != patches(page, 0, 3, 0.6)
     browser.mouse("Moved", x, 5)
     browser.settle()
-    assert browser.run("document.querySelector('.badge') === null") and browser.run(LIT % (8, ".card")) == patches(page, 0, 3, 0.6)
+    assert browser.run("document.querySelector('.badge') === null") and browser.run(LIT % (8, ".card")) == patches(
+        page, 0, 3, 0.6
+    )
     browser.click(x, y)
-    assert browser.run("document.getElementById('dialog').open") and browser.run("document.getElementById('title').textContent") == "cat"
+    assert (
+        browser.run("document.getElementById('dialog').open")
+        and browser.run("document.getElementById('title').textContent") == "cat"
+    )
     assert browser.run("document.querySelectorAll('.panel').length") == 5
     x, y, _ = middle(browser, ".panel:nth-child(2)")
     browser.click(x, y)
     assert browser.run(LIT % (8, "#big")) == patches(page, 0, 1, 0.6) == browser.run(LIT % (8, ".card"))
-    assert f"mask of head 1: {patches(page, 0, 1, 0.6)} patches" in browser.run("document.getElementById('facts').textContent")
+    assert f"mask of head 1: {patches(page, 0, 1, 0.6)} patches" in browser.run(
+        "document.getElementById('facts').textContent"
+    )
     link = "document.querySelector('#files a').getAttribute('href')"
     assert browser.run(link) == "cat_attention.npz"
     x, y, _ = middle(browser, "#close")

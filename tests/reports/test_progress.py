@@ -25,8 +25,13 @@ class Line(pl.LightningModule):
 def test_the_bar_reads_the_loss_when_it_is_drawn(tmp_path, monkeypatch):
     read, get_metrics = [], PatientBar.get_metrics
     monkeypatch.setattr(PatientBar, "get_metrics", lambda *args: read.append(get_metrics(*args)) or read[-1])
-    bar, options = PatientBar(refresh_rate=4), {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, callbacks=[bar], default_root_dir=tmp_path, **options)
+    bar, options = (
+        PatientBar(refresh_rate=4),
+        {"logger": False, "enable_checkpointing": False, "enable_model_summary": False},
+    )
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, callbacks=[bar], default_root_dir=tmp_path, **options
+    )
     trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(8, 1))))
     assert [shown["train/loss"] for shown in read] == [3, 7, 7]  # the last of them when the epoch ends
     assert "train/loss=7" in bar.train_progress_bar.postfix

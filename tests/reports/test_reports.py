@@ -19,7 +19,11 @@ def test_results_grow(tmp_path, monkeypatch):
     first = append_result(path, "knn", {"k20": 51.5}, {"k": [20]}, "abc")
     second = append_result(path, "masks", {"jaccard": 0.5}, {})
     assert read_results(path) == json.loads(path.read_text()) == [first, second]
-    assert first["command"] == "vit-suite knn --data.root 'a folder'" and first["sha256"] == "abc" and second["sha256"] is None
+    assert (
+        first["command"] == "vit-suite knn --data.root 'a folder'"
+        and first["sha256"] == "abc"
+        and second["sha256"] is None
+    )
     assert list(path.parent.iterdir()) == [path]
     assert read_results(tmp_path / "none.json") == []
 
@@ -61,8 +65,13 @@ def test_metrics_are_continued_from_the_checkpoint(tmp_path):
     log(tmp_path, range(5))
     log(tmp_path, range(3, 6), steps_done=3, score=1.0)  # a new column on the way
     assert [(row["step"], row["loss"], row["score"]) for row in rows(tmp_path)] == [
-        ("0", "0.0", ""), ("1", "1.0", ""), ("2", "2.0", ""), ("3", "3.0", "1.0"), ("4", "4.0", "1.0"), ("5", "5.0", "1.0")
-    ]  # fmt: skip
+        ("0", "0.0", ""),
+        ("1", "1.0", ""),
+        ("2", "2.0", ""),
+        ("3", "3.0", "1.0"),
+        ("4", "4.0", "1.0"),
+        ("5", "5.0", "1.0"),
+    ]
 
 
 def test_a_last_line_cut_off_by_a_kill_is_dropped(tmp_path):

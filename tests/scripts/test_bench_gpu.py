@@ -1,4 +1,5 @@
-"""bench_gpu.py, whole, on a CPU: every case runs, a contender that cannot is reported, and the figures agree with each other."""
+"""bench_gpu.py, whole, on a CPU: every case runs, a contender that cannot is reported, and the figures agree with each
+other."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ TRAININGS = ["training cifar", "training sit vits16", "training supervised vits1
 
 def bench(*arguments) -> subprocess.CompletedProcess:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow
@@ -32,15 +35,29 @@ def test_every_case_on_a_cpu(tmp_path):
     for row in rows:
         assert row["images/s"] > 0 and row["GFLOP an image"] > 0 and row["peak MiB"] > 0 and row["case"] in done.stdout
         assert row["TFLOP/s"] == pytest.approx(row["images/s"] * row["GFLOP an image"] / 1e3)
-        assert row["of matmul rate"] == pytest.approx(row["TFLOP/s"] / found["matmul_teraflops"], rel=0.5)  # which is rounded
-    assert found["rows"][-1]["ratio"] == 1 and found["tiny"] is True and found["torch"].startswith(found["versions"]["torch"])
-    refused = {key: reason for key, reason in found["failed"].items() if "lightly" not in key}  # another package, there or not
+        assert row["of matmul rate"] == pytest.approx(
+            row["TFLOP/s"] / found["matmul_teraflops"], rel=0.5
+        )  # which is rounded
+    assert (
+        found["rows"][-1]["ratio"] == 1
+        and found["tiny"] is True
+        and found["torch"].startswith(found["versions"]["torch"])
+    )
+    refused = {
+        key: reason for key, reason in found["failed"].items() if "lightly" not in key
+    }  # another package, there or not
     assert list(refused) == [f"{case}: ours graphs" for case in STEPS + TRAININGS]
     assert all("captures CUDA graphs, and this training is on a CPU" in reason for reason in refused.values())
-    assert found["versions"]["lightly"] != "not installed" or "No module named 'lightly'" in found["failed"]["step vits16: lightly bf16"]
+    assert (
+        found["versions"]["lightly"] != "not installed"
+        or "No module named 'lightly'" in found["failed"]["step vits16: lightly bf16"]
+    )
 
 
 def test_without_a_gpu():
     done = bench()
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "bench_gpu.py: torch sees no GPU here; --device cpu --tiny shows on a CPU that the script works.\n"
+    assert (
+        done.stderr
+        == "bench_gpu.py: torch sees no GPU here; --device cpu --tiny shows on a CPU that the script works.\n"
+    )

@@ -1,4 +1,5 @@
-"""The benches run, at sizes of seconds, and say what they promise: who was measured, and ratios that follow from the figures."""
+"""The benches run, at sizes of seconds, and say what they promise: who was measured, and ratios that follow from the
+figures."""
 
 from __future__ import annotations
 
@@ -66,7 +67,11 @@ def test_step(figures, monkeypatch):
     monkeypatch.setattr(bench_step, "pick_precision", lambda *_: "bf16")
     monkeypatch.setattr(bench_step, "matmul_rate", lambda *_: 1e9)
     rows = figures(bench_step, "--case", "tiny", "--rounds", "1", "--lean")["rows"]
-    assert [row["contender"] for row in rows] == [*(f"ours bf16 {name}" for name in bench_step.LEAN), "ours bf16", "ours fp32"]
+    assert [row["contender"] for row in rows] == [
+        *(f"ours bf16 {name}" for name in bench_step.LEAN),
+        "ours bf16",
+        "ours fp32",
+    ]
     work = {row["contender"]: row["GFLOP an image"] for row in rows}
     assert work["ours bf16"] == work["ours fp32"] < work["ours bf16 checkpointing"]  # which goes forward twice
     assert rows[-1]["ratio"] == rows[-1]["CPU ratio"] == 1.0
@@ -88,7 +93,8 @@ def test_memory_that_a_call_adds():
 
 
 def test_memory_of_a_step(monkeypatch, capsys):
-    """With the network and its optimiser: of 4.8 million parameters 16 bytes each for the student, 4 for the teacher: 91 MiB at least."""
+    """With the network and its optimizer: of 4.8 million parameters 16 bytes each for the student, 4 for the teacher:
+    91 MiB at least."""
     import bench_step
 
     monkeypatch.setattr(bench_step, "CASES", {"tiny": MICRO})
@@ -111,7 +117,11 @@ def test_views(figures, monkeypatch):
 
     from vit_suite.config import ViewsConfig
 
-    monkeypatch.setattr(bench_views, "CASES", {"small": ("title", (16, 16), 4, ViewsConfig(global_size=16, local_size=8, local_crops=1))})
+    monkeypatch.setattr(
+        bench_views,
+        "CASES",
+        {"small": ("title", (16, 16), 4, ViewsConfig(global_size=16, local_size=8, local_crops=1))},
+    )
     found = figures(bench_views, "--rounds", "1")["cases"][0]
     assert found["ratio_to_pil"]["PIL, image by image"] == 1.0 and len(found["images_per_second"]) == 4
 
@@ -119,7 +129,9 @@ def test_views(figures, monkeypatch):
 def test_loader(figures):
     import bench_loader
 
-    rows = figures(bench_loader, "--images", "8", "--size", "24", "32", "--batch", "4", "--workers", "0", "--rounds", "1")["rows"]
+    rows = figures(
+        bench_loader, "--images", "8", "--size", "24", "32", "--batch", "4", "--workers", "0", "--rounds", "1"
+    )["rows"]
     assert [row["contender"] for row in rows] == ["files", "shards", "memory", "torchvision"]
 
 
@@ -135,8 +147,12 @@ def test_start(figures):
 def test_growth(figures, monkeypatch, tmp_path):
     import bench_scaling
 
-    monkeypatch.setattr(bench_scaling, "AXES", {"batch": (1.0, [2, 4], lambda n: MICRO | {"batch": n}), "bank": (1.0, [300, 600], None)})
-    rows = figures(bench_scaling, "--axis", "batch", "bank", "--rounds", "1", "--plot", str(tmp_path / "plot.png"))["rows"]
+    monkeypatch.setattr(
+        bench_scaling, "AXES", {"batch": (1.0, [2, 4], lambda n: MICRO | {"batch": n}), "bank": (1.0, [300, 600], None)}
+    )
+    rows = figures(bench_scaling, "--axis", "batch", "bank", "--rounds", "1", "--plot", str(tmp_path / "plot.png"))[
+        "rows"
+    ]
     assert [list(row["CPU ms"]) for row in rows] == [["2", "4"], ["300", "600"]]
     assert Image.open(tmp_path / "plot.png").width == 2 * bench_scaling.SIDE
 

@@ -29,7 +29,9 @@ def test_union_stops_at_the_block_that_reaches_the_budget():
     total = blocks.mask_of_sum(plane, uniform, budget)
     for index in range(50):
         union, added, area = torch.zeros(32, 48, dtype=torch.bool), torch.zeros(32, 48, dtype=torch.bool), 0
-        for top, bottom, left, right in zip(*(edge[index].int().tolist() for edge in plane.drawn(uniform)), strict=True):
+        for top, bottom, left, right in zip(
+            *(edge[index].int().tolist() for edge in plane.drawn(uniform)), strict=True
+        ):
             if union.sum() < budget[index]:
                 union[top:bottom, left:right] = True
             if area < budget[index]:

@@ -1,4 +1,5 @@
-"""Corruptions: laws of areas and sides beside plain loops, order, content, rows of a global batch, and what is refused."""
+"""Corruptions: laws of areas and sides beside plain loops, order, content, rows of a global batch, and what is
+refused."""
 
 import dataclasses
 import math
@@ -18,14 +19,24 @@ from vit_suite.views.draw import Draw, alone
 BLOCKS = SiTConfig()
 GMML = SiTConfig(corruption="gmml", drop_area=0.5, replace_area=0.3)
 MASK = SiTConfig(corruption="mask")
-ALL = [BLOCKS, dataclasses.replace(BLOCKS, colour=0.5), GMML, dataclasses.replace(GMML, drop_type=["noise", "zeros"], align=4, colour=0.5),
-       MASK, dataclasses.replace(MASK, mask_rule="80/10/10"), SiTConfig(corruption="none")]
-NAMES = ["blocks", "blocks-colour", "gmml", "gmml-all", "mask", "80/10/10", "none"]
+ALL = [
+    BLOCKS,
+    dataclasses.replace(BLOCKS, color=0.5),
+    GMML,
+    dataclasses.replace(GMML, drop_type=["noise", "zeros"], align=4, color=0.5),
+    MASK,
+    dataclasses.replace(MASK, mask_rule="80/10/10"),
+    SiTConfig(corruption="none"),
+]
+NAMES = ["blocks", "blocks-color", "gmml", "gmml-all", "mask", "80/10/10", "none"]
 
 
 def ramp(views: int, images: int, height: int = 32, width: int = 32, channels: int = 3) -> Tensor:
-    """Smooth views within -1 .. 1, no two pixels or images alike: what is not noise is recognised, and noise stands out."""
-    return torch.linspace(-1, 1, views * images * channels * height * width).view(views, images, channels, height, width)
+    """Smooth views within -1 .. 1, no two pixels or images alike: what is not noise is recognized, and noise stands
+    out."""
+    return torch.linspace(-1, 1, views * images * channels * height * width).view(
+        views, images, channels, height, width
+    )
 
 
 def flags(where: Tensor, x: Tensor) -> Tensor:
@@ -54,7 +65,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def loop_of_one(size: int) -> Tensor:
-    """(H, W) of one grey, blurred or recoloured block."""
+    """(H, W) of one gray, blurred or recolored block."""
     far = max(1, int(0.05 * size))
     top, left = random.randrange(0, size - far), random.randrange(0, size - far)
     height, width = random.randrange(far, size), random.randrange(far, size)
@@ -81,7 +92,9 @@ def loop_of_union(size: int, area: float, align: int) -> Tensor:
     mask = torch.zeros(size, size, dtype=torch.bool)
     while mask.sum() < budget:
         top, left = (random.randrange(0, size - align) // align * align for _ in range(2))
-        height, width = (min(random.randrange(align, max(int(0.3 * size), align + 1)), size - start) for start in (top, left))
+        height, width = (
+            min(random.randrange(align, max(int(0.3 * size), align + 1)), size - start) for start in (top, left)
+        )
         height, width = round(height / align) * align, round(width / align) * align
         mask[top : top + height, left : left + width] = True
     return mask
@@ -106,17 +119,23 @@ def test_one_block_follows_the_law_of_the_loop():
         same_law(blocks.mask_of_one(blocks.plane_of_one(size, size), uniform), [loop_of_one(size) for _ in range(4000)])
 
 
-@pytest.mark.parametrize(("drop", "replace", "side"), [(0.3, 0.0, [0.05, 0.25]), (0.0, 0.3, [0.05, 0.25]), (0.6, 0.0, [0.1, 0.5])])
+@pytest.mark.parametrize(
+    ("drop", "replace", "side"), [(0.3, 0.0, [0.05, 0.25]), (0.0, 0.3, [0.05, 0.25]), (0.6, 0.0, [0.1, 0.5])]
+)
 def test_areas_of_noise_and_of_replacement(monkeypatch, drop, replace, side):
-    """`changed` without the grey and the blurred block is the union of the loop's blocks."""
+    """`changed` without the gray and the blurred block is the union of the loop's blocks."""
     random.seed(2)
-    monkeypatch.setattr(corruption, "mask_of_one", lambda plane, uniform: torch.zeros(len(uniform), 32, 32, dtype=torch.bool))
+    monkeypatch.setattr(
+        corruption, "mask_of_one", lambda plane, uniform: torch.zeros(len(uniform), 32, 32, dtype=torch.bool)
+    )
     cfg = dataclasses.replace(BLOCKS, drop_area=drop, replace_area=replace, block_side=side)
     changed = corrupt(cfg, ramp(2, 1500, channels=1), alone(1500, 5), 4).changed.flatten(0, 1)
     same_law(changed, [loop_of_sum(32, side, drop or replace) for _ in range(2000)])
 
 
-@pytest.mark.parametrize(("size", "align", "area"), [(32, 1, 0.5), (32, 4, 0.7), (32, 8, 0.5), (40, 5, 0.3), (33, 4, 0.6)])
+@pytest.mark.parametrize(
+    ("size", "align", "area"), [(32, 1, 0.5), (32, 4, 0.7), (32, 8, 0.5), (40, 5, 0.3), (33, 4, 0.6)]
+)
 def test_areas_of_gmml(size, align, area):
     random.seed(3)
     cfg = dataclasses.replace(GMML, drop_area=area, replace_area=0.0, align=align)
@@ -129,26 +148,30 @@ def test_areas_of_gmml(size, align, area):
 
 
 def only(monkeypatch, *kept: str) -> None:
-    """Leaves only some of `blocks`' kinds: grey, blur."""
+    """Leaves only some of `blocks`' kinds: gray, blur."""
     shown = corruption._Views.numbers
 
     def numbers(self, purpose, *shape):
         values = shown(self, purpose, *shape)
-        if purpose in ("grey", "blur"):
-            values[:, :4] = torch.tensor([0.2, 0.3, 0.1, 0.6]) if purpose in kept else torch.tensor([0.0, 0.0, 0.0, 0.0])
+        if purpose in ("gray", "blur"):
+            values[:, :4] = (
+                torch.tensor([0.2, 0.3, 0.1, 0.6]) if purpose in kept else torch.tensor([0.0, 0.0, 0.0, 0.0])
+            )
         return values
 
     monkeypatch.setattr(corruption._Views, "numbers", numbers)
 
 
-def test_grey_is_the_mean_over_channels(monkeypatch):
-    only(monkeypatch, "grey")
+def test_gray_is_the_mean_over_channels(monkeypatch):
+    only(monkeypatch, "gray")
     x = ramp(2, 5)
     made = corrupt(dataclasses.replace(BLOCKS, drop_area=0.0, replace_area=0.0), x, alone(5), 4)
     top, left, bottom, right = 6, 3, 6 + 10, 3 + 19  # tolerance 1: start floor(u 31), side 1 + floor(u 31)
     expected = x.clone()
     expected[..., top:bottom, left:right] = x[..., top:bottom, left:right].mean(2, keepdim=True)
-    torch.testing.assert_close(made.images[..., 1:, 1:], expected[..., 1:, 1:], atol=1e-6, rtol=0)  # the blurred block is pixel 0
+    torch.testing.assert_close(
+        made.images[..., 1:, 1:], expected[..., 1:, 1:], atol=1e-6, rtol=0
+    )  # the blurred block is pixel 0
     torch.testing.assert_close(made.images, expected, atol=1e-6, rtol=0)  # and a blur of one pixel is that pixel
     assert made.changed.sum((2, 3)).unique().tolist() == [10 * 19 + 1]
 
@@ -174,7 +197,9 @@ def test_blur_is_a_gaussian_that_sees_its_block_only(height, width):
         sizes.add(2 * radius + 1)
         if min(bottom - top, right - left) <= radius:
             continue  # there is no reflect padding of more pixels than the block has
-        torch.testing.assert_close(inside, plain_blur(x[index, :, top:bottom, left:right], radius, sigma), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            inside, plain_blur(x[index, :, top:bottom, left:right], radius, sigma), atol=1e-5, rtol=0
+        )
         compared += 1
     assert compared > 80 and sizes == {3, 5, 7, 9, 11, 13, 15}
 
@@ -182,7 +207,9 @@ def test_blur_is_a_gaussian_that_sees_its_block_only(height, width):
 def test_blur_of_a_narrow_block_reflects_as_often_as_it_takes():
     axis, flat = blocks.Axis(8, 7, 1, 8), torch.full((1, 15), 1 / 15)
     for first, length in ((0, 1), (2, 2), (3, 3), (1, 5)):
-        matrix = corruption.blur_matrix(axis, torch.tensor([float(first)]), torch.tensor([float(first + length)]), flat)[0]
+        matrix = corruption.blur_matrix(
+            axis, torch.tensor([float(first)]), torch.tensor([float(first + length)]), flat
+        )[0]
         wave = list(range(length)) + list(range(length - 2, 0, -1))  # 0 1 2 1 0 1 2 1 ..
         for place in range(first, first + length):
             expected = torch.zeros(8)
@@ -192,7 +219,8 @@ def test_blur_of_a_narrow_block_reflects_as_often_as_it_takes():
 
 
 def test_later_corruptions_lie_over_earlier_ones():
-    """Grey under blur under noise under another image: with noise, then others, over nearly everything nothing else shows."""
+    """Gray under blur under noise under another image: with noise, then others, over nearly everything nothing else
+    shows."""
     x = ramp(2, 40)
     partner = x[:, alone(40).partners()]
     most = {"block_side": [0.3, 0.6]}
@@ -215,16 +243,18 @@ def test_later_corruptions_lie_over_earlier_ones():
     assert abs(values.mean()) < 0.05 and abs(values.std() - 1) < 0.05 and values.abs().max() > 3
 
 
-def test_blur_sees_the_grey_block():
-    """Channels of a pixel blurred from inside of a grey block alone are equal."""
+def test_blur_sees_the_gray_block():
+    """Channels of a pixel blurred from inside of a gray block alone are equal."""
     x = torch.randn(1, 400, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     made = corrupt(dataclasses.replace(BLOCKS, drop_area=0.0, replace_area=0.0), x, alone(400), 4)
-    grey = blocks.mask_of_one(blocks.plane_of_one(32, 32), alone(400).uniform(1, 4, purpose="corruption: grey")[:, 0])
-    blur = blocks.mask_of_one(blocks.plane_of_one(32, 32), alone(400).uniform(1, 6, purpose="corruption: blur")[:, 0, :4])
-    inside = (blur & ~grey).sum((1, 2)) == 0  # blurred blocks that lie in the grey one
+    gray = blocks.mask_of_one(blocks.plane_of_one(32, 32), alone(400).uniform(1, 4, purpose="corruption: gray")[:, 0])
+    blur = blocks.mask_of_one(
+        blocks.plane_of_one(32, 32), alone(400).uniform(1, 6, purpose="corruption: blur")[:, 0, :4]
+    )
+    inside = (blur & ~gray).sum((1, 2)) == 0  # blurred blocks that lie in the gray one
     assert inside.sum() > 5
     spread = made.images[0].std(1)
-    assert spread[inside][grey[inside]].max() < 1e-5 and torch.equal(made.changed[0], grey | blur)
+    assert spread[inside][gray[inside]].max() < 1e-5 and torch.equal(made.changed[0], gray | blur)
 
 
 def test_gmml_drops_or_replaces():
@@ -245,22 +275,30 @@ def test_gmml_drops_or_replaces():
     assert area[kinds[0]].min() >= 0.3 and area[kinds[0]].max() < 0.42
 
 
-@pytest.mark.parametrize(("changes", "share"), [
-    ({}, 0.5), ({"replace_area": 0.0}, 0.0), ({"drop_area": 0.0}, 1.0), ({"drop_type": []}, 1.0),
-])
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({}, 0.5),
+        ({"replace_area": 0.0}, 0.0),
+        ({"drop_area": 0.0}, 1.0),
+        ({"drop_type": []}, 1.0),
+    ],
+)
 def test_share_of_views_that_gmml_replaces(changes, share):
     x = ramp(2, 500, 16, 16)
     made = corrupt(dataclasses.replace(GMML, **changes), x, alone(500, 2), 4)
-    replaced = ((made.images == x[:, alone(500).partners()]) | ~flags(made.changed, x)).flatten(2).all(2).double().mean()
+    replaced = (
+        ((made.images == x[:, alone(500).partners()]) | ~flags(made.changed, x)).flatten(2).all(2).double().mean()
+    )
     assert abs(replaced - share) <= 4.5 * math.sqrt(share * (1 - share) / 1000)
     assert made.changed.flatten(2).any(2).all()
 
 
-def test_recoloured_blocks():
+def test_recolored_blocks():
     x = torch.randn(2, 800, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for base in (BLOCKS, dataclasses.replace(GMML, drop_type=["zeros"])):
         plain = corrupt(base, x, alone(800), 4)
-        made = corrupt(dataclasses.replace(base, colour=0.25), x, alone(800), 4)
+        made = corrupt(dataclasses.replace(base, color=0.25), x, alone(800), 4)
         touched = (made.images != plain.images).any(2)
         assert abs(touched.flatten(2).any(2).double().mean() - 0.25) < 4.5 * math.sqrt(0.25 * 0.75 / 1600)
         assert torch.equal(made.changed, plain.changed | touched)
@@ -270,8 +308,9 @@ def test_recoloured_blocks():
             before, after = (value.images[view, image][:, touched[view, image]].double() for value in (plain, made))
             for channel in range(3):
                 if before[channel].std() > 0.1:
-                    gain, shift = torch.linalg.lstsq(torch.stack([before[channel], torch.ones(before.shape[1]).double()], 1),
-                                                     after[channel]).solution.tolist()
+                    gain, shift = torch.linalg.lstsq(
+                        torch.stack([before[channel], torch.ones(before.shape[1]).double()], 1), after[channel]
+                    ).solution.tolist()
                     assert 0.5 - 1e-4 <= gain <= 1.5 + 1e-4 and -0.5 - 1e-4 <= shift <= 0.5 + 1e-4
                     torch.testing.assert_close(after[channel], before[channel] * gain + shift, atol=1e-4, rtol=0)
 
@@ -291,7 +330,9 @@ def test_mask_hides_an_exact_number_of_patches(ratio, count):
 def test_berts_rule_hides_replaces_and_keeps():
     x = ramp(2, 1000, 24, 32)
     made = corrupt(dataclasses.replace(MASK, mask_ratio=0.5, mask_rule="80/10/10"), x, alone(1000), 8)
-    cells = [value.unflatten(-2, (3, 8)).unflatten(-1, (4, 8)).transpose(-2, -3) for value in (made.changed, made.images, x)]
+    cells = [
+        value.unflatten(-2, (3, 8)).unflatten(-1, (4, 8)).transpose(-2, -3) for value in (made.changed, made.images, x)
+    ]
     chosen = cells[0].flatten(-2).all(-1).flatten(2)
     assert torch.equal(cells[0].flatten(-2).any(-1).flatten(2), chosen) and (chosen.sum(2) == 6).all()
     same = (cells[1] == cells[2]).flatten(-2).all(-1).all(2).flatten(2)
@@ -320,7 +361,9 @@ def test_rows_of_a_global_batch_are_bit_for_bit_the_full_batchs(cfg, size):
 
 @pytest.mark.parametrize("cfg", ALL[:-1], ids=NAMES[:-1])
 def test_views_images_and_steps_differ_and_a_step_repeats(cfg):
-    x = torch.zeros(2, 6, 3, 32, 32) + torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))  # the same image 12 times
+    x = torch.zeros(2, 6, 3, 32, 32) + torch.randn(
+        3, 32, 32, generator=torch.Generator().manual_seed(0)
+    )  # the same image 12 times
     made, again = (corrupt(cfg, x, alone(6, 1, 2, 3), 4) for _ in range(2))
     assert torch.equal(made.images, again.images) and torch.equal(made.changed, again.changed)
     assert len(made.changed.flatten(0, 1).unique(dim=0)) == 12
@@ -359,12 +402,17 @@ def test_small_odd_and_many_channelled_views(cfg, height, width, channels):
     assert made.images.isfinite().all() and made.changed.any()
 
 
-@pytest.mark.parametrize(("changes", "key"), [
-    ({"corruption": "gmml", "align": 16}, "align"), ({"corruption": "gmml", "align": 10}, "align"),
-    ({"corruption": "gmml", "align": 8, "drop_area": 0.7}, "drop_area"),
-    ({"corruption": "gmml", "align": 8, "replace_area": 0.7}, "replace_area"),
-    ({"corruption": "blocks", "block_side": [0.4, 0.2]}, "block_side"), ({"corruption": "mask"}, "corruption"),
-])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"corruption": "gmml", "align": 16}, "align"),
+        ({"corruption": "gmml", "align": 10}, "align"),
+        ({"corruption": "gmml", "align": 8, "drop_area": 0.7}, "drop_area"),
+        ({"corruption": "gmml", "align": 8, "replace_area": 0.7}, "replace_area"),
+        ({"corruption": "blocks", "block_side": [0.4, 0.2]}, "block_side"),
+        ({"corruption": "mask"}, "corruption"),
+    ],
+)
 def test_a_setting_that_cannot_be_is_named(changes, key):
     with pytest.raises(UserError, match=rf"^method\.{key}: ") as error:
         corrupt(SiTConfig(**changes), ramp(1, 2), alone(2), 5)

@@ -10,10 +10,12 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
 def noise(count: int, height: int, width: int, channels: int = 3) -> torch.Tensor:
-    return torch.randint(0, 256, (count, channels, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, channels, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     return (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -23,15 +25,15 @@ def test_photographs_are_resized_to_256_and_cut_to_224(height, width):
     peer = v2.Compose([v2.Resize(256, interpolation=InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
     view = eval_view(images, 224, MEAN, STD)
     assert view.dtype == torch.float32
-    torch.testing.assert_close(view, normalised(peer(images)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(view, normalized(peer(images)), atol=1e-5, rtol=0)
 
 
-def test_images_of_the_size_are_only_normalised():
+def test_images_of_the_size_are_only_normalized():
     images = noise(3, 32, 32)
-    torch.testing.assert_close(eval_view(images, 32, MEAN, STD), normalised(images), atol=1e-6, rtol=0)
-    torch.testing.assert_close(eval_view(images / 255, 32, MEAN, STD), normalised(images), atol=1e-6, rtol=0)
+    torch.testing.assert_close(eval_view(images, 32, MEAN, STD), normalized(images), atol=1e-6, rtol=0)
+    torch.testing.assert_close(eval_view(images / 255, 32, MEAN, STD), normalized(images), atol=1e-6, rtol=0)
     wide = noise(3, 20, 32)
-    torch.testing.assert_close(eval_view(wide, (20, 32), MEAN, STD), normalised(wide), atol=1e-6, rtol=0)
+    torch.testing.assert_close(eval_view(wide, (20, 32), MEAN, STD), normalized(wide), atol=1e-6, rtol=0)
 
 
 def test_ragged_list_equals_image_by_image():
@@ -51,8 +53,12 @@ def test_size_with_two_sides_is_covered(shape):
 
 def test_float_images_differ_by_rounding_only():
     images = noise(2, 120, 90)
-    torch.testing.assert_close(eval_view(images, 64, [0.0] * 3, [1.0] * 3), eval_view(images / 255, 64, [0.0] * 3, [1.0] * 3),
-                               atol=2.001 / 255, rtol=0)
+    torch.testing.assert_close(
+        eval_view(images, 64, [0.0] * 3, [1.0] * 3),
+        eval_view(images / 255, 64, [0.0] * 3, [1.0] * 3),
+        atol=2.001 / 255,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 4])

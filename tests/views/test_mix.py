@@ -29,12 +29,15 @@ def test_targets_follow_what_is_in_the_images(name):
     for step in range(20):
         draw = alone(8, step=step)
         mixed, targets = mix(values.view(8, 1, 1, 1).expand(8, 3, 20, 24).clone(), LABELS, draw, cfg, 5)
-        share = (mixed.mean((1, 2, 3)) - values[draw.partners()]) / (values - values[draw.partners()])  # of the image itself
+        share = (mixed.mean((1, 2, 3)) - values[draw.partners()]) / (
+            values - values[draw.partners()]
+        )  # of the image itself
         lam = share[0].item()
         torch.testing.assert_close(share, torch.full((8,), lam))
         torch.testing.assert_close(
             targets,
-            lam * timm_mixup.mixup_target(LABELS, 5, 1.0, 0.1) + (1 - lam) * timm_mixup.mixup_target(LABELS[draw.partners()], 5, 1.0, 0.1),
+            lam * timm_mixup.mixup_target(LABELS, 5, 1.0, 0.1)
+            + (1 - lam) * timm_mixup.mixup_target(LABELS[draw.partners()], 5, 1.0, 0.1),
         )
         torch.testing.assert_close(targets.sum(1), torch.ones(8))
         assert len(mixed[0].unique()) == (1 if name == "mixup" else 2) or lam in (0.0, 1.0)
@@ -74,7 +77,9 @@ def test_how_often_each():
     assert abs(found.count("none") / 300 - 0.4) < 0.09
     assert abs(found.count("mixup") / 300 - 0.45) < 0.09
     assert set(kinds(SupervisedConfig(mixup=0.0, cutmix=0.0), 5)) == {"none"}
-    assert "cutmix" not in kinds(SupervisedConfig(cutmix=0.0), 40) and "mixup" not in kinds(SupervisedConfig(mixup=0.0), 40)
+    assert "cutmix" not in kinds(SupervisedConfig(cutmix=0.0), 40) and "mixup" not in kinds(
+        SupervisedConfig(mixup=0.0), 40
+    )
 
 
 def test_lambda_is_betas():
@@ -82,7 +87,9 @@ def test_lambda_is_betas():
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
     for alpha, variance in ((1.0, 1 / 12), (0.2, 0.1786)):
         cfg = SupervisedConfig(mixup=alpha, cutmix=0.0)
-        shares = torch.stack([mix(images, torch.tensor([0, 1]), alone(2, step=step), cfg, 2)[0][1, 0, 0, 0] for step in range(600)])
+        shares = torch.stack(
+            [mix(images, torch.tensor([0, 1]), alone(2, step=step), cfg, 2)[0][1, 0, 0, 0] for step in range(600)]
+        )
         assert abs(shares.mean() - 0.5) < 0.05 and abs(shares.var() - variance) < 0.015
 
 
@@ -90,7 +97,9 @@ def test_two_ranks_mix_as_one_does():
     cfg = SupervisedConfig()
     for step in range(6):
         whole = mix(IMAGES, LABELS, Draw(3, 1, step, slice(0, 8), 8), cfg, 5)
-        halves = [mix(IMAGES[part], LABELS[part], Draw(3, 1, step, part, 8), cfg, 5) for part in (slice(0, 4), slice(4, 8))]
+        halves = [
+            mix(IMAGES[part], LABELS[part], Draw(3, 1, step, part, 8), cfg, 5) for part in (slice(0, 4), slice(4, 8))
+        ]
         for index in range(2):
             torch.testing.assert_close(torch.cat([half[index] for half in halves]), whole[index])
 

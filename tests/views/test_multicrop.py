@@ -21,11 +21,15 @@ from vit_suite.views.multicrop import MultiCrop, ViewsInWorkers, draw_views, pic
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 SMALL = ViewsConfig(global_size=32, local_size=16, local_crops=4)
-PLAIN = ViewsConfig(global_size=32, local_size=16, local_crops=2, flip=0, jitter=0, grey=0, blur=[0, 0, 0], solarise=[0, 0, 0])
+PLAIN = ViewsConfig(
+    global_size=32, local_size=16, local_crops=2, flip=0, jitter=0, gray=0, blur=[0, 0, 0], solarize=[0, 0, 0]
+)
 
 
 def noise(count: int, channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
-    return torch.randint(0, 256, (count, channels, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, channels, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
 def parameters(cfg: ViewsConfig, count: int, height: int, width: int, seed: int = 0):
@@ -33,7 +37,8 @@ def parameters(cfg: ViewsConfig, count: int, height: int, width: int, seed: int 
 
 
 def uniform_within(values: torch.Tensor, low: float, high: float, sigmas: float = 4.5) -> None:
-    """Kolmogorov-Smirnov distance from the uniform law below what 4.5 standard deviations allow, and the whole range reached."""
+    """Kolmogorov-Smirnov distance from the uniform law below what 4.5 standard deviations allow, and the whole range
+    reached."""
     values = values.double().flatten().sort().values
     count = len(values)
     assert low - 1e-6 <= values[0] and values[-1] <= high + 1e-6
@@ -48,7 +53,8 @@ def share_is(flags: torch.Tensor, probability: float) -> None:
 
 
 def test_areas_and_ratios_have_the_promised_laws():
-    """A box of area at most 3/4 of a large square always fits at the first try, so nothing is rejected and the laws are exact."""
+    """A box of area at most 3/4 of a large square always fits at the first try, so nothing is rejected and the laws are
+    exact."""
     cfg = dataclasses.replace(SMALL, global_scale=[0.25, 0.7], local_scale=[0.05, 0.4])
     side = 4000
     boxes = parameters(cfg, 8000, side, side).boxes.double()
@@ -63,7 +69,7 @@ def test_areas_and_ratios_have_the_promised_laws():
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (60, 90), (20, 300), (300, 20), (3, 2)])
 def test_boxes_follow_the_law_of_torchvisions_random_resized_crop(height, width):
-    """Every coordinate's mean and spread, rejections and the centred fallback included."""
+    """Every coordinate's mean and spread, rejections and the centerd fallback included."""
     count = 3000
     ours = parameters(dataclasses.replace(SMALL, local_crops=1), count, height, width).boxes
     assert (ours[..., :2] >= 0).all() and (ours[..., 2:] >= 1).all()
@@ -75,7 +81,8 @@ def test_boxes_follow_the_law_of_torchvisions_random_resized_crop(height, width)
         mine = ours[:, view].double()
         tolerance = 4.5 * theirs.std(0) * math.sqrt(2 / count) + 1e-9
         assert ((mine.mean(0) - theirs.mean(0)).abs() <= tolerance).all(), (mine.mean(0), theirs.mean(0))
-        # The spread is an error of the fourth moment, so for a rare event (a 3 x 2 image) its own estimate sets the tolerance.
+        # The spread is an error of the fourth moment, so for a rare event (a 3 x 2 image) its own estimate sets the
+        # tolerance.
         kurtosis = ((theirs - theirs.mean(0)) ** 4).mean(0) / theirs.var(0).square().clamp(min=1e-12)
         error = 4.5 * theirs.std(0) * ((kurtosis - 1).clamp(min=0) / 4 * 2 / count).sqrt() + 1e-9
         assert ((mine.std(0) - theirs.std(0)).abs() <= error).all(), (mine.std(0), theirs.std(0))
@@ -84,10 +91,10 @@ def test_boxes_follow_the_law_of_torchvisions_random_resized_crop(height, width)
 def test_probabilities_factors_and_orders():
     cfg = dataclasses.replace(SMALL, jitter_strength=[0.4, 0.3, 0.2, 0.1])
     drawn = parameters(cfg, 8000, 32, 32)
-    for flags, probability in ((drawn.flip, 0.5), (drawn.jitter, 0.8), (drawn.grey, 0.2)):
+    for flags, probability in ((drawn.flip, 0.5), (drawn.jitter, 0.8), (drawn.gray, 0.2)):
         for view in range(6):
             share_is(flags[:, view], probability)
-    for flags, probabilities in ((drawn.blur, cfg.blur), (drawn.solarise, cfg.solarise)):
+    for flags, probabilities in ((drawn.blur, cfg.blur), (drawn.solarize, cfg.solarize)):
         share_is(flags[:, 0], probabilities[0])
         share_is(flags[:, 1], probabilities[1])
         share_is(flags[:, 2:], probabilities[2])
@@ -105,18 +112,24 @@ def test_probabilities_factors_and_orders():
 def test_draws_are_independent_of_each_other():
     drawn = parameters(SMALL, 8000, 400, 400)
     area = drawn.boxes[..., 2] * drawn.boxes[..., 3]
-    columns = [drawn.flip, drawn.jitter, drawn.grey, drawn.sigma, area, *drawn.factors.unbind(-1)]
+    columns = [drawn.flip, drawn.jitter, drawn.gray, drawn.sigma, area, *drawn.factors.unbind(-1)]
     columns = torch.stack([column.double() for column in columns])[:, :, :2]  # (columns, samples, global views)
-    correlation = torch.corrcoef(columns.transpose(1, 2).flatten(0, 1))  # every column of both views against every other
+    correlation = torch.corrcoef(
+        columns.transpose(1, 2).flatten(0, 1)
+    )  # every column of both views against every other
     assert (correlation - torch.eye(len(correlation))).abs().max() < 5 / math.sqrt(8000)
 
 
 def test_strong_jitter_never_turns_negative():
     drawn = parameters(dataclasses.replace(SMALL, jitter_strength=[1.5, 1.5, 1.5, 0.5]), 500, 32, 32)
-    assert drawn.factors[..., :3].min() >= 0 and drawn.factors[..., :3].max() <= 2.5 and drawn.factors[..., 3].abs().max() <= 0.5
+    assert (
+        drawn.factors[..., :3].min() >= 0
+        and drawn.factors[..., :3].max() <= 2.5
+        and drawn.factors[..., 3].abs().max() <= 0.5
+    )
 
 
-def test_views_have_their_sizes_and_normalised_values():
+def test_views_have_their_sizes_and_normalized_values():
     views = MultiCrop(SMALL, MEAN, STD)(noise(5), alone(5))
     assert [tuple(view.shape) for view in views] == [(5, 3, 32, 32)] * 2 + [(5, 3, 16, 16)] * 4
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
@@ -138,15 +151,22 @@ def test_whole_image_without_augmentation_is_the_image():
 def test_each_augmentation_reaches_the_views_it_is_for():
     images = noise(16)
     plain = MultiCrop(PLAIN, MEAN, STD)(images, alone(len(images)))
-    for change, touched in (({"flip": 1.0}, range(4)), ({"jitter": 1.0}, range(4)), ({"grey": 1.0}, range(4)),
-                            ({"blur": [1, 0, 0]}, [0]), ({"blur": [0, 1, 0]}, [1]), ({"blur": [0, 0, 1]}, [2, 3]),
-                            ({"solarise": [0, 1, 0]}, [1]), ({"solarise": [0, 0, 1]}, [2, 3])):
+    for change, touched in (
+        ({"flip": 1.0}, range(4)),
+        ({"jitter": 1.0}, range(4)),
+        ({"gray": 1.0}, range(4)),
+        ({"blur": [1, 0, 0]}, [0]),
+        ({"blur": [0, 1, 0]}, [1]),
+        ({"blur": [0, 0, 1]}, [2, 3]),
+        ({"solarize": [0, 1, 0]}, [1]),
+        ({"solarize": [0, 0, 1]}, [2, 3]),
+    ):
         views = MultiCrop(dataclasses.replace(PLAIN, **change), MEAN, STD)(images, alone(len(images)))
         pairs = enumerate(zip(plain, views, strict=True))
         changed = [index for index, (one, two) in pairs if not torch.allclose(one, two, atol=1e-4)]
         assert changed == list(touched), change
-    grey = MultiCrop(dataclasses.replace(PLAIN, grey=1.0), [0.0] * 3, [1.0] * 3)(images, alone(len(images)))
-    assert all(torch.equal(view[:, 0], view[:, 1]) and torch.equal(view[:, 0], view[:, 2]) for view in grey)
+    gray = MultiCrop(dataclasses.replace(PLAIN, gray=1.0), [0.0] * 3, [1.0] * 3)(images, alone(len(images)))
+    assert all(torch.equal(view[:, 0], view[:, 1]) and torch.equal(view[:, 0], view[:, 2]) for view in gray)
 
 
 def test_same_generator_same_views_and_other_steps_other_views():
@@ -159,7 +179,9 @@ def test_same_generator_same_views_and_other_steps_other_views():
 
 
 def test_neighbouring_steps_are_independent():
-    first = torch.stack([torch.rand(64, generator=alone(1, 0, epoch, step).generator()) for epoch in range(8) for step in range(32)])
+    first = torch.stack(
+        [torch.rand(64, generator=alone(1, 0, epoch, step).generator()) for epoch in range(8) for step in range(32)]
+    )
     assert len(first[:, 0].unique()) == 256
     correlation = torch.corrcoef(first.double()) - torch.eye(256)
     assert correlation.abs().max() < 6 / 8 and abs(correlation.mean()) < 0.01
@@ -184,7 +206,7 @@ def test_rows_must_fit_the_images():
 
 def test_ragged_equals_dense_for_images_of_one_size(monkeypatch):
     images = noise(4, height=70, width=90)
-    cfg = dataclasses.replace(PLAIN, flip=0.5, grey=0.2)
+    cfg = dataclasses.replace(PLAIN, flip=0.5, gray=0.2)
     crop = MultiCrop(cfg, [0.0] * 3, [1.0] * 3)
     ragged = crop(list(images), alone(len(images)))
     for batch in (images, images / 255):  # float images never take the 8-bit resize
@@ -229,14 +251,33 @@ def test_workers_make_the_views_of_the_device():
     assert not torch.allclose(other_step[0], whole[0], atol=0.1)
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("global_scale", [0.0, 1.0]), ("global_scale", [0.5, 0.4]), ("local_scale", [0.1, 1.5]), ("local_scale", [0.1]),
-    ("ratio", [0.0, 1.0]), ("ratio", [1.5, 1.0]), ("flip", 1.5), ("jitter", -0.1), ("grey", 2.0), ("blur", [1.0, 0.1]),
-    ("blur", [1.0, 0.1, 1.1]), ("solarise", [0.2]), ("blur_sigma", [0.0, 2.0]), ("blur_sigma", [2.0, 1.0]),
-    ("jitter_strength", [0.4, 0.4, 0.2]),
-    ("jitter_strength", [0.4, 0.4, 0.2, 0.6]), ("jitter_strength", [-0.4, 0.4, 0.2, 0.1]), ("local_crops", -1),
-    ("global_size", 0), ("local_size", 0), ("flip", float("nan")), ("global_scale", [float("nan"), 1.0]),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("global_scale", [0.0, 1.0]),
+        ("global_scale", [0.5, 0.4]),
+        ("local_scale", [0.1, 1.5]),
+        ("local_scale", [0.1]),
+        ("ratio", [0.0, 1.0]),
+        ("ratio", [1.5, 1.0]),
+        ("flip", 1.5),
+        ("jitter", -0.1),
+        ("gray", 2.0),
+        ("blur", [1.0, 0.1]),
+        ("blur", [1.0, 0.1, 1.1]),
+        ("solarize", [0.2]),
+        ("blur_sigma", [0.0, 2.0]),
+        ("blur_sigma", [2.0, 1.0]),
+        ("jitter_strength", [0.4, 0.4, 0.2]),
+        ("jitter_strength", [0.4, 0.4, 0.2, 0.6]),
+        ("jitter_strength", [-0.4, 0.4, 0.2, 0.1]),
+        ("local_crops", -1),
+        ("global_size", 0),
+        ("local_size", 0),
+        ("flip", float("nan")),
+        ("global_scale", [float("nan"), 1.0]),
+    ],
+)
 def test_a_setting_that_cannot_be_is_named(key, value):
     with pytest.raises(UserError, match=rf"^views\.{key}: ") as error:
         validate_views(dataclasses.replace(ViewsConfig(), **{key: value}))
@@ -259,10 +300,17 @@ def test_backend():
 
 @pytest.mark.skipif(not os.environ.get("VIT_SUITE_DATA"), reason="VIT_SUITE_DATA names no folder of real images")
 def test_real_images_keep_their_mean():
-    """Views of real files without colour augmentation have the brightness of the images, and are neither flat nor saturated."""
-    found = (path for path in Path(os.environ["VIT_SUITE_DATA"]).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    """Views of real files without color augmentation have the brightness of the images, and are neither flat nor
+    saturated."""
+    found = (
+        path
+        for path in Path(os.environ["VIT_SUITE_DATA"]).rglob("*")
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
     files = itertools.islice(found, 50)
-    images = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous() for path in files]
+    images = [
+        torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous() for path in files
+    ]
     if not images:
         pytest.skip("no images there")
     views = MultiCrop(PLAIN, [0.0] * 3, [1.0] * 3)(images, alone(len(images)))
@@ -271,7 +319,8 @@ def test_real_images_keep_their_mean():
 
 
 def test_the_path_of_a_gpu_never_asks_the_device_for_a_value():
-    """Tensors on PyTorch's meta device have shapes but no values, and take the GPU's path: any read back to the host raises."""
+    """Tensors on PyTorch's meta device have shapes but no values, and take the GPU's path: any read back to the host
+    raises."""
     crop = MultiCrop(SMALL, MEAN, STD)
     batch = crop(noise(6).to("meta"), alone(6))
     shapes = [(32, 32), (200, 150), (150, 200)]

@@ -1,4 +1,5 @@
-"""RandAugment: each operation beside Pillow's as timm calls it, how often what is applied, and the same on any number of ranks."""
+"""RandAugment: each operation beside Pillow's as timm calls it, how often what is applied, and the same on any number
+of ranks."""
 
 from __future__ import annotations
 
@@ -31,8 +32,14 @@ TIMM = {
     "translate_x": "TranslateXRel",
     "translate_y": "TranslateYRel",
 }
-ORIGINAL = {"posterize": "Posterize", "solarize": "Solarize", "color": "Color", "contrast": "Contrast", "brightness": "Brightness",
-            "sharpness": "Sharpness"}  # fmt: skip
+ORIGINAL = {
+    "posterize": "Posterize",
+    "solarize": "Solarize",
+    "color": "Color",
+    "contrast": "Contrast",
+    "brightness": "Brightness",
+    "sharpness": "Sharpness",
+}
 FILL = [0.5, 0.4, 0.3]
 
 
@@ -56,10 +63,14 @@ def timms(name: str, level: float, picture: np.ndarray, monkeypatch) -> np.ndarr
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: value if level > 0 else -value)
     arguments = LEVEL_TO_ARG[name](abs(level) * 10, {"translate_pct": 0.45}) if LEVEL_TO_ARG[name] else ()
     fill = tuple(round(255 * value) for value in FILL)
-    return np.asarray(NAME_TO_OP[name](Image.fromarray(picture), *arguments, fillcolor=fill, resample=Image.Resampling.BILINEAR))
+    return np.asarray(
+        NAME_TO_OP[name](Image.fromarray(picture), *arguments, fillcolor=fill, resample=Image.Resampling.BILINEAR)
+    )
 
 
-CASES = [(name, level) for name in TIMM for level in (0.3, 0.9, -0.9) if level > 0 or name in SETS["increasing"].directed]
+CASES = [
+    (name, level) for name in TIMM for level in (0.3, 0.9, -0.9) if level > 0 or name in SETS["increasing"].directed
+]
 
 
 @pytest.mark.parametrize(("name", "level"), CASES)
@@ -78,12 +89,15 @@ def test_original_operations_are_timms_without_inc(name, monkeypatch):
 
 
 def compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Equal within a level or two, at the pixels that both took from the picture; edges of moved images are blended differently."""
+    """Equal within a level or two, at the pixels that both took from the picture; edges of moved images are blended
+    differently."""
     error = np.abs(ours - theirs).max(-1)
     if name in randaugment.MOVES:
         inside = error < 3
         assert inside.mean() > 0.93, f"{name}: {100 * inside.mean():.1f}% agree"
-        assert np.abs(ours[:3, :3].mean((0, 1)) - theirs[:3, :3].mean((0, 1))).max() < 12  # the corner: the same side is filled
+        assert (
+            np.abs(ours[:3, :3].mean((0, 1)) - theirs[:3, :3].mean((0, 1))).max() < 12
+        )  # the corner: the same side is filled
     elif name == "posterize":  # Pillow drops bits, torchvision scales: values between the same two cuts
         assert error.max() <= 1 + 256 / 2
         assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
@@ -98,17 +112,26 @@ def test_every_strength_of_every_operation_works(kind):
     for name in SETS[kind].plain | SETS[kind].directed:
         for level in (0.0, 0.5, 1.0, *((-1.0,) if name in SETS[kind].directed else ())):
             out = apply(name, kind, level, x)
-            assert out.shape == x.shape and out.dtype == x.dtype and bool(((out >= 0) & (out <= 1)).all()), (name, level)
+            assert out.shape == x.shape and out.dtype == x.dtype and bool(((out >= 0) & (out <= 1)).all()), (
+                name,
+                level,
+            )
     for name in ["solarize", "translate_x", "rotate", "shear_y"]:  # no strength, no change
         level = {"increasing": 0.0, "original": 1.0}[kind] if name == "solarize" else 0.0
         torch.testing.assert_close(apply(name, kind, level, x), x, atol=1e-5, rtol=0)
 
 
-def test_cutout_is_a_grey_square():
+def test_cutout_is_a_gray_square():
     x = torch.zeros(1, 3, 56, 56)
     out = SETS["original"].plain["cutout"](x, 1.0, Context(FILL, torch.tensor([[0.5, 0.25]])))
     rows, columns = (out[0, 0] > 0).nonzero().unbind(1)
-    assert (len(rows), int(rows.min()), int(rows.max()), int(columns.min()), int(columns.max())) == (20 * 20, 18, 37, 4, 23)
+    assert (len(rows), int(rows.min()), int(rows.max()), int(columns.min()), int(columns.max())) == (
+        20 * 20,
+        18,
+        37,
+        4,
+        23,
+    )
     assert torch.allclose(out[out > 0], torch.tensor(128 / 255))
     edge = SETS["original"].plain["cutout"](x, 1.0, Context(FILL, torch.tensor([[0.0, 0.0]])))
     assert int((edge[0, 0] > 0).sum()) == 10 * 10
@@ -118,7 +141,9 @@ def noise(count: int, side: int = 8) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("layers", "probability", "changed"), [(1, 0.5, 0.5), (2, 0.5, 0.75), (2, 1.0, 1.0), (2, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("layers", "probability", "changed"), [(1, 0.5, 0.5), (2, 0.5, 0.75), (2, 1.0, 1.0), (2, 0.0, 0.0)]
+)
 def test_how_many_images_change(layers, probability, changed):
     cfg = SupervisedViewsConfig(randaugment=layers, randaugment_probability=probability)
     x = noise(1500)
@@ -151,11 +176,18 @@ def test_strength_has_timms_noise(monkeypatch):
     spy = {"spy": lambda x, level, context: levels.append(level) or x}
     monkeypatch.setitem(randaugment.SETS, "increasing", type(SETS["increasing"])(spy, {}))
     for step in range(600):
-        randaugment_(noise(2, 1), alone(2, step=step), SupervisedViewsConfig(randaugment=1, randaugment_probability=1.0), FILL)
+        randaugment_(
+            noise(2, 1), alone(2, step=step), SupervisedViewsConfig(randaugment=1, randaugment_probability=1.0), FILL
+        )
     values = 10 * torch.tensor(levels)
     assert abs(values.mean() - 9) < 0.08 and abs(values.std() - 0.5) < 0.05 and values.max() <= 10
     levels.clear()
-    randaugment_(noise(2, 1), alone(2), SupervisedViewsConfig(randaugment=1, randaugment_probability=1.0, magnitude_std=0.0), FILL)
+    randaugment_(
+        noise(2, 1),
+        alone(2),
+        SupervisedViewsConfig(randaugment=1, randaugment_probability=1.0, magnitude_std=0.0),
+        FILL,
+    )
     assert levels == pytest.approx([0.9])
 
 
@@ -164,7 +196,9 @@ def test_ranks_augment_as_one_process_does(kind):
     cfg = SupervisedViewsConfig(randaugment_set=kind, randaugment_probability=1.0)
     x = noise(64, 16)
     whole = randaugment_(x.clone(), Draw(1, 0, 3, slice(0, 64), 64), cfg, FILL)
-    parts = [randaugment_(x[part].clone(), Draw(1, 0, 3, part, 64), cfg, FILL) for part in (slice(0, 24), slice(24, 64))]
+    parts = [
+        randaugment_(x[part].clone(), Draw(1, 0, 3, part, 64), cfg, FILL) for part in (slice(0, 24), slice(24, 64))
+    ]
     torch.testing.assert_close(torch.cat(parts), whole)
     assert not torch.equal(whole, randaugment_(x.clone(), Draw(1, 0, 4, slice(0, 64), 64), cfg, FILL))
 

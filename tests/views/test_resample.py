@@ -9,7 +9,10 @@ from torchvision.transforms.v2 import functional as reference
 
 from vit_suite.views.resample import as_pair, axis_weights, crop_resize, crop_resize_views
 
-MODES = {"bicubic": (InterpolationMode.BICUBIC, Image.BICUBIC), "bilinear": (InterpolationMode.BILINEAR, Image.BILINEAR)}
+MODES = {
+    "bicubic": (InterpolationMode.BICUBIC, Image.BICUBIC),
+    "bilinear": (InterpolationMode.BILINEAR, Image.BILINEAR),
+}
 SHAPES = [((32, 32), 32), ((32, 32), 16), ((50, 37), (20, 64)), ((37, 50), 48), ((120, 90), 24)]
 
 
@@ -19,8 +22,13 @@ def random_boxes(height: int, width: int, count: int, seed: int = 0) -> torch.Te
     tall, wide = rng.integers(1, height + 1, count), rng.integers(1, width + 1, count)
     boxes = np.stack([rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1), tall, wide], 1)
     half = [height // 2, width // 2]
-    special = [[0, 0, height, width], [0, 0, *half], [height - half[0], 0, *half], [0, width - half[1], *half],
-               [height - half[0], width - half[1], *half]][:count]
+    special = [
+        [0, 0, height, width],
+        [0, 0, *half],
+        [height - half[0], 0, *half],
+        [0, width - half[1], *half],
+        [height - half[0], width - half[1], *half],
+    ][:count]
     boxes[: len(special)] = special
     return torch.from_numpy(boxes)
 
@@ -32,7 +40,8 @@ def noise(count: int, channels: int, height: int, width: int, seed: int = 0) -> 
 
 
 def pillow(image: torch.Tensor, box: list[int], size: tuple[int, int], mode: int) -> torch.Tensor:
-    """Pillow's crop and resize, (3, h, w) in 0..255; horizontal pass first (Pillow 13 swaps the passes of some shapes)."""
+    """Pillow's crop and resize, (3, h, w) in 0..255; horizontal pass first (Pillow 13 swaps the passes of some
+    shapes)."""
     top, left, tall, wide = box
     picture = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + wide, top + tall))
     picture = picture.resize((size[1], tall), mode).resize((size[1], size[0]), mode)
@@ -50,7 +59,9 @@ def test_same_pixels_as_torchvision_and_pillow(shape, size, method, kernel):
     assert 0 <= views.min() and views.max() <= 1
     for view, image, box in zip(views, images, boxes.tolist(), strict=True):
         other = reference.resized_crop(image, *box, list(pair), interpolation=MODES[kernel][0], antialias=True)
-        torch.testing.assert_close(view * 255, other.float(), atol=2.001, rtol=0)  # 2 levels, and the rounding of 1 / 255
+        torch.testing.assert_close(
+            view * 255, other.float(), atol=2.001, rtol=0
+        )  # 2 levels, and the rounding of 1 / 255
         torch.testing.assert_close(view * 255, pillow(image, box, pair, MODES[kernel][1]), atol=2.001, rtol=0)
 
 
@@ -85,12 +96,16 @@ def test_taps_stop_at_the_box_not_at_the_image():
 def test_a_whole_box_of_the_output_size_is_the_image_itself():
     images = noise(4, 3, 20, 28)
     boxes = torch.tensor([[0, 0, 20, 28]]).expand(4, 4)
-    torch.testing.assert_close(crop_resize(images, boxes, None, (20, 28), method="dense"), images / 255, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        crop_resize(images, boxes, None, (20, 28), method="dense"), images / 255, atol=1e-6, rtol=0
+    )
 
 
 def test_fractional_boxes_move_the_grid():
     ramp = torch.arange(64).float().expand(1, 1, 64, 64) / 255
-    low, high = (crop_resize(ramp, torch.tensor([[8.0, left, 32.0, 32.0]]), None, 16, method="dense") for left in (16.0, 16.5))
+    low, high = (
+        crop_resize(ramp, torch.tensor([[8.0, left, 32.0, 32.0]]), None, 16, method="dense") for left in (16.0, 16.5)
+    )
     inner = slice(2, -2)  # away from the taps that the box cuts
     torch.testing.assert_close((high - low)[..., inner] * 255, torch.full_like(low[..., inner], 0.5), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="fractional"):
@@ -100,7 +115,7 @@ def test_fractional_boxes_move_the_grid():
 def test_weights_are_catmull_rom_and_sum_to_one():
     weights = axis_weights(torch.tensor([0.0]), torch.tensor([8.0]), 16, 8)[0]
     torch.testing.assert_close(weights.sum(-1), torch.ones(16))
-    # Twice as large: output 7 has its centre at 3.75, so pixels 2 .. 5 (centres 2.5 .. 5.5) lie at these distances.
+    # Twice as large: output 7 has its center at 3.75, so pixels 2 .. 5 (centers 2.5 .. 5.5) lie at these distances.
     distance = torch.tensor([1.25, 0.25, 0.75, 1.75])
     near = 1.5 * distance**3 - 2.5 * distance**2 + 1
     far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
@@ -121,8 +136,12 @@ def test_any_number_of_channels(channels, method):
 @pytest.mark.parametrize("method", ["dense", "single"])
 def test_float_images_equal_their_bytes(method):
     images, boxes = noise(4, 3, 30, 40), random_boxes(30, 40, 4)
-    torch.testing.assert_close(crop_resize(images / 255, boxes, None, 16, method="dense"),
-                               crop_resize(images, boxes, None, 16, method=method), atol=2 / 255, rtol=0)
+    torch.testing.assert_close(
+        crop_resize(images / 255, boxes, None, 16, method="dense"),
+        crop_resize(images, boxes, None, 16, method=method),
+        atol=2 / 255,
+        rtol=0,
+    )
 
 
 def test_ragged_lists_equal_image_by_image():
@@ -167,4 +186,6 @@ def test_crops_of_a_gpu_are_those_of_a_cpu(ragged):
     there = [image.cuda() for image in images] if ragged else images.cuda()
     flip = torch.arange(18).view(6, 3) % 2 == 0
     found = crop_resize_views(there, boxes, flip, 64).cpu()
-    torch.testing.assert_close(found, crop_resize_views(images, boxes, flip, 64, method="dense"), atol=1 / 2 / 255, rtol=0)
+    torch.testing.assert_close(
+        found, crop_resize_views(images, boxes, flip, 64, method="dense"), atol=1 / 2 / 255, rtol=0
+    )

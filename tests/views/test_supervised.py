@@ -17,7 +17,9 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
 
 def plain(**options) -> SupervisedViewsConfig:
     """No augmentation but what is asked for."""
-    return SupervisedViewsConfig(**({"global_size": 32, "crop": "padded", "flip": 0.0, "randaugment": 0, "erase": 0.0} | options))
+    return SupervisedViewsConfig(
+        **({"global_size": 32, "crop": "padded", "flip": 0.0, "randaugment": 0, "erase": 0.0} | options)
+    )
 
 
 def pictures(count: int = 64, side: int = 32) -> torch.Tensor:
@@ -80,14 +82,18 @@ def test_erasing_has_its_share_its_areas_and_unit_noise():
         rows, columns = image.any(1), image.any(0)
         assert int(image.sum()) == int(rows.sum()) * int(columns.sum())  # a filled rectangle
         assert 0.2 < int(rows.sum()) / int(columns.sum()) < 5  # 0.3 to 3.3, in whole pixels
-    everywhere = torch.cat([erase_(torch.zeros(1, 3, 32, 32), alone(1, step=step), 1.0, [1.0, 1.0]).flatten() for step in range(20)])
+    everywhere = torch.cat(
+        [erase_(torch.zeros(1, 3, 32, 32), alone(1, step=step), 1.0, [1.0, 1.0]).flatten() for step in range(20)]
+    )
     assert abs(everywhere.mean()) < 0.02 and abs(everywhere.std() - 1) < 0.02
 
 
 @pytest.mark.parametrize("crop", ["padded", "resized"])
 def test_ranks_make_the_views_that_one_process_makes(crop):
     """All of it, in the middle of a run."""
-    views = SupervisedViews(SupervisedViewsConfig(global_size=32, crop=crop, jitter=0.5, blur=[0.3], erase=0.6), MEAN, STD)
+    views = SupervisedViews(
+        SupervisedViewsConfig(global_size=32, crop=crop, jitter=0.5, blur=[0.3], erase=0.6), MEAN, STD
+    )
     images = pictures()
     (whole,) = views(images, Draw(5, 2, 7, slice(0, 64), 64))
     parts = [views(images[part], Draw(5, 2, 7, part, 64))[0] for part in (slice(0, 16), slice(16, 64))]
@@ -103,8 +109,10 @@ def test_float_images_give_the_views_of_their_bytes():
     torch.testing.assert_close(views(images / 255, alone(64))[0], views(images, alone(64))[0], atol=2e-2, rtol=0)
 
 
-def test_no_augmentation_normalises():
-    (view,) = SupervisedViews(plain(crop="resized", global_scale=[1.0, 1.0], ratio=[1.0, 1.0]), MEAN, STD)(pictures(), alone(64))
+def test_no_augmentation_normalizes():
+    (view,) = SupervisedViews(plain(crop="resized", global_scale=[1.0, 1.0], ratio=[1.0, 1.0]), MEAN, STD)(
+        pictures(), alone(64)
+    )
     torch.testing.assert_close(pixels(view), pictures() / 255, atol=1e-5, rtol=0)
 
 

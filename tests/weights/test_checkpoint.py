@@ -36,7 +36,10 @@ def test_round_trip_with_its_metadata(backbone, tmp_path):
         assert loaded.meta["method"] == "dino" and loaded.meta["epoch"] == 3
         assert not loaded.backbone.training
     assert json.loads((tmp_path / "backbone.json").read_text())["sha256"] == digest
-    assert {path.name for path in tmp_path.iterdir()} == {"backbone.safetensors", "backbone.json"}  # no temporary files left
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "backbone.safetensors",
+        "backbone.json",
+    }  # no temporary files left
 
 
 def test_untrained_has_the_architecture_and_other_numbers(backbone, tmp_path):
@@ -60,11 +63,18 @@ def test_dino_release_files(backbone, tmp_path, wrap):
     torch.save(state, tmp_path / "dino.pth")
     loaded = load_backbone(tmp_path / "dino.pth")
     assert same(loaded.backbone, backbone)
-    assert (loaded.backbone.patch_size, loaded.backbone.depth, loaded.backbone.heads, loaded.image_size) == (4, 2, 1, [16, 16])
+    assert (loaded.backbone.patch_size, loaded.backbone.depth, loaded.backbone.heads, loaded.image_size) == (
+        4,
+        2,
+        1,
+        [16, 16],
+    )
 
 
 def test_foreign_safetensors_with_timm_names(backbone, tmp_path):
-    save_file({name: tensor.contiguous() for name, tensor in backbone.vit.state_dict().items()}, tmp_path / "vit.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in backbone.vit.state_dict().items()}, tmp_path / "vit.safetensors"
+    )
     assert same(load_backbone(tmp_path / "vit.safetensors").backbone, backbone)
 
 
@@ -106,7 +116,11 @@ def code(path, backbone):
         ("g.pth", lambda path, _: torch.save(torch.zeros(3), path), ["Tensor", "not weights"]),
         ("h.pth", lambda path, _: torch.save({"conv1.weight": torch.zeros(3)}, path), ["holds no ViT", "cls_token"]),
         ("i.onnx", write_bytes(b"1"), [".ckpt", ".safetensors"]),
-        ("j.pth", lambda path, _: torch.save(Backbone(BackboneConfig(dim=48, depth=1)).vit.state_dict(), path), ["heads", "48"]),
+        (
+            "j.pth",
+            lambda path, _: torch.save(Backbone(BackboneConfig(dim=48, depth=1)).vit.state_dict(), path),
+            ["heads", "48"],
+        ),
     ],
 )
 def test_bad_files_get_one_clear_message(backbone, tmp_path, name, write, words):
@@ -143,7 +157,9 @@ def test_other_architecture_counts_and_names_the_keys(backbone, tmp_path):
     state["blocks.5.norm1.weight"] = torch.zeros(64)
     description["backbone"]["depth"] = 2
     save_file(state, path, metadata={"vit_suite": json.dumps(description)})
-    with pytest.raises(UserError, match=r"1 missing, first 'norm\.bias'; 1 unexpected, first 'blocks\.5\.norm1\.weight'"):
+    with pytest.raises(
+        UserError, match=r"1 missing, first 'norm\.bias'; 1 unexpected, first 'blocks\.5\.norm1\.weight'"
+    ):
         load_backbone(path)
 
 

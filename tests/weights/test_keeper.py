@@ -40,6 +40,12 @@ def test_gpus_act_on_the_answer_of_the_step_before(tmp_path, monkeypatch):
 
 def test_ranks_that_resume_from_different_steps_are_refused(tmp_path, monkeypatch):
     """As they do where the run directory is on each machine's own disk."""
-    monkeypatch.setattr("vit_suite.distributed.largest", lambda values, device: lambda: [8, 0])  # the other rank is at step 8
-    with pytest.raises(RuntimeError, match="different steps, 0 to 8: is run.output on a file system that all machines share"):
-        Keeper(tmp_path, CheckpointConfig()).on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(device=None))
+    monkeypatch.setattr(
+        "vit_suite.distributed.largest", lambda values, device: lambda: [8, 0]
+    )  # the other rank is at step 8
+    with pytest.raises(
+        RuntimeError, match="different steps, 0 to 8: is run.output on a file system that all machines share"
+    ):
+        Keeper(tmp_path, CheckpointConfig()).on_train_start(
+            SimpleNamespace(global_step=0), SimpleNamespace(device=None)
+        )

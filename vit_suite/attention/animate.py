@@ -1,6 +1,7 @@
 """Attention over the frames of a video as an animated GIF or an MP4.
 
-The colours are fixed: the caller gives a value one colour in all frames, and a GIF has one palette, so that nothing flickers but the
+The colors are fixed: the caller gives a value one color in all frames, and a GIF has one palette, so that nothing
+flickers but the
 attention itself.
 """
 
@@ -18,10 +19,12 @@ from vit_suite.attention.export_inputs import need_av
 from vit_suite.files import write_atomically
 
 SAMPLED = 16
-"""Frames, evenly spaced, whose colours make the palette of a GIF."""
+"""Frames, evenly spaced, whose colors make the palette of a GIF."""
 
 
-def write_animation(path: Path, frames: Callable[[Sequence[int]], Iterator[np.ndarray]], count: int, rate: float) -> None:
+def write_animation(
+    path: Path, frames: Callable[[Sequence[int]], Iterator[np.ndarray]], count: int, rate: float
+) -> None:
     """Write `count` frames, uint8 (H, W, 3) of one size, at `rate` a second, as the ending of `path` says.
 
     frames: draws those of the given numbers, in order. UserError for an MP4 without PyAV.
@@ -34,7 +37,9 @@ def _write_gif(path: Path, frames: Callable[[Sequence[int]], Iterator[np.ndarray
     sample = sorted({round(place) for place in np.linspace(0, count - 1, min(count, SAMPLED))})
     palette = Image.fromarray(np.concatenate(list(frames(sample)))).quantize(256, Image.Quantize.MEDIANCUT)
     # Without dithering: its noise would differ from frame to frame.
-    drawn = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames(range(count)))
+    drawn = (
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames(range(count))
+    )
     # Browsers slow down frames of less than 20 ms.
     duration = max(20, round(1000 / rate))
     next(drawn).save(path, format="GIF", save_all=True, append_images=drawn, duration=duration, loop=0)
@@ -45,7 +50,9 @@ def _write_mp4(path: Path, frames: Callable[[Sequence[int]], Iterator[np.ndarray
     with av.open(os.fspath(path), "w", format="mp4") as container:
         stream = None
         for frame in frames(range(count)):
-            frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")  # H.264 wants even sides
+            frame = np.pad(
+                frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge"
+            )  # H.264 wants even sides
             if stream is None:
                 stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
                 stream.height, stream.width = frame.shape[:2]

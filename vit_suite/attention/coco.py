@@ -1,7 +1,9 @@
-"""Masks as COCO annotations: run-length codes that pycocotools reads (github.com/cocodataset/cocoapi, common/maskApi.c).
+"""Masks as COCO annotations: run-length codes that pycocotools reads (github.com/cocodataset/cocoapi,
+common/maskApi.c).
 
-A mask is read column by column; runs of 0 and 1 take turns, 0 first. Compressed, each run (from the fourth on, its difference to the one
-two before) is written in groups of 5 bits, lowest first, a sixth bit says that more follow, and 48 is added to make a letter.
+A mask is read column by column; runs of 0 and 1 take turns, 0 first. Compressed, each run (from the fourth on, its
+difference to the one two before) is written in groups of 5 bits, lowest first, a sixth bit says that more follow, and
+48 is added to make a letter.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def annotation(mask: np.ndarray) -> dict[str, Any]:
 
 
 def write_coco(path: Path, info: Mapping[str, Any], pictures: Callable[[], Iterable[tuple[dict, list[dict]]]]) -> None:
-    """A COCO file of `pictures()`: each its image entry (with an `id`) and its annotations, which get `id`, `image_id` and category.
+    """A COCO file of `pictures()`: each its image entry (with an `id`) and its annotations, which get `id`, `image_id`
+    and category.
 
     `pictures` is called twice, and nothing but one picture is held: COCO wants all images before all annotations.
     """
@@ -62,7 +65,10 @@ def write_coco(path: Path, info: Mapping[str, Any], pictures: Callable[[], Itera
             _list(file, (image for image, _ in pictures()))
             file.write('],\n"annotations": [')
             pairs = ((image["id"], found) for image, annotations in pictures() for found in annotations)
-            _list(file, ({"id": i, "image_id": image, "category_id": 1} | found for i, (image, found) in enumerate(pairs, 1)))
+            _list(
+                file,
+                ({"id": i, "image_id": image, "category_id": 1} | found for i, (image, found) in enumerate(pairs, 1)),
+            )
             file.write("]}\n")
 
     write_atomically(path, write)

@@ -1,17 +1,18 @@
 """Objects without labels from the last block's keys: LOST and TokenCut. Tensors in, tensors out.
 
-LOST (Simeoni et al. 2021, arXiv 2109.14279; valeoai/LOST object_discovery.py): objects are what resembles few patches. The seed is the
-patch that correlates positively with the fewest others; of the k patches with the lowest such degree, those that correlate positively
-with the seed say what the object is; the mask is what correlates positively with their sum.
+LOST (Simeoni et al. 2021, arXiv 2109.14279; valeoai/LOST object_discovery.py): objects are what resembles few patches.
+The seed is the patch that correlates positively with the fewest others; of the k patches with the lowest such degree,
+those that correlate positively with the seed say what the object is; the mask is what correlates positively with their
+sum.
 
-TokenCut (Wang et al. 2022, arXiv 2202.11539; YangtaoWANG95/TokenCut object_discovery.py): a normalised cut of the graph whose edges are 1
-where keys are alike (cosine above tau) and eps elsewhere. The second smallest generalised eigenvector of (D - A, D) is split at its mean;
-the object is the side of its largest absolute value, the seed.
+TokenCut (Wang et al. 2022, arXiv 2202.11539; YangtaoWANG95/TokenCut object_discovery.py): a normalized cut of the graph
+whose edges are 1 where keys are alike (cosine above tau) and eps elsewhere. The second smallest generalized eigenvector
+of (D - A, D) is split at its mean; the object is the side of its largest absolute value, the seed.
 
-Both keep the region (4-connected) of the mask that holds the seed. Deliberate deviations: LOST's k is at most half of the patches (100 of
-the 16 to 196 of a small image would be all of them); of equal degrees the first patch is the seed (the official sort promises no
-order); a graph of TokenCut in which all pairs are alike, or none, has no cut: its mask is everything (the official code takes whatever
-the eigensolver returns).
+Both keep the region (4-connected) of the mask that holds the seed. Deliberate deviations: LOST's k is at most half of
+the patches (100 of the 16 to 196 of a small image would be all of them); of equal degrees the first patch is the seed
+(the official sort promises no order); a graph of TokenCut in which all pairs are alike, or none, has no cut: its mask
+is everything (the official code takes whatever the eigensolver returns).
 
 Axes: B images, N = gh x gw patches (row-major), D width of a key over all heads.
 """
@@ -38,16 +39,18 @@ class Discovery(NamedTuple):
     masks: Tensor
     """bool (B, gh, gw): the region of the object."""
     maps: Tensor
-    """float (B, gh, gw): what the mask was cut from, larger where the object is; positive (LOST) or above its mean (TokenCut) inside."""
+    """float (B, gh, gw): what the mask was cut from, larger where the object is; positive (LOST) or above its mean
+    (TokenCut) inside."""
     seeds: Tensor
     """int64 (B,): the patch that the method started from, row-major."""
 
 
 def last_keys(backbone: Backbone, images: Tensor) -> Tensor:
-    """Keys of the patches in the last block, all heads side by side: images (B, C, H, W), normalised -> (B, N, D) float32.
+    """Keys of the patches in the last block, all heads side by side: images (B, C, H, W), normalized -> (B, N, D)
+    float32.
 
-    Without gradients; the backbone runs in eval mode and gets its own mode back. A CLS token is not needed. UserError when the blocks
-    have no keys to read.
+    Without gradients; the backbone runs in eval mode and gets its own mode back. A CLS token is not needed. UserError
+    when the blocks have no keys to read.
     """
     block = backbone.vit.blocks[-1]
     attention = getattr(block, "attn", None)
@@ -58,18 +61,23 @@ def last_keys(backbone: Backbone, images: Tensor) -> Tensor:
         for after in islice(backbone.blocks(x), backbone.depth - 1):
             x = after
         x = x if isinstance(block, PostNormBlock) else block.norm1(x)
-        keys = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))[:, backbone.prefix_tokens :, 1]  # (B, N, h, D / h)
+        keys = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))[
+            :, backbone.prefix_tokens :, 1
+        ]  # (B, N, h, D / h)
         return attention.k_norm(keys).flatten(-2).float()
 
 
 def lost(keys: Tensor, grid: tuple[int, int], k: int = 100) -> Discovery:
-    """One object an image by LOST: keys (B, N, D), grid (gh, gw). `k`: patches that may tell what the object is, at most N / 2."""
+    """One object an image by LOST: keys (B, N, D), grid (gh, gw). `k`: patches that may tell what the object is, at
+    most N / 2."""
     similarity = keys @ keys.transpose(1, 2)  # (B, N, N)
     alike = similarity > 0
     degree = alike.sum(-1) - alike.diagonal(dim1=1, dim2=2).long()
     order = degree.argsort(dim=-1, stable=True)
     seeds = order[:, 0]
-    likely = torch.zeros_like(degree, dtype=torch.bool).scatter_(1, order[:, : max(1, min(k, keys.shape[1] // 2))], True)
+    likely = torch.zeros_like(degree, dtype=torch.bool).scatter_(
+        1, order[:, : max(1, min(k, keys.shape[1] // 2))], True
+    )
     with_seed = similarity.gather(1, seeds.view(-1, 1, 1).expand(-1, 1, keys.shape[1])).squeeze(1)  # (B, N)
     summed = torch.einsum("bn,bnm->bm", (likely & (with_seed > 0)).to(similarity.dtype), similarity)
     maps = summed.unflatten(1, grid)
@@ -90,7 +98,8 @@ def tokencut(keys: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float =
 
 
 def _second_eigenvector(alike: Tensor, eps: float) -> Tensor:
-    """(N, N) bool -> (N,) float64, solving (D - A) v = l D v for the second smallest l; zeros where the graph has no cut.
+    """(N, N) bool -> (N,) float64, solving (D - A) v = l D v for the second smallest l; zeros where the graph has no
+    cut.
 
     With S = D^-1/2 this is the symmetric problem of S (D - A) S = 1 - S A S, whose eigenvectors are v / S.
     """

@@ -1,10 +1,11 @@
-"""Attention of every image of a folder, a list or a data set as files, at each image's own resolution, on one rank or many.
+"""Attention of every image of a folder, a list or a data set as files, at each image's own resolution, on one rank or
+many.
 
-The images are cut into blocks of neighbours. A block belongs to one rank and one thread, which decodes it, shows images of one patch
-grid to the backbone together, draws and writes; while one thread draws, others compute. What is computed together, and in how many
-threads (one), is settled by the list of images alone: so the files are the same, byte for byte, on any number of ranks and threads,
-although the last bits of a matrix product depend on its batch and its threads. Nothing grows with the number of images but a few dozen
-bytes for each.
+The images are cut into blocks of neighbours. A block belongs to one rank and one thread, which decodes it, shows images
+of one patch grid to the backbone together, draws and writes; while one thread draws, others compute. What is computed
+together, and in how many threads (one), is settled by the list of images alone: so the files are the same, byte for
+byte, on any number of ranks and threads, although the last bits of a matrix product depend on its batch and its
+threads. Nothing grows with the number of images but a few dozen bytes for each.
 
 Axes: B images, C channels, H x W pixels of a file, gh x gw patches, h heads.
 """
@@ -59,8 +60,8 @@ class ExportSummary:
     """Images shown to the backbone smaller than they are, because of the token limit."""
     coarse: int = 0
     """Images that the backbone saw as fewer than 16 patches; a `resize` would show more."""
-    artefacts: int = 0
-    """Patches that `clip_artefacts` replaced."""
+    artifacts: int = 0
+    """Patches that `clip_artifacts` replaced."""
     seconds: float = 0.0
     model_share: float = 0.0
     """Share of the time of this rank's threads that the forward pass took."""
@@ -80,7 +81,7 @@ def export_attention(
     formats: Sequence[str] = ("overlay", "mask"),
     maps: Sequence[str] = ("heads", "mean"),
     threshold: float = 0.6,
-    clip_artefacts: float | None = None,
+    clip_artifacts: float | None = None,
     resize: int | None = None,
     max_tokens: int = 4096,
     batch_size: int = 16,
@@ -94,47 +95,59 @@ def export_attention(
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExportSummary:
-    """Write what the CLS token looks at, for every image of `images`: a folder tree, an image, a list of paths, a video, or a data set.
+    """Write what the CLS token looks at, for every image of `images`: a folder tree, an image, a list of paths, a
+    video, or a data set.
 
-    backbone: vit_suite.models.backbone.Backbone (without rollout and clip_artefacts anything that `maps.attention_maps` takes).
-    output: mirrors the tree: DIR/cat.jpg gives OUTPUT/cat_head0_overlay.png, ..., OUTPUT/cat_mean_mask.png, OUTPUT/cat_attention.npz
-        with DIR's subfolders; where names differ in the extension alone, it stays (cat.jpg_head0_..., cat.png_head0_...). Images of a
-        data set are SPLIT/INDEX. manifest.csv lists every file (vit_suite.attention.manifest).
+    backbone: vit_suite.models.backbone.Backbone (without rollout and clip_artifacts anything that `maps.attention_maps`
+    takes).
+    output: mirrors the tree: DIR/cat.jpg gives OUTPUT/cat_head0_overlay.png, ..., OUTPUT/cat_mean_mask.png,
+        OUTPUT/cat_attention.npz with DIR's subfolders; where names differ in the extension alone, it stays
+        (cat.jpg_head0_..., cat.png_head0_...). Images of a data set are SPLIT/INDEX. manifest.csv lists every file
+        (vit_suite.attention.manifest).
     mean, std: of the backbone's channels, in 0..1; their number is the number of channels that files are converted to.
-    formats: png (heat map), overlay, mask (top `threshold` of the mass), labels (which head wins each pixel; palette index = head), npz
-        (the numbers: attention (h, gh, gw), mean, max, rollout, grid, sizes), coco (coco.json: all masks), gif and mp4 (the images as
-        frames, overlays in fixed colours).
+    formats: png (heat map), overlay, mask (top `threshold` of the mass), labels (which head wins each pixel; palette
+        index = head), npz (the numbers: attention (h, gh, gw), mean, max, rollout, grid, sizes), coco (coco.json: all
+        masks), gif and mp4 (the images as frames, overlays in fixed colors).
     maps: each head of the last block (heads), their mean, their max (each head at mass 1), the rollout over all blocks.
-    clip_artefacts: patches whose token after the last block is longer than so many times the image's median get the median of their
-        neighbours in every map (arXiv 2309.16588); npz tells which. None: nothing is clipped.
-    resize: shorter side in pixels before the backbone, the image's own when None. Sides then go to the nearest multiple of the
-        patch (the whole picture is seen, none cut off), and both shrink until there are at most `max_tokens` patches.
-    upsample: nearest repeats patches as the DINO release does; bilinear interpolates, guided then draws the map to the picture's edges
-        (window radius in pixels, a patch when None; eps); masks are then taken pixel by pixel.
+    clip_artifacts: patches whose token after the last block is longer than so many times the image's median get the
+        median of their neighbours in every map (arXiv 2309.16588); npz tells which. None: nothing is clipped.
+    resize: shorter side in pixels before the backbone, the image's own when None. Sides then go to the nearest multiple
+        of the patch (the whole picture is seen, none cut off), and both shrink until there are at most `max_tokens`
+        patches.
+    upsample: nearest repeats patches as the DINO release does; bilinear interpolates, guided then draws the map to the
+        picture's edges (window radius in pixels, a patch when None; eps); masks are then taken pixel by pixel.
     fps: frames a second of gif and mp4; the video's own, else 10, when None.
-    device, precision: of the forward pass; the backbone's own device when None. workers: threads (the cores, at most 8, when None).
+    device, precision: of the forward pass; the backbone's own device when None. workers: threads (the cores, at most 8,
+    when None).
 
-    With a process group every rank takes its share, and rank 0 merges. Every picture written has the size of its file (EXIF rotation
-    applied). Files that do not decode are skipped, returned and listed in OUTPUT/quarantine.txt. Raises UserError, before anything is
-    written, for no images, an output folder that is not empty (unless `overwrite`: files are replaced, others stay), an unknown format,
-    or a backbone without CLS token; later only when not one image decodes.
+    With a process group every rank takes its share, and rank 0 merges. Every picture written has the size of its file
+    (EXIF rotation applied). Files that do not decode are skipped, returned and listed in OUTPUT/quarantine.txt. Raises
+    UserError, before anything is written, for no images, an output folder that is not empty (unless `overwrite`: files
+    are replaced, others stay), an unknown format, or a backbone without CLS token; later only when not one image
+    decodes.
     """
     unique = (tuple(dict.fromkeys(words)) for words in (formats, maps))
     drawing = Drawing(Path(output), *unique, threshold, upsample, guided_radius, guided_eps)
     _check(backbone, drawing, resize=resize, max_tokens=max_tokens, batch_size=batch_size, guided_radius=guided_radius)
-    if clip_artefacts is not None and not clip_artefacts > 1:
-        raise UserError(f"clip_artefacts is {clip_artefacts}; expected a multiple of the median norm, above 1")
+    if clip_artifacts is not None and not clip_artifacts > 1:
+        raise UserError(f"clip_artifacts is {clip_artifacts}; expected a multiple of the median norm, above 1")
     started = time.monotonic()
     pictures, rate = _open(images, drawing, len(mean), overwrite)
     device = torch.device(device) if device is not None else _device_of(backbone)
     limits = Limits(resize, max_tokens, batch_size)
-    worker = Worker(backbone, drawing, pictures, limits, mean, std, clip_artefacts, device, pick_precision(precision, device))
+    worker = Worker(
+        backbone, drawing, pictures, limits, mean, std, clip_artifacts, device, pick_precision(precision, device)
+    )
     blocks = cut(len(pictures), batch_size)[distributed.rank() :: distributed.world_size()]
     threads = min(8, workers or cores())
     summary = ExportSummary(drawing.output)
     drawing.output.mkdir(parents=True, exist_ok=True)
     try:
-        with part(drawing.output, distributed.rank()).open("w") as file, _alone(backbone), _bar(sum(map(len, blocks)), progress) as bar:
+        with (
+            part(drawing.output, distributed.rank()).open("w") as file,
+            _alone(backbone),
+            _bar(sum(map(len, blocks)), progress) as bar,
+        ):
             for lines in worker.run(blocks, threads, bar):
                 file.writelines(lines)
     except BaseException:
@@ -151,7 +164,8 @@ def export_attention(
 
 
 def _open(images: Any, drawing: Drawing, channels: int, overwrite: bool) -> tuple[Pictures, float]:
-    """The pictures, and how many a second an animation shows. Nothing is written unless everything is in order on every rank."""
+    """The pictures, and how many a second an animation shows. Nothing is written unless everything is in order on every
+    rank."""
     video, output = is_video(images), drawing.output
     if video and Path(images).suffix.lower() != ".gif":
         need_av(f"reading the video '{images}'")
@@ -162,13 +176,19 @@ def _open(images: Any, drawing: Drawing, channels: int, overwrite: bool) -> tupl
         (output / NAME).unlink(missing_ok=True)  # of an earlier export: it stands for a finished one
     if not video:
         return pictures, RATE
-    rate = cut_frames(Path(images), output / FRAMES) if distributed.rank() == 0 else RATE  # only rank 0 writes animations
+    rate = (
+        cut_frames(Path(images), output / FRAMES) if distributed.rank() == 0 else RATE
+    )  # only rank 0 writes animations
     distributed.barrier()
     return open_pictures(output / FRAMES, output, channels), rate
 
 
 def _check(backbone: Any, drawing: Drawing, **numbers: int | None) -> None:
-    chosen = (("format", drawing.formats, FORMATS), ("map", drawing.maps, MAPS), ("upsampling", [drawing.mode], UPSAMPLING))
+    chosen = (
+        ("format", drawing.formats, FORMATS),
+        ("map", drawing.maps, MAPS),
+        ("upsampling", [drawing.mode], UPSAMPLING),
+    )
     for kind, words, known in chosen:
         for word in words:
             if word not in known:
@@ -189,7 +209,9 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file; expected a folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"output '{output}' is not empty; name another folder, or give --overwrite to replace its files")
+        raise UserError(
+            f"output '{output}' is not empty; name another folder, or give --overwrite to replace its files"
+        )
 
 
 def _device_of(backbone: Any) -> torch.device:

@@ -20,7 +20,7 @@ from vit_suite.attention import render
 from vit_suite.attention.coco import annotation
 from vit_suite.attention.guided import guided_filter
 from vit_suite.attention.maps import mass_mask, upsample, winning_head
-from vit_suite.attention.palette import head_colours
+from vit_suite.attention.palette import head_colors
 from vit_suite.attention.png import write_png
 
 FORMATS = {
@@ -71,14 +71,18 @@ class Drawing:
         radius = self.guided_radius or max(1, round(size[0] / small.shape[-2]))
         return guided_filter(heat, torch.from_numpy(picture.mean(0, dtype=np.float32) / 255), radius, self.guided_eps)
 
-    def shades(self, small: Tensor, picture: np.ndarray, limits: render.Limits | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of maps (n, gh, gw) the levels of colour, uint8 (n, H, W), and the masks of the top mass, bool (n, H, W).
+    def shades(
+        self, small: Tensor, picture: np.ndarray, limits: render.Limits | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of maps (n, gh, gw) the levels of color, uint8 (n, H, W), and the masks of the top mass, bool (n, H, W).
 
-        Of patches where each is one colour, else of pixels.
+        Of patches where each is one color, else of pixels.
         """
         if self.mode == "nearest":  # a patch is 64 pixels and more, so that it pays to enlarge what is ready
             level = torch.from_numpy(render.levels(small.numpy(), limits))
-            both = upsample(torch.cat([level, mass_mask(small, self.threshold).byte()]), tuple(picture.shape[1:])).numpy()
+            both = upsample(
+                torch.cat([level, mass_mask(small, self.threshold).byte()]), tuple(picture.shape[1:])
+            ).numpy()
             return both[: len(small)], both[len(small) :].view(bool)
         fine = self.fine(small, picture)
         return render.levels(fine.numpy(), limits), mass_mask(fine, self.threshold).numpy()
@@ -105,14 +109,18 @@ def files_of(drawing: Drawing, name: str, heads: int) -> Iterator[File]:
             yield File(kind, "", f"{name}_{FORMATS[kind]}")
 
 
-def draw(drawing: Drawing, name: str, path: str, picture: np.ndarray, heads: Tensor, small: Tensor, extra: dict[str, Any]) -> dict:
-    """Write the files of one picture, uint8 (C, H, W). `heads` (h, gh, gw): the maps of all heads; `small` (n, gh, gw): of
-    `drawing.labels`; `extra`: further arrays for the npz.
+def draw(
+    drawing: Drawing, name: str, path: str, picture: np.ndarray, heads: Tensor, small: Tensor, extra: dict[str, Any]
+) -> dict:
+    """Write the files of one picture, uint8 (C, H, W). `heads` (h, gh, gw): the maps of all heads; `small` (n, gh, gw):
+    of `drawing.labels`; `extra`: further arrays for the npz.
 
     Returns what files about all pictures will need: COCO annotations and the maps of an animation.
     """
     labels = drawing.labels(len(heads))
-    paths = {(kind, label): os.path.join(drawing.output, file) for kind, label, file in files_of(drawing, name, len(heads))}
+    paths = {
+        (kind, label): os.path.join(drawing.output, file) for kind, label, file in files_of(drawing, name, len(heads))
+    }
     shown = render.as_picture(picture)
     step = max(1, PIXELS // (picture.shape[1] * picture.shape[2]))
     needs_maps, annotations = {*MAPPED, "coco"} & set(drawing.formats), []
@@ -130,10 +138,15 @@ def draw(drawing: Drawing, name: str, path: str, picture: np.ndarray, heads: Ten
         if "coco" in drawing.formats:
             annotations += [{"head": column(label)} | annotation(mask) for label, mask in zip(here, masks, strict=True)]
     if "labels" in drawing.formats:
-        write_png(paths["labels", ""], _winners(drawing, heads, picture), head_colours(len(heads)))
+        write_png(paths["labels", ""], _winners(drawing, heads, picture), head_colors(len(heads)))
     if "npz" in drawing.formats:
         named = {label: one.numpy() for label, one in zip(labels, small, strict=True) if not label.startswith("head")}
-        sizes = {"grid": heads.shape[-2:], "image_size": picture.shape[1:], "threshold": drawing.threshold, "path": path}
+        sizes = {
+            "grid": heads.shape[-2:],
+            "image_size": picture.shape[1:],
+            "threshold": drawing.threshold,
+            "path": path,
+        }
         render.write_npz(paths["npz", ""], attention=heads.numpy(), **named, **extra, **sizes)
     kept: dict[str, Any] = {"annotations": annotations} if "coco" in drawing.formats else {}
     return kept | ({"maps": packed(small)} if set(ANIMATED) & set(drawing.formats) else {})

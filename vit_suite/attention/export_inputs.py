@@ -1,4 +1,5 @@
-"""What an export reads: a folder tree, one image, a list of paths, a data set, or a video; and under which names its files are written."""
+"""What an export reads: a folder tree, one image, a list of paths, a data set, or a video; and under which names its
+files are written."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Pictures:
 
 
 def open_pictures(images: str | os.PathLike | ImageSource, output: Path, channels: int) -> Pictures:
-    """The pictures of a folder (searched through, in sorted order; what lies in `output` is not input), an image, a list or a data set.
+    """The pictures of a folder (searched through, in sorted order; what lies in `output` is not input), an image, a
+    list or a data set.
 
     UserError when there is none.
     """
@@ -56,7 +58,9 @@ def open_pictures(images: str | os.PathLike | ImageSource, output: Path, channel
         paths = [str(images.parent / file) for file in files]
         return _of_files(output_names(inside(files)), files, paths, channels)
     if not images.is_dir():
-        raise UserError(f"images '{images}' does not exist; expected a folder of images, one image, a list of paths, or a video")
+        raise UserError(
+            f"images '{images}' does not exist; expected a folder of images, one image, a list of paths, or a video"
+        )
     if output.exists() and output.resolve() == images.resolve():
         raise UserError(f"output '{output}' is the images folder itself; name another, results must not mix with input")
     within = os.path.relpath(output.resolve(), images.resolve()) + os.sep
@@ -75,26 +79,36 @@ def _of_source(source: ImageSource) -> Pictures:
         raise UserError(f"{source.title} holds no images")
     digits = len(str(len(source) - 1))
     names = [f"{source.split}/{index:0{digits}}" for index in range(len(source))]
-    return Pictures(names, names, [source.path(index) for index in range(len(source))], lambda index: source.load(index).numpy())
+    return Pictures(
+        names, names, [source.path(index) for index in range(len(source))], lambda index: source.load(index).numpy()
+    )
 
 
 def read_list(file: Path) -> list[str]:
-    """The paths in a text file, one a line (`path<TAB>label` too), each once; relative ones start from the folder of the file."""
+    """The paths in a text file, one a line (`path<TAB>label` too), each once; relative ones start from the folder of
+    the file."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"images '{file}' is no image, no video and no UTF-8 list of paths ({type(error).__name__})") from None
-    paths = dict.fromkeys(os.path.normpath(line.split("\t")[0].strip()) for line in lines if line.strip() and not line.startswith("#"))
+        raise UserError(
+            f"images '{file}' is no image, no video and no UTF-8 list of paths ({type(error).__name__})"
+        ) from None
+    paths = dict.fromkeys(
+        os.path.normpath(line.split("\t")[0].strip()) for line in lines if line.strip() and not line.startswith("#")
+    )
     if not paths:
         raise UserError(f"the list '{file}' names no images: expected lines of `path`")
     return list(paths)
 
 
 def inside(paths: Sequence[str]) -> list[str]:
-    """Normalised paths, absolute or with leading `..`, as paths below the folder that they share: they must not leave the output."""
+    """Normalized paths, absolute or with leading `..`, as paths below the folder that they share: they must not leave
+    the output."""
     if not any(os.path.isabs(path) or path.startswith("..") for path in paths):
         return list(paths)
-    whole = [os.path.abspath(os.path.join(os.sep, "list", "of", "paths", path)) for path in paths]  # any place: what they share goes
+    whole = [
+        os.path.abspath(os.path.join(os.sep, "list", "of", "paths", path)) for path in paths
+    ]  # any place: what they share goes
     top = os.path.commonpath([os.path.dirname(path) for path in whole])
     return [os.path.relpath(path, top) for path in whole]
 
@@ -120,7 +134,8 @@ def output_names(files: Sequence[str]) -> list[str]:
     return names
 
 
-# Videos -----------------------------------------------------------------------------------------------------------------------
+# Videos
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def is_video(images: object) -> bool:

@@ -23,11 +23,12 @@ from vit_suite.evaluation.features import prefetch
 
 COCO = "coco.json"
 FULL = 0.995
-"""Share of all patches of all frames that are darker than the brightest colour of an animation."""
+"""Share of all patches of all frames that are darker than the brightest color of an animation."""
 
 
 def merge(summary: Any, drawing: Drawing, pictures: Pictures, heads: int, rate: float, threads: int) -> None:
-    """Write the files about all pictures from the records of all ranks, and fill an `ExportSummary`. `rate`: frames a second.
+    """Write the files about all pictures from the records of all ranks, and fill an `ExportSummary`. `rate`: frames a
+    second.
 
     UserError when not one picture decoded: then nothing is left behind.
     """
@@ -39,7 +40,7 @@ def merge(summary: Any, drawing: Drawing, pictures: Pictures, heads: int, rate: 
             summary.failures.append(DecodeError(record["path"], record["error"]))
             continue
         summary.images += 1
-        for name in ("shrunk", "coarse", "artefacts"):
+        for name in ("shrunk", "coarse", "artifacts"):
             setattr(summary, name, getattr(summary, name) + record[name])
     try:
         if not summary.images:
@@ -85,13 +86,19 @@ def _rows(drawing: Drawing, pictures: Pictures, records: Records, heads: int) ->
 
 
 def _write_coco(drawing: Drawing, pictures: Pictures, records: Records) -> None:
-    """coco.json: ids of images are their numbers in the input, from 1, so that they do not move when a file does not decode."""
+    """coco.json: ids of images are their numbers in the input, from 1, so that they do not move when a file does not
+    decode."""
 
     def entries() -> Iterator[tuple[dict, list[dict]]]:
         for record in records:
             if "error" not in record:
                 index = record["index"]
-                image = {"id": index + 1, "file_name": pictures.files[index], "height": record["height"], "width": record["width"]}
+                image = {
+                    "id": index + 1,
+                    "file_name": pictures.files[index],
+                    "height": record["height"],
+                    "width": record["width"],
+                }
                 yield image, record["annotations"]
 
     info = {"description": "attention masks", "threshold": drawing.threshold, "upsample": drawing.mode}
@@ -117,7 +124,8 @@ def _animate(
 def _frames(
     drawing: Drawing, pictures: Pictures, frames: list[tuple[int, Tensor]], size: tuple[int, int], threads: int
 ) -> Callable[[Sequence[int]], Iterator[np.ndarray]]:
-    """Draws overlays of chosen frames in order, each at `size` (H, W): pictures of other sizes are resized, a video has one."""
+    """Draws overlays of chosen frames in order, each at `size` (H, W): pictures of other sizes are resized, a video has
+    one."""
     # Not to the very most: one bright patch in one frame would darken all others.
     values = np.concatenate([small.numpy().ravel() for _, small in frames])
     limits = float(values.min()), float(np.quantile(values, FULL))

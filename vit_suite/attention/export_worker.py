@@ -22,15 +22,16 @@ from torch.nn import functional
 
 from vit_suite.attention.export_draw import Drawing, draw
 from vit_suite.attention.export_inputs import Pictures
-from vit_suite.attention.maps import artefacts, look, max_map, mean_map, without_artefacts
+from vit_suite.attention.maps import artifacts, look, max_map, mean_map, without_artifacts
 from vit_suite.data.decode import DecodeError
 from vit_suite.hardware import autocast
-from vit_suite.views.multicrop import normalise_
+from vit_suite.views.multicrop import normalize_
 
 WAITING_BYTES = 64 * 2**20
 """Decoded pictures of a block that wait for others of their grid; beyond it the fullest group runs as it is."""
 ATTENTION_BYTES = 256 * 2**20
-"""Attention matrices (B, h, T, T) in float32 of a batch: T = 4096 takes 64 MiB a head and image. A single image may exceed it."""
+"""Attention matrices (B, h, T, T) in float32 of a batch: T = 4096 takes 64 MiB a head and image. A single image may
+exceed it."""
 AT_ONCE_BYTES = 4 * ATTENTION_BYTES
 """The same of all batches that run at a time."""
 COARSE = 16
@@ -54,18 +55,19 @@ class _Job:
     picture: np.ndarray
     """uint8 (C, H, W), as decoded."""
     view: Tensor
-    """uint8 (C, gh * patch, gw * patch), what the backbone sees before normalisation."""
+    """uint8 (C, gh * patch, gw * patch), what the backbone sees before normalization."""
 
 
 def cut(images: int, batch_size: int) -> list[range]:
-    """Blocks of neighbouring images: up to 4 batches each, one where that leaves fewer than 32 blocks, part of one where it leaves fewer
-    than 8: ranks and threads should all have work."""
+    """Blocks of neighbouring images: up to 4 batches each, one where that leaves fewer than 32 blocks, part of one
+    where it leaves fewer than 8: ranks and threads should all have work."""
     size = batch_size * min(4, images // (32 * batch_size)) or min(batch_size, -(-images // 8))
     return [range(start, min(start + size, images)) for start in range(0, images, size)]
 
 
 def view_size(size: Sequence[int], patch: int, resize: int | None, max_tokens: int) -> tuple[int, int]:
-    """(height, width) in pixels that the backbone sees of an image of `size`: multiples of `patch`, at most `max_tokens` patches."""
+    """(height, width) in pixels that the backbone sees of an image of `size`: multiples of `patch`, at most
+    `max_tokens` patches."""
     height, width = size
     if resize is not None:
         factor = resize / min(height, width)
@@ -101,7 +103,8 @@ class Worker:
         self.seconds = self.model_seconds = 0.0
 
     def run(self, blocks: Sequence[range], threads: int, bar: Any) -> Iterator[list[str]]:
-        """The records of each block, one JSON line an image; blocks run in `threads`, what one raises is raised here."""
+        """The records of each block, one JSON line an image; blocks run in `threads`, what one raises is raised
+        here."""
         self.bar = bar
         pending: deque[Future] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="attention")
@@ -135,18 +138,29 @@ class Worker:
             self.bar.update(images)
 
     def _draw(self, job: _Job, heads: Tensor, small: Tensor, extra: dict[str, Any]) -> dict[str, Any]:
-        return draw(self.drawing, self.pictures.names[job.index], self.pictures.paths[job.index], job.picture, heads, small, extra)
+        return draw(
+            self.drawing,
+            self.pictures.names[job.index],
+            self.pictures.paths[job.index],
+            job.picture,
+            heads,
+            small,
+            extra,
+        )
 
     def _record(self, job: _Job, extra: dict[str, Any]) -> dict[str, Any]:
         height, width = job.picture.shape[1:]
         rows, columns = (side // self.backbone.patch_size for side in job.view.shape[1:])
-        shrunk = tuple(job.view.shape[1:]) != view_size((height, width), self.backbone.patch_size, self.limits.resize, 2**62)
-        found = int(extra["artefacts"].sum()) if extra else 0
-        counts = {"shrunk": int(shrunk), "coarse": int(rows * columns < COARSE), "artefacts": found}
+        shrunk = tuple(job.view.shape[1:]) != view_size(
+            (height, width), self.backbone.patch_size, self.limits.resize, 2**62
+        )
+        found = int(extra["artifacts"].sum()) if extra else 0
+        counts = {"shrunk": int(shrunk), "coarse": int(rows * columns < COARSE), "artifacts": found}
         return {"index": job.index, "height": height, "width": width, **counts}
 
     def _batches(self, indices: range, records: list[dict]) -> Iterator[list[_Job]]:
-        """Jobs of one view size together: as many as batch_size and the attention's memory allow, sooner when too many pictures wait.
+        """Jobs of one view size together: as many as batch_size and the attention's memory allow, sooner when too many
+        pictures wait.
 
         Files that do not decode go to `records`.
         """
@@ -187,21 +201,25 @@ class Worker:
         looked = self._look(batch)
         heads, rollout, found = looked.heads, looked.rollout, None
         if self.clip is not None:
-            found = artefacts(looked.norms, self.clip)
-            heads = without_artefacts(heads, found)
-            rollout = None if rollout is None else without_artefacts(rollout, found)
-        kinds = {"heads": lambda: heads, "mean": lambda: mean_map(heads)[:, None], "max": lambda: max_map(heads)[:, None]}
+            found = artifacts(looked.norms, self.clip)
+            heads = without_artifacts(heads, found)
+            rollout = None if rollout is None else without_artifacts(rollout, found)
+        kinds = {
+            "heads": lambda: heads,
+            "mean": lambda: mean_map(heads)[:, None],
+            "max": lambda: max_map(heads)[:, None],
+        }
         kinds["rollout"] = lambda: rollout[:, None]
         small = torch.cat([make() for kind, make in kinds.items() if kind in self.drawing.maps], dim=1)
         for i in range(len(batch)):
-            yield heads[i], small[i], {} if found is None else {"artefacts": found[i].numpy()}
+            yield heads[i], small[i], {} if found is None else {"artifacts": found[i].numpy()}
 
     def _look(self, batch: list[_Job]):
         """One forward pass; its maps on the CPU."""
         views = torch.stack([job.view for job in batch])
         with self.budget.take(len(batch) * self._bytes(views.shape[-2:])):
             started = time.perf_counter()
-            images = normalise_(views.to(self.device).float().div_(255), self.mean, self.std)
+            images = normalize_(views.to(self.device).float().div_(255), self.mean, self.std)
             with autocast(self.precision, self.device):
                 looked = look(self.backbone, images, self.rollout, norms=self.clip is not None)
             looked = looked._make(None if part is None else part.cpu() for part in looked)
@@ -211,7 +229,8 @@ class Worker:
 
 
 class _Budget:
-    """Bytes that threads may take at a time; one thread alone may take any number, so with a limit of 0 there is one at a time."""
+    """Bytes that threads may take at a time; one thread alone may take any number, so with a limit of 0 there is one at
+    a time."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.taken, self.changed = limit, 0, threading.Condition()

@@ -1,8 +1,10 @@
-"""The guided filter: a coarse map drawn to the edges of its picture (He, Sun, Tang 2010, "Guided Image Filtering", ECCV).
+"""The guided filter: a coarse map drawn to the edges of its picture (He, Sun, Tang 2010, "Guided Image Filtering",
+ECCV).
 
-In every window of side 2 r + 1 the map p is fitted by a line of the picture's brightness, q = a I + b, with eps against steep lines;
-a pixel gets the mean line of the windows that hold it. Where the picture is flat the map is blurred, where it has an edge the map gets
-one too. For large windows the lines are fitted on a smaller picture (He, Sun 2015, "Fast Guided Filter", arXiv 1505.00996).
+In every window of side 2 r + 1 the map p is fitted by a line of the picture's brightness, q = a I + b, with eps against
+steep lines; a pixel gets the mean line of the windows that hold it. Where the picture is flat the map is blurred, where
+it has an edge the map gets one too. For large windows the lines are fitted on a smaller picture (He, Sun 2015, "Fast
+Guided Filter", arXiv 1505.00996).
 
 Axes: n maps, H x W pixels.
 """
@@ -15,7 +17,8 @@ from torch.nn.functional import interpolate, pad
 
 
 def box_mean(values: Tensor, radius: int) -> Tensor:
-    """Mean over the window of side 2 radius + 1 around each pixel, cut at the border: float64 (..., H, W) -> the same shape.
+    """Mean over the window of side 2 radius + 1 around each pixel, cut at the border: float64 (..., H, W) -> the same
+    shape.
 
     By cumulative sums: the cost does not depend on the radius.
     """
@@ -32,7 +35,8 @@ def box_mean(values: Tensor, radius: int) -> Tensor:
 def guided_filter(maps: Tensor, guide: Tensor, radius: int, eps: float) -> Tensor:
     """maps (n, H, W) float, guide (H, W) float in 0..1 -> (n, H, W) float32, not below 0.
 
-    radius: of the window, in pixels. eps: variance of the guide, in 0..1 squared, below which a window counts as flat. From a radius of
+    radius: of the window, in pixels. eps: variance of the guide, in 0..1 squared, below which a window counts as flat.
+    From a radius of
     8 on, the lines are fitted with every radius // 4-th pixel (each the mean of its square) and interpolated.
     """
     factor = max(1, radius // 4)

@@ -1,8 +1,9 @@
 """What a backbone finds in images whose objects are known: attention, LOST and TokenCut, image by image, against truth.
 
-Images are seen whole, at their own size or with a given shorter side; those of one patch grid in a block of neighbours share a forward
-pass. Ranks take blocks in turn, and all get the numbers of all images; what is computed together is settled by the list of images alone,
-so they are the same, bit for bit, on any number of ranks. Nothing is kept of an image but its numbers.
+Images are seen whole, at their own size or with a given shorter side; those of one patch grid in a block of neighbours
+share a forward pass. Ranks take blocks in turn, and all get the numbers of all images; what is computed together is
+settled by the list of images alone, so they are the same, bit for bit, on any number of ranks. Nothing is kept of an
+image but its numbers.
 
 Axes: B images of a pass, N images, M maps, T thresholds, gh x gw patches.
 """
@@ -30,7 +31,7 @@ from vit_suite.evaluation.features import prefetch
 from vit_suite.evaluation.localization import Baselines, Found, baselines, center_overlaps, covered, on_object, overlap
 from vit_suite.hardware import autocast, pick_precision
 from vit_suite.models.backbone import Backbone
-from vit_suite.views.multicrop import normalise_
+from vit_suite.views.multicrop import normalize_
 
 METHODS = ("attention", *DISCOVERERS)
 WAITING_BYTES = 256 * 2**20
@@ -69,7 +70,8 @@ class Localizer:
     progress: bool = False
 
     def look(self, backbone: Backbone, mean: Sequence[float], std: Sequence[float]) -> Looked:
-        """What each method finds with this backbone; mean and std are those of its channels, in 0..1. Called on every rank.
+        """What each method finds with this backbone; mean and std are those of its channels, in 0..1. Called on every
+        rank.
 
         UserError for attention without a CLS token, and when no image is left.
         """
@@ -84,7 +86,9 @@ class Localizer:
             for method, rows in own.parts.items():
                 parts[method] += rows
         if not looked.sizes:
-            raise UserError(f"none of the {len(self.source)} images of {self.source.title} decodes and shows an object.")
+            raise UserError(
+                f"none of the {len(self.source)} images of {self.source.title} decodes and shows an object."
+            )
         looked.failures = [failures[index] for index in sorted(failures)]
         order = torch.tensor(list(looked.sizes)).argsort()  # batches by grid come in another order
         looked.sizes = dict(sorted(looked.sizes.items()))
@@ -101,7 +105,7 @@ class Localizer:
         for batch in self._batches(backbone, own):
             views = torch.stack([job.view for job in batch]).to(device).float().div_(255)
             with autocast(pick_precision(self.precision, device), device):
-                for method, (masks, cells) in self._masks(backbone, normalise_(views, mean, std)).items():
+                for method, (masks, cells) in self._masks(backbone, normalize_(views, mean, std)).items():
                     grid = masks.shape[-2:]
                     for job, own_masks, own_cells in zip(batch, masks, cells, strict=True):
                         overlaps = overlap(own_masks, job.truth, job.size)
@@ -115,7 +119,10 @@ class Localizer:
         if "attention" in self.methods:
             heads = attention_maps(backbone, images).cpu()
             maps = torch.cat((heads, mean_map(heads).unsqueeze(1)), 1)  # (B, M, gh, gw)
-            found["attention"] = torch.stack([mass_mask(maps, share) for share in self.thresholds], 2), maps.flatten(2).argmax(-1)
+            found["attention"] = (
+                torch.stack([mass_mask(maps, share) for share in self.thresholds], 2),
+                maps.flatten(2).argmax(-1),
+            )
         others = [method for method in self.methods if method != "attention"]
         if others:
             keys = last_keys(backbone, images)
@@ -127,11 +134,14 @@ class Localizer:
         return found
 
     def _batches(self, backbone: Backbone, own: _Share) -> Iterator[list[_Job]]:
-        """Images of this rank's blocks that show an object, those of one view size in a block together, as many as `batch_size` and the
-        blocks' attention matrices allow; the others are counted."""
+        """Images of this rank's blocks that show an object, those of one view size in a block together, as many as
+        `batch_size` and the blocks' attention matrices allow; the others are counted."""
         from tqdm import tqdm
 
-        patch, blocks = backbone.patch_size, cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()]
+        patch, blocks = (
+            backbone.patch_size,
+            cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()],
+        )
         indices = [index for block in blocks for index in block]
         jobs = zip(indices, prefetch(lambda index: self._load(index, patch), indices, ahead=32), strict=True)
         shown = self.progress and distributed.rank() == 0
@@ -149,9 +159,13 @@ class Localizer:
                     group.append(job)
                     held += job.bytes
                     tokens = backbone.prefix_tokens + job.view.shape[1] * job.view.shape[2] // patch**2
-                    full = len(group) >= max(1, min(self.batch_size, ATTENTION_BYTES // (4 * backbone.heads * tokens**2)))
+                    full = len(group) >= max(
+                        1, min(self.batch_size, ATTENTION_BYTES // (4 * backbone.heads * tokens**2))
+                    )
                     if full or held > WAITING_BYTES:
-                        batch = waiting.pop(tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size])))
+                        batch = waiting.pop(
+                            tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size]))
+                        )
                         held -= sum(one.bytes for one in batch)
                         yield batch
             yield from waiting.values()
@@ -168,12 +182,15 @@ class Localizer:
         own = tuple(image.shape[1:])
         size = view_size(own, patch, self.shorter, self.max_tokens)
         if own != size:
-            image = functional.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+            image = functional.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[
+                0
+            ]
         return _Job(index, image, truth, own)
 
 
 def without_model(truths: Truths, sizes: Mapping[int, tuple[int, int]]) -> Baselines:
-    """Scores of the centred box and of the whole image on these images, {image of the source: its (H, W)}; called on every rank."""
+    """Scores of the centerd box and of the whole image on these images, {image of the source: its (H, W)}; called on
+    every rank."""
 
     def row(index: int) -> tuple[Tensor, Tensor, Tensor]:
         truth, size = truths.load(index), sizes[index]

@@ -10,8 +10,8 @@ manifest.csv has a line for every file, in the order of the images, and these co
 - threshold: share of the mass that the mask, or the mask's outline, keeps; empty where there is none
 - status: `ok`; an image that does not decode has one line without kind and file, and the reason here
 
-While an export runs, each rank appends a record of each image to a file of its own; rank 0 merges them in the order of the images, so
-that the result does not depend on how many ranks there were. Only offsets are held in memory.
+While an export runs, each rank appends a record of each image to a file of its own; rank 0 merges them in the order of
+the images, so that the result does not depend on how many ranks there were. Only offsets are held in memory.
 """
 
 from __future__ import annotations

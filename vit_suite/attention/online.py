@@ -30,8 +30,8 @@ GAP, HEADER = 2, 14
 THRESHOLD = 0.6
 """Share of the mass inside an outline."""
 BRIGHTEST = 4.0
-"""Times the mean of a map that have the brightest colour. Each map stretched to its own range, even the noise of an untrained network
-would look like something."""
+"""Times the mean of a map that have the brightest color. Each map stretched to its own range, even the noise of an
+untrained network would look like something."""
 COLUMNS = 16
 """Most epochs in the strip; of more, evenly spaced ones."""
 STRIP = "epochs.png"
@@ -40,13 +40,19 @@ STRIP = "epochs.png"
 class AttentionSnapshots(pl.Callback):
     """Writes `FOLDER/epoch_NNNN.png`, before training as epoch 0, and at the end `FOLDER/epochs.png`; loggers get both.
 
-    A row for each image: the image, overlays of the mean over heads and of each head. The strip has the image and the mean of each
-    epoch, of runs that were resumed too. Drawn are the images of `source` that decode, as the evaluation view shows them.
-    A backbone without a CLS token is said once, and nothing is drawn.
+    A row for each image: the image, overlays of the mean over heads and of each head. The strip has the image and the
+    mean of each
+    epoch, of runs that were resumed too. Drawn are the images of `source` that decode, as the evaluation view shows
+    them. A backbone without a CLS token is said once, and nothing is drawn.
     """
 
     def __init__(self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: str):
-        self.folder, self.image_size, self.every_epochs, self.precision = Path(folder), image_size, every_epochs, precision
+        self.folder, self.image_size, self.every_epochs, self.precision = (
+            Path(folder),
+            image_size,
+            every_epochs,
+            precision,
+        )
         self.images = [image for image in (source.get(index) for index in range(len(source))) if image is not None]
         self.side = image_size * max(1, -(-SIDE // image_size))
         self.blind = not self.images
@@ -54,7 +60,10 @@ class AttentionSnapshots(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self.blind and not module.evaluation_backbone().has_cls:
             self.blind = True
-            log.info("snapshots.every_epochs: this backbone has no CLS token, so no attention is drawn; see `vit-suite localize` instead")
+            log.info(
+                "snapshots.every_epochs: this backbone has no CLS token, so no attention is drawn; see `vit-suite"
+                " localize` instead"
+            )
         if trainer.global_step == 0:
             self._draw(trainer, module, 0)
 
@@ -70,8 +79,11 @@ class AttentionSnapshots(pl.Callback):
             log.info("attention of %d images over %d epochs: %s", len(self.images), max(found), self.folder / STRIP)
 
     def drawn(self, last: int) -> dict[int, Path]:
-        """Epoch -> its picture, up to epoch `last`: a run that is resumed from an earlier one leaves later ones behind."""
-        named = ((re.fullmatch(r"epoch_(\d+)\.png", path.name), path) for path in sorted(self.folder.glob("epoch_*.png")))
+        """Epoch -> its picture, up to epoch `last`: a run that is resumed from an earlier one leaves later ones
+        behind."""
+        named = (
+            (re.fullmatch(r"epoch_(\d+)\.png", path.name), path) for path in sorted(self.folder.glob("epoch_*.png"))
+        )
         found = {int(match[1]): path for match, path in named if match}
         return {epoch: found[epoch] for epoch in sorted(found) if epoch <= last}
 
@@ -93,7 +105,9 @@ class AttentionSnapshots(pl.Callback):
             views = eval_view(images, self.image_size, module.mean, module.std)
             maps = attention_maps(module.evaluation_backbone(), views).cpu()  # (n, h, gh, gw)
         channels = len(module.mean)
-        shown = (eval_view(images, self.image_size, [0.0] * channels, [1.0] * channels) * 255).round().byte().cpu().numpy()
+        shown = (
+            (eval_view(images, self.image_size, [0.0] * channels, [1.0] * channels) * 255).round().byte().cpu().numpy()
+        )
         maps = torch.cat([mean_map(maps)[:, None], maps], dim=1)
         size, factor = (self.side, self.side), self.side // self.image_size
         rows = []
@@ -123,8 +137,8 @@ def titled(body: np.ndarray, titles: list[str], step: int) -> Image.Image:
 
 
 def side_by_side(pictures: dict[int, Path], step: int) -> Image.Image:
-    """The images and, epoch by epoch, the mean maps of sheets whose columns are `step` pixels wide; sheets of another size than the last
-    (of other options) are left out."""
+    """The images and, epoch by epoch, the mean maps of sheets whose columns are `step` pixels wide; sheets of another
+    size than the last (of other options) are left out."""
     sheets = {epoch: np.asarray(Image.open(path).convert("RGB"))[HEADER:] for epoch, path in pictures.items()}
     sheets = {epoch: sheet for epoch, sheet in sheets.items() if sheet.shape == sheets[max(sheets)].shape}
     epochs = [sorted(sheets)[round(place)] for place in np.linspace(0, len(sheets) - 1, min(COLUMNS, len(sheets)))]

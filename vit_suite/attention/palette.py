@@ -1,4 +1,4 @@
-"""Colours: perceptual maps for attention, one clear colour a head for labels."""
+"""Colors: perceptual maps for attention, one clear color a head for labels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import colorsys
 
 import numpy as np
 
-# Degree-6 polynomials in x of 0..1 (constant term first; red, green, blue), fitted to matplotlib's tables of the same name by
-# Matt Zucker, https://www.shadertoy.com/view/WlfXRN (public domain). Lightness rises evenly, also in grey and for the colour-blind.
+# Degree-6 polynomials in x of 0..1 (constant term first; red, green, blue), fitted to matplotlib's tables of the same
+# name by Matt Zucker, https://www.shadertoy.com/view/WlfXRN (public domain). Lightness rises evenly, also in gray and
+# for the color-blind.
 _POLYNOMIALS = {
     "inferno": (
         (0.0002189403691192265, 0.001651004631001012, -0.01948089843709184),
@@ -32,20 +33,24 @@ _POLYNOMIALS = {
 
 def _table(name: str) -> np.ndarray:
     x = np.linspace(0, 1, 256)[:, None]
-    colours = sum(np.asarray(term) * x**power for power, term in enumerate(_POLYNOMIALS[name]))
-    return (np.clip(colours, 0, 1) * 255 + 0.5).astype(np.uint8)
+    colors = sum(np.asarray(term) * x**power for power, term in enumerate(_POLYNOMIALS[name]))
+    return (np.clip(colors, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 TABLES = {name: _table(name) for name in _POLYNOMIALS}
-"""Colour maps by name: uint8 (256, 3)."""
+"""Color maps by name: uint8 (256, 3)."""
 
 
-def head_colours(count: int) -> np.ndarray:
-    """uint8 (count, 3): a colour for each head, the same whatever `count`.
+def head_colors(count: int) -> np.ndarray:
+    """uint8 (count, 3): a color for each head, the same whatever `count`.
 
-    Eight hues, neighbours far apart, in three shades with hues in between; from the 25th on (no known ViT has more heads) they repeat.
+    Eight hues, neighbours far apart, in three shades with hues in between; from the 25th on (no known ViT has more
+    heads) they repeat.
     """
-    hues, shades = (0, 4, 2, 6, 1, 5, 3, 7), ((0.70, 0.95), (1.0, 0.55), (0.40, 0.80))  # eighths of the circle; saturation, value
+    hues, shades = (
+        (0, 4, 2, 6, 1, 5, 3, 7),
+        ((0.70, 0.95), (1.0, 0.55), (0.40, 0.80)),
+    )  # eighths of the circle; saturation, value
     places = [divmod(i % 24, 8) for i in range(count)]
-    colours = [colorsys.hsv_to_rgb((hues[place] + shade / 3) / 8, *shades[shade]) for shade, place in places]
-    return (np.array(colours) * 255 + 0.5).astype(np.uint8)
+    colors = [colorsys.hsv_to_rgb((hues[place] + shade / 3) / 8, *shades[shade]) for shade, place in places]
+    return (np.array(colors) * 255 + 0.5).astype(np.uint8)

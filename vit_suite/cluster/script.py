@@ -1,4 +1,5 @@
-"""The sbatch script of a training: text that one can read, change and submit by hand. docs/clusters.md says what each line is there for."""
+"""The sbatch script of a training: text that one can read, change and submit by hand. docs/clusters.md says what each
+line is there for."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ HEAD = """\
 
 # A task a rank, so many on every machine: Lightning counts them by --ntasks-per-node, not by --ntasks.
 {size}
-# The tasks hear SIGUSR1 so many seconds before the time is up, save, and queue again. (B:USR1 would tell this shell alone.)
+# The tasks hear SIGUSR1 so many seconds before the time is up, save, and queue again. (B:USR1 would tell this shell
+# alone.)
 #SBATCH --signal=USR1@{warning}
 # {requeue_reason}
 #SBATCH --{requeue}
@@ -50,17 +52,18 @@ export MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
 # Threads of a rank: its own cores.
 export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}
 
-# A rank that dies ends the others, which would wait for it (kill-on-bad-exit); one that is done early does not (wait=0).
-# Signals pass a rank by until it listens, instead of ending it: SLURM requeues a job that outlives the notice of its pre-emption.
+# A rank that dies ends the others, which would wait for it (kill-on-bad-exit); one that is done early does not
+# (wait=0). Signals pass a rank by until it listens, instead of ending it: SLURM requeues a job that outlives the notice
+# of its pre-emption.
 status=0
 {srun} || status=$?
 {again}exit $status
 """
 
 AGAIN = """
-# Asked to stop, the training saves, says `stopped` in status.json and queues again by itself; here it could not (a container without
-# scontrol), or the request was the SIGTERM before a pre-emption, and SLURM does not requeue a job that ends during that notice.
-# `scancel` ends this shell too and never comes here.
+# Asked to stop, the training saves, says `stopped` in status.json and queues again by itself; here it could not (a
+# container without scontrol), or the request was the SIGTERM before a pre-emption, and SLURM does not requeue a job
+# that ends during that notice. `scancel` ends this shell too and never comes here.
 if [ $status != 0 ] && grep -qs '"state": "stopped"' "$run/status.json"; then
   scontrol requeue "JOB" && sleep 60 # SLURM ends this shell meanwhile
 fi
@@ -84,11 +87,18 @@ def sbatch_script(cfg: LaunchConfig, folder: Path, names: Sequence[str], command
         size="\n".join(_directive(words) for words in _size(cfg, len(names))),
         warning=cfg.signal_seconds,
         requeue="requeue" if cfg.requeue else "no-requeue",
-        requeue_reason="Pre-empted, or on a machine that fails, the job queues again." if cfg.requeue else "Nothing starts the job again.",
+        requeue_reason="Pre-empted, or on a machine that fails, the job queues again."
+        if cfg.requeue
+        else "Nothing starts the job again.",
     )
-    job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"  # an array's last run has the id of the whole array
+    job = (
+        "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
+    )  # an array's last run has the id of the whole array
     body = BODY.format(
-        prepare="".join(f"{line}\n" for line in [*(f"module load {shlex.quote(name)}" for name in cfg.modules or []), *(cfg.setup or [])]),
+        prepare="".join(
+            f"{line}\n"
+            for line in [*(f"module load {shlex.quote(name)}" for name in cfg.modules or []), *(cfg.setup or [])]
+        ),
         run=_run_directory(folder, names),
         srun=_srun(cfg),
         again=AGAIN.replace("JOB", job) if cfg.requeue else "",
@@ -104,7 +114,9 @@ def ranks_per_node(cfg: LaunchConfig) -> int:
 def job_name(cfg: LaunchConfig, folder: Path) -> str:
     """The name in the queue. UserError for the two by which Lightning knows a shell."""
     if cfg.job_name in ("bash", "interactive"):
-        raise UserError(f"job_name '{cfg.job_name}' is how Lightning knows a shell, and no ranks would start: choose another.")
+        raise UserError(
+            f"job_name '{cfg.job_name}' is how Lightning knows a shell, and no ranks would start: choose another."
+        )
     return cfg.job_name or f"vit-{folder.name}"
 
 
@@ -122,11 +134,14 @@ def seconds(time: str) -> int:
 def _size(cfg: LaunchConfig, runs: int) -> list[str]:
     """Options of sbatch about machines, time and place."""
     if cfg.time is not None and seconds(cfg.time) < cfg.signal_seconds + 60:  # SLURM warns up to half a minute early
-        raise UserError(f"time {cfg.time} leaves no time to train before the warning of signal_seconds {cfg.signal_seconds}.")
+        raise UserError(
+            f"time {cfg.time} leaves no time to train before the warning of signal_seconds {cfg.signal_seconds}."
+        )
     given = {
         "nodes": cfg.nodes,
         "ntasks-per-node": ranks_per_node(cfg),
-        "gpus-per-node": cfg.gpus_per_node or None,  # not gpus-per-task: every rank sees all GPUs of its machine and takes its own
+        "gpus-per-node": cfg.gpus_per_node
+        or None,  # not gpus-per-task: every rank sees all GPUs of its machine and takes its own
         "cpus-per-task": cfg.cpus_per_task,
         "mem": cfg.mem,
         "time": cfg.time,
@@ -135,7 +150,9 @@ def _size(cfg: LaunchConfig, runs: int) -> list[str]:
         "qos": cfg.qos,
         "array": f"0-{runs - 1}" + (f"%{cfg.at_once}" if cfg.at_once else "") if runs else None,
     }
-    return [f"{name}={value}" for name, value in given.items() if value is not None] + [word.lstrip("-") for word in cfg.sbatch or []]
+    return [f"{name}={value}" for name, value in given.items() if value is not None] + [
+        word.lstrip("-") for word in cfg.sbatch or []
+    ]
 
 
 def _directive(words: str) -> str:
@@ -154,7 +171,9 @@ def _run_directory(folder: Path, names: Sequence[str]) -> str:
 def _srun(cfg: LaunchConfig) -> str:
     words = ["srun", "--kill-on-bad-exit=1", "--wait=0"]
     if cfg.cpus_per_task:
-        words.append(f"--cpus-per-task={cfg.cpus_per_task}")  # which srun no longer takes over from sbatch since SLURM 22.05
+        words.append(
+            f"--cpus-per-task={cfg.cpus_per_task}"
+        )  # which srun no longer takes over from sbatch since SLURM 22.05
     python = cfg.python or ("python" if cfg.container else sys.executable)
     training = [*shlex.split(cfg.container or ""), python, "-m", "vit_suite", "pretrain"]
     shielded = """bash -c 'trap "" USR1 TERM; exec "$@"' rank"""

@@ -11,7 +11,18 @@ from vit_suite.errors import UserError
 
 COLUMNS = {"JobArrayID": 32, "State": 24, "RestartCnt": 12, "TimeLeft": 24, "StartTime": 24, "Reason": 80}
 """Fields of squeue and their widths; a separator between fields is newer than many clusters."""
-OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
+OVER = (
+    "COMPLETED",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+    "REVOKED",
+)
 """States that a job does not leave."""
 
 
@@ -33,7 +44,9 @@ class Entry(NamedTuple):
 def require_slurm() -> None:
     """UserError where there is no SLURM."""
     if shutil.which("sbatch") is None:
-        raise UserError("there is no SLURM here (no sbatch on PATH): --dry-run prints the script instead of submitting it.")
+        raise UserError(
+            "there is no SLURM here (no sbatch on PATH): --dry-run prints the script instead of submitting it."
+        )
 
 
 def submit(script: Path) -> str:
@@ -45,11 +58,14 @@ def submit(script: Path) -> str:
 
 
 def queue(job: str) -> list[Entry] | None:
-    """The job and every run of its array while SLURM remembers them (some minutes after the end); None where SLURM does not answer."""
+    """The job and every run of its array while SLURM remembers them (some minutes after the end); None where SLURM does
+    not answer."""
     if shutil.which("squeue") is None:
         return None
     fields = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
-    done = subprocess.run(["squeue", "-h", "--array", "-t", "all", "-j", job, "-O", fields], capture_output=True, text=True)
+    done = subprocess.run(
+        ["squeue", "-h", "--array", "-t", "all", "-j", job, "-O", fields], capture_output=True, text=True
+    )
     if done.returncode:
         return [] if "Invalid job id" in done.stderr else None
     return [_entry(line) for line in done.stdout.splitlines() if line.strip()]

@@ -13,7 +13,8 @@ from vit_suite.reports.status import Status, read_status
 
 
 def report(folder: Path) -> str:
-    """A line on the run in `folder`, or on each run of its array. UserError where nothing was launched or trained there."""
+    """A line on the run in `folder`, or on each run of its array. UserError where nothing was launched or trained
+    there."""
     record = read_record(folder)
     names = record.get("runs") or [""]
     if not record and read_status(folder) is None:
@@ -30,7 +31,8 @@ def report(folder: Path) -> str:
 
 
 def read_record(folder: Path) -> dict:
-    """launch.json of a run directory: `job`, and of an array the names of its `runs`; empty where nothing was launched."""
+    """launch.json of a run directory: `job`, and of an array the names of its `runs`; empty where nothing was
+    launched."""
     try:
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,7 +49,11 @@ def describe(status: Status | None, entry: Entry | None, asked: bool) -> str:
             return f"pre-empted, waits to go on ({entry.reason}{start}){_at(status)}"
         return f"queued ({entry.reason}{start})"
     if entry.state == "COMPLETED":
-        return "done" + _at(status) if status is None or status.state == "done" else f"ended, but its status is {status.state}{_at(status)}"
+        return (
+            "done" + _at(status)
+            if status is None or status.state == "done"
+            else f"ended, but its status is {status.state}{_at(status)}"
+        )
     if entry.state == "PREEMPTED":
         return f"pre-empted, will not start again{_at(status)}"
     if entry.over:
@@ -55,7 +61,11 @@ def describe(status: Status | None, entry: Entry | None, asked: bool) -> str:
         return f"failed ({own or entry.state.lower().replace('_', ' ')}){_at(status)}"
     if entry.state != "RUNNING":
         return entry.state.lower().replace("_", " ") + _at(status)
-    limit = "" if entry.time_left in ("UNLIMITED", "NOT_SET", "INVALID") else f"; {entry.time_left} until the job's time is up"
+    limit = (
+        ""
+        if entry.time_left in ("UNLIMITED", "NOT_SET", "INVALID")
+        else f"; {entry.time_left} until the job's time is up"
+    )
     return (_progress(status) if status else "running, no step yet") + limit
 
 
@@ -64,7 +74,11 @@ def _without_slurm(status: Status | None, asked: bool) -> str:
     if status is None:
         return "ended before its first step" if asked else "no step yet"
     if status.state != "running":
-        words = {"done": "done", "stopped": "stopped, goes on when it is started again", "failed": f"failed ({status.reason})"}
+        words = {
+            "done": "done",
+            "stopped": "stopped, goes on when it is started again",
+            "failed": f"failed ({status.reason})",
+        }
         return words[status.state] + _at(status)
     ago = duration(time.time() - status.updated)
     if asked:

@@ -1,4 +1,5 @@
-"""`vit-suite attention`: maps, overlays and masks of every image of a folder, a list, a video or a data set, on one rank or many."""
+"""`vit-suite attention`: maps, overlays and masks of every image of a folder, a list, a video or a data set, on one
+rank or many."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def run(cfg: AttentionConfig) -> None:
             formats=[*cfg.formats, "npz"] if cfg.gallery else cfg.formats,
             maps=cfg.maps,
             threshold=cfg.threshold,
-            clip_artefacts=cfg.clip_artefacts,
+            clip_artifacts=cfg.clip_artifacts,
             resize=cfg.resize,
             max_tokens=cfg.max_tokens,
             batch_size=cfg.batch_size,
@@ -49,7 +50,7 @@ def run(cfg: AttentionConfig) -> None:
             progress=True,
         )
         if distributed.rank() == 0:
-            print(sentence(summary, cfg.clip_artefacts))
+            print(sentence(summary, cfg.clip_artifacts))
             if cfg.gallery:
                 print(f"gallery: {write_gallery(cfg.output, images if isinstance(images, ImageSource) else None)}")
 
@@ -60,7 +61,9 @@ def open_data(cfg: AttentionConfig, loaded: LoadedBackbone) -> ImageSource:
         raise UserError("no images to look at: give --images FOLDER, or a data set with --data.name")
     channels = loaded.backbone.cfg.channels
     if cfg.data.channels not in (channels, DataConfig.channels):
-        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}.")
+        raise UserError(
+            f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}."
+        )
     return open_test(replace(cfg.data, channels=channels), cfg.seed)
 
 
@@ -72,7 +75,10 @@ def sentence(summary: ExportSummary, clip: float | None = None) -> str:
     if summary.failures:
         lines.append(f"files that do not decode: {len(summary.failures)}, listed in {summary.quarantine}")
     if clip is not None:
-        lines.append(f"{summary.artefacts} patches were artefacts (norm above {clip:g} times the median) and got their neighbours' median")
+        lines.append(
+            f"{summary.artifacts} patches were artifacts (norm above {clip:g} times the median) and got their"
+            " neighbours' median"
+        )
     if summary.shrunk:
         lines.append(f"{summary.shrunk} images were shrunk for the backbone; a larger --max_tokens shows more detail")
     if summary.coarse:

@@ -1,4 +1,5 @@
-"""What the commands that score a frozen backbone share: its images, the size they are seen at, the file for the scores."""
+"""What the commands that score a frozen backbone share: its images, the size they are seen at, the file for the
+scores."""
 
 from __future__ import annotations
 
@@ -37,31 +38,38 @@ def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataM
     """
     channels = loaded.backbone.cfg.channels
     if cfg.data.channels not in (channels, DataConfig.channels):
-        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}.")
-    options = replace(cfg.data, channels=channels, batch_size=1)  # the global batch belongs to training; here one image fills it
+        raise UserError(
+            f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}."
+        )
+    options = replace(
+        cfg.data, channels=channels, batch_size=1
+    )  # the global batch belongs to training; here one image fills it
     if channels not in (1, 3):  # no data set has published statistics for these
         options = replace(options, mean=options.mean or loaded.mean, std=options.std or loaded.std)
     data = ImageDataModule(options, seed=cfg.seed)
-    if not _labelled(data.train_source):
-        raise UserError(f"{data.name} has no labels, and {task} needs some: score on class folders or another labelled data set.")
+    if not _labeled(data.train_source):
+        raise UserError(
+            f"{data.name} has no labels, and {task} needs some: score on class folders or another labeled data set."
+        )
     test = open_test(options, cfg.seed)
     if test.split == data.train_source.split:
         raise UserError(
-            f"{data.name} would be scored on the images that it learns from, split '{test.split}': each would find itself. "
-            "Choose another split with data.train_split or data.test_split, or sort a folder into ROOT/train and ROOT/test."
+            f"{data.name} would be scored on the images that it learns from, split '{test.split}': each would find"
+            " itself. Choose another split with data.train_split or data.test_split, or sort a folder into ROOT/train"
+            " and ROOT/test."
         )
-    if not _labelled(test):
+    if not _labeled(test):
         raise UserError(f"{test.title} has no labels to score against: choose another split with data.test_split.")
     return data
 
 
-def _labelled(source: ImageSource) -> bool:
+def _labeled(source: ImageSource) -> bool:
     return source.labels is not None and bool((source.labels >= 0).any())
 
 
 def view_text(size: list[int]) -> str:
     """The evaluation view, for results.json."""
-    return f"shorter side to 256/224 of {size}, centre crop; images of that size as they are"
+    return f"shorter side to 256/224 of {size}, center crop; images of that size as they are"
 
 
 def representation(backbone: Backbone) -> str:

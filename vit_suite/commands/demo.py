@@ -40,7 +40,8 @@ SHOWN = 16
 
 
 def recipe(cfg: DemoConfig) -> PretrainConfig:
-    """A DINO run of minutes on two CPU cores: configs/dino/cifar10_cpu.yaml for smaller networks and more prototypes a class."""
+    """A DINO run of minutes on two CPU cores: configs/dino/cifar10_cpu.yaml for smaller networks and more prototypes a
+    class."""
     return PretrainConfig(
         method=DINOConfig(
             out_dim=512,
@@ -53,7 +54,13 @@ def recipe(cfg: DemoConfig) -> PretrainConfig:
             koleo_weight=0.1,
         ),
         backbone=BackboneConfig(patch_size=PATCH, dim=96, depth=3, heads=3, drop_path=0.0),
-        data=DataConfig(name="shapes", image_size=IMAGE, length=cfg.images, test_length=cfg.test_images, batch_size=min(128, cfg.images)),
+        data=DataConfig(
+            name="shapes",
+            image_size=IMAGE,
+            length=cfg.images,
+            test_length=cfg.test_images,
+            batch_size=min(128, cfg.images),
+        ),
         views=ViewsConfig(global_size=IMAGE, local_size=IMAGE // 2, local_crops=2, blur=[0.0, 0.0, 0.0]),
         optim=OptimConfig(lr=2e-3, warmup_epochs=2, weight_decay_end=0.04),
         trainer=TrainerConfig(max_epochs=cfg.epochs, max_minutes=cfg.minutes, progress=cfg.progress, devices=1),
@@ -87,9 +94,19 @@ def run(cfg: DemoConfig) -> None:
 def show_knn(loaded: LoadedBackbone, data: ImageDataModule, seed: int, folder: Path) -> None:
     """kNN of the trained backbone, the untrained one, and raw pixels."""
     scorer = Scorer(data, (10, 20, 100, 200), 0.07, loaded.image_size, 256, pick_device(), "auto", progress=False)
-    results = {"trained": scorer.backbone(loaded), "untrained": scorer.backbone(loaded.untrained(seed)), "raw pixels": scorer.pixels()}
+    results = {
+        "trained": scorer.backbone(loaded),
+        "untrained": scorer.backbone(loaded.untrained(seed)),
+        "raw pixels": scorer.pixels(),
+    }
     print(f"\n{accuracy_table(results)}\n")
-    append_result(folder / "results.json", "knn", {name: accuracies(r) for name, r in results.items()}, scorer.protocol(), loaded.sha256)
+    append_result(
+        folder / "results.json",
+        "knn",
+        {name: accuracies(r) for name, r in results.items()},
+        scorer.protocol(),
+        loaded.sha256,
+    )
 
 
 def show_masks(loaded: LoadedBackbone, source: ImageSource, seed: int, folder: Path) -> None:
@@ -108,5 +125,11 @@ def draw(loaded: LoadedBackbone, source: ImageSource, folder: Path) -> None:
         picture = Image.fromarray(source.load(index).permute(1, 2, 0).numpy())
         picture.save(images / f"{index:02d}_{source.classes[source.label(index)]}.png")
     export_attention(
-        loaded.backbone, images, folder / "attention", mean=loaded.mean, std=loaded.std, formats=("overlay", "mask"), overwrite=True
+        loaded.backbone,
+        images,
+        folder / "attention",
+        mean=loaded.mean,
+        std=loaded.std,
+        formats=("overlay", "mask"),
+        overwrite=True,
     )

@@ -1,7 +1,7 @@
 """`vit-suite pretrain --drill preempt@37,kill@50`: what a cluster does to a training, done to it here.
 
-The command starts itself as a child process, which sends itself the signal in the step named, and starts it again until it is
-done. So the training under test is the ordinary command, with nothing of the drill in it but that signal.
+The command starts itself as a child process, which sends itself the signal in the step named, and starts it again until
+it is done. So the training under test is the ordinary command, with nothing of the drill in it but that signal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIGNALS = {"preempt": signal.SIGUSR1, "kill": signal.SIGKILL}
 
 
 class Event(NamedTuple):
-    """What happens in optimiser step `step`, counted from 1."""
+    """What happens in optimizer step `step`, counted from 1."""
 
     kind: str
     step: int
@@ -59,11 +59,13 @@ def parse(text: str) -> list[Event]:
     return events
 
 
-# In the training ------------------------------------------------------------------------------------------------------------------
+# In the training
+# ------------------------------------------------------------------------------------------------------------------
 
 
 class Drill(pl.Callback):
-    """Sends this process the signal of an event in the middle of its step: after the gradients, before the weights change.
+    """Sends this process the signal of an event in the middle of its step: after the gradients, before the weights
+    change.
 
     SIGUSR1 goes to the last rank alone, as signals reach ranks at different moments; SIGKILL to all.
     """
@@ -72,12 +74,15 @@ class Drill(pl.Callback):
         self.event = event
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step + 1 == self.event.step and (self.event.kind == "kill" or trainer.global_rank == trainer.world_size - 1):
+        if trainer.global_step + 1 == self.event.step and (
+            self.event.kind == "kill" or trainer.global_rank == trainer.world_size - 1
+        ):
             os.kill(os.getpid(), SIGNALS[self.event.kind])
 
 
 def drill_callbacks(done: int, last: int) -> list[Drill]:
-    """The event that a drill wants of this training, of `last` steps with `done` behind it. UserError when it cannot take place."""
+    """The event that a drill wants of this training, of `last` steps with `done` behind it. UserError when it cannot
+    take place."""
     if DRILL not in os.environ:
         return []
     (event,) = parse(os.environ[DRILL])
@@ -87,11 +92,13 @@ def drill_callbacks(done: int, last: int) -> list[Drill]:
     return [Drill(event)]
 
 
-# Around it --------------------------------------------------------------------------------------------------------------------------
+# Around it
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def run_drill(cfg: PretrainConfig) -> int:
-    """Run the training of `cfg` through its events to its end; returns its exit status, not 0 when it went otherwise than planned."""
+    """Run the training of `cfg` through its events to its end; returns its exit status, not 0 when it went otherwise
+    than planned."""
     events = parse(cfg.drill)
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("--drill starts its own processes: run it without torchrun or srun.")
@@ -106,7 +113,12 @@ def run_drill(cfg: PretrainConfig) -> int:
             repeated += _say(event, folder)
     if status == 0 and event is None:
         weights = json.loads((folder / "backbone.json").read_text())["sha256"]
-        log.info("drill %s: finished, %d steps done twice; sha256 of the weights %s", ",".join(map(str, events)), repeated, weights)
+        log.info(
+            "drill %s: finished, %d steps done twice; sha256 of the weights %s",
+            ",".join(map(str, events)),
+            repeated,
+            weights,
+        )
         log.info("The same command without --drill, in another run directory, ends with the same weights.")
     return status
 

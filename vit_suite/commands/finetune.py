@@ -1,4 +1,5 @@
-"""`vit-suite finetune`: supervised training of a checkpoint's backbone under a fresh head. The trainer is `pretrain`'s."""
+"""`vit-suite finetune`: supervised training of a checkpoint's backbone under a fresh head. The trainer is
+`pretrain`'s."""
 
 from __future__ import annotations
 
@@ -20,12 +21,16 @@ def run(cfg: FinetuneConfig) -> None:
 def as_run(cfg: FinetuneConfig, loaded: LoadedBackbone) -> PretrainConfig:
     """The training run that `cfg` stands for: what `config.yaml` of its run directory holds."""
     if cfg.method.start not in (None, cfg.checkpoint):
-        raise UserError(f"--checkpoint is '{cfg.checkpoint}' and method.start '{cfg.method.start}': give the first alone.")
+        raise UserError(
+            f"--checkpoint is '{cfg.checkpoint}' and method.start '{cfg.method.start}': give the first alone."
+        )
     size = cfg.views.global_size
     if size is None:
         size = loaded.image_size[0]
         if size != loaded.image_size[-1]:
-            raise UserError(f"'{cfg.checkpoint}' was trained at {loaded.image_size} pixels; choose a side with --views.global_size.")
+            raise UserError(
+                f"'{cfg.checkpoint}' was trained at {loaded.image_size} pixels; choose a side with --views.global_size."
+            )
     return PretrainConfig(
         method=replace(cfg.method, start=cfg.checkpoint),
         backbone=cfg.backbone,

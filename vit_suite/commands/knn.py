@@ -42,8 +42,14 @@ def run(cfg: KNNConfig) -> None:
             if need <= cfg.data.memory_gb:
                 features["raw pixels"] = scorer.pixel_features()
             else:
-                log.info("raw pixels are left out: they take %.1f GiB, and data.memory_gb is %g", need, cfg.data.memory_gb)
-        protocol = scorer.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
+                log.info(
+                    "raw pixels are left out: they take %.1f GiB, and data.memory_gb is %g", need, cfg.data.memory_gb
+                )
+        protocol = scorer.protocol() | {
+            "checkpoint": cfg.checkpoint,
+            "trained_on": loaded.meta,
+            "data_options": asdict(data.cfg),
+        }
         if cfg.shots:
             few = {name: scorer.few_shot(found, cfg.shots, cfg.draws, cfg.seed) for name, found in features.items()}
             shown, metrics = shots_table(few), {name: shots_metrics(shots) for name, shots in few.items()}
@@ -60,7 +66,8 @@ def run(cfg: KNNConfig) -> None:
 
 
 class Scorer:
-    """kNN of one backbone after another on the same images under the same protocol. Ranks share the bank, and all get the results."""
+    """kNN of one backbone after another on the same images under the same protocol. Ranks share the bank, and all get
+    the results."""
 
     def __init__(
         self,
@@ -75,12 +82,17 @@ class Scorer:
     ):
         self.bank, self.test = data.bank(), data.test()
         self.ks, self.temperature, self.image_size = list(ks), temperature, list(image_size)
-        self.options = {"batch_size": batch_size, "device": device, "precision": pick_precision(precision, device), "progress": progress}
+        self.options = {
+            "batch_size": batch_size,
+            "device": device,
+            "precision": pick_precision(precision, device),
+            "progress": progress,
+        }
         self.mean, self.std = data.mean, data.std
         self.representation = ""  # of the backbone that was scored last
 
     def features(self, loaded: LoadedBackbone) -> tuple[Features, Features]:
-        """Of bank and test: the backbone's representation, L2-normalised."""
+        """Of bank and test: the backbone's representation, L2-normalized."""
         network = loaded.backbone.to(self.options["device"])
         network.set_fused_attention(self.options["device"].type != "cpu")
         self.representation = representation(network)
@@ -89,7 +101,7 @@ class Scorer:
         return bank, extract_features(network, self.test, *common, **self.options)
 
     def pixel_features(self) -> tuple[Features, Features]:
-        """Of bank and test: the normalised pixels themselves, which a backbone has to beat."""
+        """Of bank and test: the normalized pixels themselves, which a backbone has to beat."""
         common, size = (self.image_size, self.mean, self.std), self.options["batch_size"]
         bank = raw_pixel_features(self.bank, *common, batch_size=size, shared=True)
         return bank, raw_pixel_features(self.test, *common, batch_size=size)
@@ -108,7 +120,8 @@ class Scorer:
         return knn_classify(*bank[:2], *test[:2], rows=bank.rows, **vote)
 
     def few_shot(self, features: tuple[Features, Features], shots: Sequence[int], draws: int, seed: int) -> Shots:
-        """Votes of banks of few images of each class; features are those of the whole sets. UserError as `draw_shots`."""
+        """Votes of banks of few images of each class; features are those of the whole sets. UserError as
+        `draw_shots`."""
         bank, test = features
         drawn = {n: [draw_shots(bank.labels, n, draw, seed, self.bank.classes) for draw in range(draws)] for n in shots}
         return {n: [self.vote(pick_rows(bank, rows), test) for rows in banks] for n, banks in drawn.items()}
@@ -119,7 +132,7 @@ class Scorer:
             "data": self.bank.name,
             "bank": {"split": self.bank.split, "images": len(self.bank)},
             "test": {"split": self.test.split, "images": len(self.test)},
-            "features": f"{self.representation}, L2-normalised",
+            "features": f"{self.representation}, L2-normalized",
             "view": view_text(self.image_size),
             "k": self.ks,
             "temperature": self.temperature,
@@ -129,9 +142,11 @@ class Scorer:
 
 
 def accuracies(result: KNNResult) -> dict[str, dict[str, float]]:
-    """{"k20": {"top1": percent, "top5": percent}}; k as it was asked for, `used_k` beside it where the bank was smaller."""
+    """{"k20": {"top1": percent, "top5": percent}}; k as it was asked for, `used_k` beside it where the bank was
+    smaller."""
     return {
-        f"k{k}": {"top1": result.top1[k], "top5": result.top5[k]} | ({"used_k": result.used_k[k]} if result.used_k[k] != k else {})
+        f"k{k}": {"top1": result.top1[k], "top5": result.top5[k]}
+        | ({"used_k": result.used_k[k]} if result.used_k[k] != k else {})
         for k in result.top1
     }
 
@@ -154,7 +169,8 @@ def shots_metrics(shots: Shots) -> dict:
     """{"shots5": {"k20": {"top1": {"mean", "std", "draws"}, "top5": ..., "used_k" where the bank was smaller}}}."""
     return {
         f"shots{n}": {
-            f"k{k}": {"top1": top1.as_dict(), "top5": top5.as_dict()} | ({"used_k": used} if (used := results[0].used_k[k]) != k else {})
+            f"k{k}": {"top1": top1.as_dict(), "top5": top5.as_dict()}
+            | ({"used_k": used} if (used := results[0].used_k[k]) != k else {})
             for k, (top1, top5) in spreads(results).items()
         }
         for n, results in shots.items()

@@ -36,13 +36,19 @@ def run(cfg: LaunchConfig) -> None:
     _write(folder / SCRIPT, script)
     job = submit(folder / SCRIPT)
     _write(folder / RECORD, json.dumps({"job": job, "runs": [name for name in runs if name]}) + "\n")
-    print(f"job {job}: {cfg.nodes} nodes x {ranks_per_node(cfg)} ranks" + (f", {len(runs)} runs" if len(runs) > 1 else ""))
+    print(
+        f"job {job}: {cfg.nodes} nodes x {ranks_per_node(cfg)} ranks" + (f", {len(runs)} runs" if len(runs) > 1 else "")
+    )
     where = shlex.quote(str(folder))
-    print(f"how it is: vit-suite launch --status {where}\nits log:   {where}/slurm-{job}{'_*' if '' not in runs else ''}.log")
+    print(
+        f"how it is: vit-suite launch --status {where}\nits log:  "
+        f" {where}/slurm-{job}{'_*' if '' not in runs else ''}.log"
+    )
 
 
 def plan_runs(cfg: LaunchConfig, folder: Path) -> dict[str, PretrainConfig]:
-    """Name of the run's directory in `folder` ("": the folder itself) -> its training, with the nodes and devices of the job.
+    """Name of the run's directory in `folder` ("": the folder itself) -> its training, with the nodes and devices of
+    the job.
 
     Raises:
         UserError: an entry of the sweep is wrong, or the training contradicts the job.
@@ -67,7 +73,8 @@ def plan_runs(cfg: LaunchConfig, folder: Path) -> dict[str, PretrainConfig]:
 
 
 def sweep_entries(base: PretrainConfig, path: str) -> dict[str, PretrainConfig]:
-    """000, 001, ... -> `base` with the options of each entry of a YAML list. UserError with file and line where one is wrong."""
+    """000, 001, ... -> `base` with the options of each entry of a YAML list. UserError with file and line where one is
+    wrong."""
     common = read_mapping(asdict(base))
     runs = {}
     for number, entry in enumerate(read_yaml_list(path)):
@@ -89,16 +96,25 @@ def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> Pretr
     """`training` as it runs in the job: its nodes, devices and directory, and no progress bar in the log."""
     ranks, trainer = ranks_per_node(cfg), training.trainer
     if cfg.gpus_per_node and cfg.tasks_per_node not in (None, ranks):
-        raise UserError(f"tasks_per_node is {cfg.tasks_per_node}, but a GPU takes one process and gpus_per_node is {ranks}: leave it out.")
+        raise UserError(
+            f"tasks_per_node is {cfg.tasks_per_node}, but a GPU takes one process and gpus_per_node is {ranks}: leave"
+            " it out."
+        )
     if trainer.nodes not in (1, cfg.nodes):
-        raise UserError(f"trainer.nodes is {trainer.nodes}, but the job has {cfg.nodes} nodes: leave it out, launch sets it.")
+        raise UserError(
+            f"trainer.nodes is {trainer.nodes}, but the job has {cfg.nodes} nodes: leave it out, launch sets it."
+        )
     if trainer.devices not in ("auto", ranks):
-        raise UserError(f"trainer.devices is {trainer.devices}, but the job has {ranks} ranks a node: leave it out, launch sets it.")
+        raise UserError(
+            f"trainer.devices is {trainer.devices}, but the job has {ranks} ranks a node: leave it out, launch sets it."
+        )
     accelerator = "gpu" if cfg.gpus_per_node else "cpu"
     if trainer.accelerator not in ("auto", accelerator):
         raise UserError(f"trainer.accelerator is {trainer.accelerator}, but gpus_per_node is {cfg.gpus_per_node}.")
     if training.run.overwrite:
-        raise UserError("run.overwrite would delete the run whenever its job starts again: delete the directory, or name another.")
+        raise UserError(
+            "run.overwrite would delete the run whenever its job starts again: delete the directory, or name another."
+        )
     if training.drill:
         raise UserError("drill needs no cluster: `vit-suite pretrain` does it.")
     trainer = replace(trainer, nodes=cfg.nodes, devices=ranks, accelerator=accelerator, progress=False)
@@ -106,8 +122,8 @@ def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> Pretr
 
 
 def check(runs: dict[str, PretrainConfig]) -> None:
-    """What a training would refuse when it starts, but for its data, which this machine may not see: its directory, a batch that does not
-    split over the ranks, a network or a method that cannot be."""
+    """What a training would refuse when it starts, but for its data, which this machine may not see: its directory, a
+    batch that does not split over the ranks, a network or a method that cannot be."""
     import torch  # for which --status need not wait
 
     from vit_suite.commands import rundir
@@ -121,14 +137,18 @@ def check(runs: dict[str, PretrainConfig]) -> None:
         rundir.check(training)
         backbone = replace(training.backbone, channels=training.data.channels, pretrained=False)
         with torch.device("meta"):  # shapes alone
-            METHODS[training.method.name](training.method, backbone, training.views, training.optim, *statistics(training.data))
+            METHODS[training.method.name](
+                training.method, backbone, training.views, training.optim, *statistics(training.data)
+            )
 
 
 def refuse_second_job(folder: Path) -> None:
     """Two jobs in one directory would write over each other's checkpoints. UserError while one is in the queue."""
     job = read_record(folder).get("job")
     if job and (alive := [entry for entry in queue(job) or [] if not entry.over]):
-        raise UserError(f"job {job} in '{folder}' is {alive[0].state.lower()}: `scancel {job}` ends it, or name another run.output.")
+        raise UserError(
+            f"job {job} in '{folder}' is {alive[0].state.lower()}: `scancel {job}` ends it, or name another run.output."
+        )
 
 
 def _write(path: Path, text: str) -> None:

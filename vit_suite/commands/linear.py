@@ -1,4 +1,5 @@
-"""`vit-suite linear`: heads on a frozen backbone, chosen on held-out training images; tables on the screen, all of it in results.json."""
+"""`vit-suite linear`: heads on a frozen backbone, chosen on held-out training images; tables on the screen, all of it
+in results.json."""
 
 from __future__ import annotations
 
@@ -45,12 +46,18 @@ def run(cfg: LinearConfig) -> None:
         size, path = view_size(cfg, loaded), results_path(cfg)
         protocol, features = resolve(cfg, loaded.backbone)
         if protocol.augment and size[0] != size[1]:
-            raise UserError(f"augment: random crops are square, and the view is {size[0]}x{size[1]}; give --image_size or --augment false.")
+            raise UserError(
+                f"augment: random crops are square, and the view is {size[0]}x{size[1]}; give --image_size or --augment"
+                " false."
+            )
         data = open_data(cfg, loaded, "linear evaluation")
         prober = Prober(cfg, data, size, protocol)
         results = {"checkpoint": prober.backbone(loaded, features)}
         if cfg.baselines:
-            baselines = {"untrained": lambda: prober.backbone(loaded.untrained(cfg.seed), features), "raw pixels": prober.pixels}
+            baselines = {
+                "untrained": lambda: prober.backbone(loaded.untrained(cfg.seed), features),
+                "raw pixels": prober.pixels,
+            }
             for name, baseline in baselines.items():
                 try:
                     results[name] = baseline()
@@ -60,7 +67,11 @@ def run(cfg: LinearConfig) -> None:
         if prober.speaks:
             print(report(results, prober))
             metrics = {name: as_metrics(result) for name, result in results.items()}
-            entry = prober.describe() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "data_options": asdict(data.cfg)}
+            entry = prober.describe() | {
+                "checkpoint": cfg.checkpoint,
+                "trained_on": loaded.meta,
+                "data_options": asdict(data.cfg),
+            }
             append_result(path, "linear few-shot" if cfg.shots else "linear", metrics, entry, loaded.sha256)
             print(f"appended to {path}")
 
@@ -77,10 +88,12 @@ class Turns(EpochPlan):
 
 
 class Prober:
-    """The same heads under the same protocol on one backbone after another. Test images are decoded when a winner is to be scored.
+    """The same heads under the same protocol on one backbone after another. Test images are decoded when a winner is to
+    be scored.
 
-    Ranks share the passes through the backbone. Each then has the features of all images and trains the same heads in the same batches,
-    which takes seconds, and gives the numbers of one rank bit for bit; sums of gradients over ranks would not.
+    Ranks share the passes through the backbone. Each then has the features of all images and trains the same heads in
+    the same batches, which takes seconds, and gives the numbers of one rank bit for bit; sums of gradients over ranks
+    would not.
     """
 
     def __init__(self, cfg: LinearConfig, data: ImageDataModule, size: list[int], protocol: Protocol):
@@ -101,7 +114,7 @@ class Prober:
         return self.probe(backbone_subject(network, features, loaded.mean, loaded.std, self.precision))
 
     def pixels(self) -> Result:
-        """Of the normalised pixels."""
+        """Of the normalized pixels."""
         return self.probe(pixel_subject(self.data.cfg.channels, self.size, self.data.mean, self.data.std))
 
     def probe(self, subject: Subject) -> Result:
@@ -116,7 +129,9 @@ class Prober:
         if cfg.shots:
             few = {"shots": cfg.shots, "draws": cfg.draws, "names": self.train.classes, "progress": self.speaks}
             return few_shot_probe(train, lambda: self._test(subject), recipe, **few, **common)
-        return linear_probe(train, lambda: self._test(subject), recipe, **common, classes=self.classes, progress=self.speaks)
+        return linear_probe(
+            train, lambda: self._test(subject), recipe, **common, classes=self.classes, progress=self.speaks
+        )
 
     def _augmented(self, subject: Subject) -> ProbeResult:
         inner, held = self.train, None
@@ -125,11 +140,20 @@ class Prober:
             inner, held = self.train.subset(rows), self._extract(subject, self.train.subset(held_rows))
         recipe = self.protocol.recipe
         batches, count = self._batches(subject, inner, min(recipe.batch_size, len(inner)))
-        options = {"shape": subject.shape, "classes": self.classes, "images": len(inner), "device": self.device, "progress": self.speaks}
-        return linear_probe_on_batches(batches, count, held, lambda: self._test(subject), recipe, subject.columns, **options)
+        options = {
+            "shape": subject.shape,
+            "classes": self.classes,
+            "images": len(inner),
+            "device": self.device,
+            "progress": self.speaks,
+        }
+        return linear_probe_on_batches(
+            batches, count, held, lambda: self._test(subject), recipe, subject.columns, **options
+        )
 
     def _batches(self, subject: Subject, source: ImageSource, size: int) -> tuple[Batches, int]:
-        """(batches, batches an epoch) of parts of randomly cropped and flipped images (the only colours are the image's own)."""
+        """(batches, batches an epoch) of parts of randomly cropped and flipped images (the only colors are the image's
+        own)."""
         seed, device = self.cfg.seed, self.device
         config = SupervisedViewsConfig(global_size=self.size[0], randaugment=0, erase=0.0)
         views = MultiCrop(config, subject.mean, subject.std)
@@ -137,7 +161,11 @@ class Prober:
         if isinstance(source, ResidentSource):
             loader = ResidentLoader(source, plan)
         else:
-            ready = ViewsInWorkers(views, seed, size) if pick_backend(config, device.type, ragged=True) == "workers" else None
+            ready = (
+                ViewsInWorkers(views, seed, size)
+                if pick_backend(config, device.type, ragged=True) == "workers"
+                else None
+            )
             workers = auto_workers(self.data.cfg.workers, False)
             loader = FileLoader(source, plan, workers, self.data.quarantine, device.type == "cuda", ready)
 
@@ -146,7 +174,9 @@ class Prober:
             try:
                 for number, (images, labels, _) in enumerate(loader):
                     if isinstance(images, Tensor) or images[0].ndim == 3:
-                        images = images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+                        images = (
+                            images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+                        )
                         images = views(images, alone(len(images), seed, epoch, plan.turn + number * plan.turns))
                     part = subject.embed(images[0]), labels
                     yield tuple(tensor.cpu() for tensor in part) if distributed.active() else part
@@ -174,8 +204,12 @@ class Prober:
         kept = 1.0 if not self.protocol.augment else self.cfg.holdout * self.choosing
         if (need := subject.bytes(round(kept * len(self.train))) / GIB) > self.cfg.memory_gb:
             rows = f"{len(self.train)} training images x {subject.shape[0]} x {subject.shape[1]} numbers"
-            remedy = "ask for fewer blocks or poolings, a larger memory_gb" + ("." if self.protocol.augment else ", or --augment true.")
-            raise UserError(f"features of {rows} take {need:.3g} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}")
+            remedy = "ask for fewer blocks or poolings, a larger memory_gb" + (
+                "." if self.protocol.augment else ", or --augment true."
+            )
+            raise UserError(
+                f"features of {rows} take {need:.3g} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}"
+            )
 
     def describe(self) -> dict:
         """Everything that decides the score besides the weights."""
@@ -184,10 +218,17 @@ class Prober:
         choice = "none: one setting, trained on all training images"
         retrained = "not needed"
         if self.choosing:
-            choice = "winner on the held-out training images by top-1, then cross-entropy; test is read once, after the choice"
+            choice = (
+                "winner on the held-out training images by top-1, then cross-entropy; test is read once, after the"
+                " choice"
+            )
             again = "the winner is trained again on all training images"
             retrained = "the head trained without them is scored" if protocol.augment else again
-        few = {"shots": self.cfg.shots, "draws": self.cfg.draws, "spread": "mean and sample standard deviation over draws"}
+        few = {
+            "shots": self.cfg.shots,
+            "draws": self.cfg.draws,
+            "spread": "mean and sample standard deviation over draws",
+        }
         few["retrained"] = "the winner's heads, which never see the held-out images, are scored"
         return {
             "protocol": protocol.says,
@@ -195,8 +236,12 @@ class Prober:
             "train": {"split": self.train.split, "images": len(self.train)},
             "test": {"split": test.split, "images": len(test)},
             "view": view_text(self.size),
-            "augment": "random resized crop of 8 to 100% of the area, flip" if protocol.augment else "none: features are extracted once",
-            "features": "tokens after the final norm, not normalised further, kept in 16 bits",
+            "augment": (
+                "random resized crop of 8 to 100% of the area, flip"
+                if protocol.augment
+                else "none: features are extracted once"
+            ),
+            "features": "tokens after the final norm, not normalized further, kept in 16 bits",
             "blocks": list(protocol.blocks),
             "pool": list(protocol.pools),
             "head": self.cfg.head,
@@ -208,14 +253,20 @@ class Prober:
         } | (few if self.cfg.shots else {})
 
 
-# What is shown and kept ---------------------------------------------------------------------------------------------------------------
+# What is shown and kept
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def as_metrics(result: Result) -> dict:
     """A result as plain numbers."""
     if isinstance(result, dict):
         return {
-            f"shots{n}": {"top1": one.top1.as_dict(), "top5": one.top5.as_dict(), **one.setting._asdict(), "held_out": _rows(one.held_out)}
+            f"shots{n}": {
+                "top1": one.top1.as_dict(),
+                "top5": one.top5.as_dict(),
+                **one.setting._asdict(),
+                "held_out": _rows(one.held_out),
+            }
             for n, one in result.items()
         }
     scores = {"top1": result.top1, "top5": result.top5, **result.setting._asdict()}
@@ -225,15 +276,26 @@ def as_metrics(result: Result) -> dict:
 def _rows(scores: Sequence[HeadScore]) -> list[dict]:
     """JSON has no nan: a diverged head's loss is null."""
     finite = [one.loss if math.isfinite(one.loss) else None for one in scores]
-    return [one.setting._asdict() | {"top1": one.top1, "top5": one.top5, "loss": loss} for one, loss in zip(scores, finite, strict=True)]
+    return [
+        one.setting._asdict() | {"top1": one.top1, "top5": one.top5, "loss": loss}
+        for one, loss in zip(scores, finite, strict=True)
+    ]
 
 
 def report(results: dict[str, Result], prober: Prober) -> str:
     """Title, a row for each result, and the held-out scores that the checkpoint's winner was chosen from."""
     rows, tables = [], []
     for name, result in results.items():
-        for label, one in [(f", {n} a class", one) for n, one in result.items()] if isinstance(result, dict) else [("", result)]:
-            rows.append([f"{name}{label}", *(str(s) if isinstance(s, Spread) else s for s in (one.top1, one.top5)), *_cells(one.setting)])
+        for label, one in (
+            [(f", {n} a class", one) for n, one in result.items()] if isinstance(result, dict) else [("", result)]
+        ):
+            rows.append(
+                [
+                    f"{name}{label}",
+                    *(str(s) if isinstance(s, Spread) else s for s in (one.top1, one.top5)),
+                    *_cells(one.setting),
+                ]
+            )
             if name == "checkpoint" and one.held_out:
                 tables.append(sweep_table(one.held_out, f"held out{label}, top-1 %"))
                 warn_of_edge(one.held_out, one.setting)
@@ -253,7 +315,9 @@ def sweep_table(scores: Sequence[HeadScore], title: str) -> str:
     rates = list(dict.fromkeys(one.setting.lr for one in scores))
     rows = []
     for feature in dict.fromkeys(one.setting.feature for one in scores):
-        cells = [one.top1 if math.isfinite(one.loss) else "diverged" for one in scores if one.setting.feature == feature]
+        cells = [
+            one.top1 if math.isfinite(one.loss) else "diverged" for one in scores if one.setting.feature == feature
+        ]
         rows.append([f"{feature.pool}, {feature.blocks} block{'s' * (feature.blocks != 1)}", *cells])
     return table([title, *(f"lr {rate:g}" for rate in rates)], rows)
 
@@ -263,4 +327,6 @@ def warn_of_edge(scores: Sequence[HeadScore], winner: Setting) -> None:
     rates = {one.setting.lr for one in scores}
     if len(rates) > 1 and winner.lr in (min(rates), max(rates)):
         which, more = ("smallest", "smaller") if winner.lr == min(rates) else ("largest", "larger")
-        log.warning("the winner's lr %g is the %s of the sweep: a %s one may score higher (--lr)", winner.lr, which, more)
+        log.warning(
+            "the winner's lr %g is the %s of the sweep: a %s one may score higher (--lr)", winner.lr, which, more
+        )

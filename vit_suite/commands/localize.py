@@ -1,4 +1,4 @@
-"""`vit-suite localize`: what a backbone finds, beside its untrained self, a centred box and the whole image."""
+"""`vit-suite localize`: what a backbone finds, beside its untrained self, a centerd box and the whole image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def run(cfg: LocalizeConfig) -> None:
     with distributed.launched():
         loaded = load_backbone(cfg.checkpoint)
         if "attention" in cfg.method and not loaded.backbone.has_cls:
-            raise UserError(f"'{cfg.checkpoint}' has no CLS token, so no attention to score: use --method lost tokencut, which need none.")
+            raise UserError(
+                f"'{cfg.checkpoint}' has no CLS token, so no attention to score: use --method lost tokencut, which need"
+                " none."
+            )
         path = results_path(cfg)
         source, truths = open_images(cfg, loaded.backbone.cfg.channels)
         device = rank_device(cfg.accelerator)
@@ -58,7 +61,11 @@ def run(cfg: LocalizeConfig) -> None:
             if found.looked.failures:
                 log.warning("%d files do not decode, first %s", len(found.looked.failures), found.looked.failures[0])
             print(found.text())
-            protocol = found.protocol() | {"checkpoint": cfg.checkpoint, "trained_on": loaded.meta, "options": asdict(cfg)}
+            protocol = found.protocol() | {
+                "checkpoint": cfg.checkpoint,
+                "trained_on": loaded.meta,
+                "options": asdict(cfg),
+            }
             append_result(path, "localize", found.metrics(), protocol, loaded.sha256)
             print(f"appended to {path}")
 
@@ -67,18 +74,28 @@ def open_images(cfg: LocalizeConfig, channels: int) -> tuple[ImageSource, Truths
     """The images to score and where their objects are; UserError when there is no truth."""
     if cfg.images is not None:
         if cfg.truth is None:
-            raise UserError("images need a truth to be scored against: give --truth, a folder of masks or a file of boxes.")
+            raise UserError(
+                "images need a truth to be scored against: give --truth, a folder of masks or a file of boxes."
+            )
         if cfg.data.name:
-            raise UserError(f"both images and data.name {cfg.data.name} are given; expected a folder with its truth, or a data set.")
+            raise UserError(
+                f"both images and data.name {cfg.data.name} are given; expected a folder with its truth, or a data set."
+            )
         return open_truths(cfg.images, cfg.truth, cfg.mask_values, channels)
     if cfg.truth is not None:
         raise UserError("truth is given without images; data sets bring their own.")
     if not cfg.data.name:
-        raise UserError("nothing to score: give --images DIR --truth DIR_OR_FILE, or a data set with --data.name tiny_imagenet or shapes.")
+        raise UserError(
+            "nothing to score: give --images DIR --truth DIR_OR_FILE, or a data set with --data.name tiny_imagenet or"
+            " shapes."
+        )
     source = open_test(replace(cfg.data, channels=channels), cfg.seed)
     truths = source_truths(source)
     if truths is None:
-        raise UserError(f"{source.name} has neither masks nor boxes: use tiny_imagenet or shapes, or --images DIR --truth DIR_OR_FILE.")
+        raise UserError(
+            f"{source.name} has neither masks nor boxes: use tiny_imagenet or shapes, or --images DIR --truth"
+            " DIR_OR_FILE."
+        )
     return source, truths
 
 
@@ -99,7 +116,9 @@ class Localized:
         """What was scored, and the tables."""
         masks = self.localizer.truths.kind == "masks"
         count, scored = len(self.choosing), int((~self.choosing).sum())
-        lines = [f"{self.localizer.truths.title}: {scored} images scored, {count - scored} others chose thresholds and heads"]
+        lines = [
+            f"{self.localizer.truths.title}: {scored} images scored, {count - scored} others chose thresholds and heads"
+        ]
         if self.looked.empty:
             lines.append(f"{self.looked.empty} images without an object are left out")
         measured = ["Jaccard %", "pointing %"] if masks else ["box IoU %", "CorLoc %", "pointing %"]
@@ -126,7 +145,10 @@ class Localized:
         """For results.json."""
         kind = self.localizer.truths.kind
         named = {name: {row: one.named(kind) for row, one in rows.items()} for name, rows in self.scores.items()}
-        named |= {"center_box": self.baselines.center_box.named(kind), "whole_image": self.baselines.whole_image.named(kind)}
+        named |= {
+            "center_box": self.baselines.center_box.named(kind),
+            "whole_image": self.baselines.whole_image.named(kind),
+        }
         named["center_box"]["size"] = self.baselines.sizes
         return named
 
@@ -138,11 +160,18 @@ class Localized:
             "images": len(self.choosing),
             "scored": int((~self.choosing).sum()),
             "left_out": {"without_object": self.looked.empty, "not_decoded": len(self.looked.failures)},
-            "chosen": "thresholds and heads by mean overlap (the pointing head by hits) on the images that are not scored",
-            "center_box": "of the best fixed size on the scored images themselves: an upper bound for a fixed centred box",
+            "chosen": (
+                "thresholds and heads by mean overlap (the pointing head by hits) on the images that are not scored"
+            ),
+            "center_box": (
+                "of the best fixed size on the scored images themselves: an upper bound for a fixed centerd box"
+            ),
             "methods": list(how.methods),
             "thresholds": list(how.thresholds),
-            "mask": "attention: patches of the top share of the mass; its largest region gives the box. LOST, TokenCut: the seed's region",
+            "mask": (
+                "attention: patches of the top share of the mass; its largest region gives the box. LOST, TokenCut: the"
+                " seed's region"
+            ),
             "shorter_side": how.shorter or "own",
             "max_tokens": how.max_tokens,
             "precision": how.precision,
@@ -150,7 +179,8 @@ class Localized:
 
 
 def localize(localizer: Localizer, backbones: dict[str, LoadedBackbone], seed: int = 0) -> Localized:
-    """Every backbone on the localizer's images; a half drawn with `seed` chooses, the other is scored. UserError below two images."""
+    """Every backbone on the localizer's images; a half drawn with `seed` chooses, the other is scored. UserError below
+    two images."""
     scores = {}
     for name, loaded in backbones.items():
         loaded.backbone.to(localizer.device)
@@ -164,4 +194,6 @@ def localize(localizer: Localizer, backbones: dict[str, LoadedBackbone], seed: i
         rows = ((TITLES[method], score(found, choosing)) for method, found in looked.found.items())
         scores[name] = {row or title: one for title, found in rows for row, one in found.items()}
     scored = [index for index, chooses in zip(looked.sizes, choosing.tolist(), strict=True) if not chooses]
-    return Localized(localizer, scores, without_model(localizer.truths, {i: looked.sizes[i] for i in scored}), looked, choosing)
+    return Localized(
+        localizer, scores, without_model(localizer.truths, {i: looked.sizes[i] for i in scored}), looked, choosing
+    )

@@ -10,8 +10,8 @@ import warnings
 def main_process() -> bool:
     """Whether this process speaks and writes for all; known from what launchers set, before a process group is up.
 
-    torchrun says RANK. Otherwise every number must be 0: in a shell on a SLURM node SLURM_PROCID is 0 for all processes that Lightning
-    starts from it, which LOCAL_RANK tells apart.
+    torchrun says RANK. Otherwise every number must be 0: in a shell on a SLURM node SLURM_PROCID is 0 for all processes
+    that Lightning starts from it, which LOCAL_RANK tells apart.
     """
     names = ["RANK"] if "RANK" in os.environ else ["SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"]
     return all(int(os.environ.get(name, "0")) == 0 for name in names)
@@ -24,7 +24,11 @@ def speak() -> None:
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of a torch name
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # images are in memory, or data.workers said so
-    warnings.filterwarnings("ignore", message=".*`srun` command is available")  # on a login node every plain run would hear it
+    warnings.filterwarnings(
+        "ignore", message=".*does not have many workers"
+    )  # images are in memory, or data.workers said so
+    warnings.filterwarnings(
+        "ignore", message=".*`srun` command is available"
+    )  # on a login node every plain run would hear it
     # The time limit of an interrupted run need not be that of the run that goes on.
     warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*\['Timer'\]")

@@ -1,4 +1,5 @@
-"""`vit-suite pretrain`: data, method and trainer from a config; everything is checked before the run directory appears."""
+"""`vit-suite pretrain`: data, method and trainer from a config; everything is checked before the run directory
+appears."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ from vit_suite.commands.loggers import build_loggers, remember
 from vit_suite.commands.logs import main_process, speak
 from vit_suite.commands.start import adopt
 from vit_suite.commands.stop import answer, cluster_environment, requeued
-from vit_suite.commands.supervised import check_test_labels, class_names, has_test, prepare_head, score_run, test_protocol
+from vit_suite.commands.supervised import (
+    check_test_labels,
+    class_names,
+    has_test,
+    prepare_head,
+    score_run,
+    test_protocol,
+)
 from vit_suite.config import PretrainConfig, SiTConfig, SupervisedConfig, TrainerConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.gpu_decode import check_decoder
@@ -60,8 +68,14 @@ def run(cfg: PretrainConfig) -> None:
         return
     if train(cfg):
         root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
-        log.info("next: vit-suite knn --checkpoint %s --data.name %s%s --baselines", cfg.run.output, cfg.data.name, root)
-        log.info("      vit-suite attention --checkpoint %s --images IMAGES --output %s/attention", cfg.run.output, cfg.run.output)
+        log.info(
+            "next: vit-suite knn --checkpoint %s --data.name %s%s --baselines", cfg.run.output, cfg.data.name, root
+        )
+        log.info(
+            "      vit-suite attention --checkpoint %s --images IMAGES --output %s/attention",
+            cfg.run.output,
+            cfg.run.output,
+        )
 
 
 class Run(NamedTuple):
@@ -79,7 +93,7 @@ class Run(NamedTuple):
     checkpoint: Path | None
     """What it resumes from."""
     steps_before: int
-    """Optimiser steps behind that."""
+    """Optimizer steps behind that."""
 
 
 def train(cfg: PretrainConfig) -> bool:
@@ -115,7 +129,10 @@ def prepare(cfg: PretrainConfig, signals: Signals) -> Run:
     scores = build_scores(cfg, data, precision)
     progress = build_progress(cfg, folder, data, scores, steps_before)
     callbacks = build_callbacks(cfg, folder, data, scores, precision, signals)
-    callbacks += [progress, *drill_callbacks(steps_before, progress.max_steps)]  # after the scores, which status.json shows
+    callbacks += [
+        progress,
+        *drill_callbacks(steps_before, progress.max_steps),
+    ]  # after the scores, which status.json shows
     trainer = build_trainer(cfg, folder, callbacks, precision, steps_before)
     data.trainer = trainer
     data.plan()  # says now whether the global batch splits over the ranks
@@ -127,7 +144,9 @@ def prepare(cfg: PretrainConfig, signals: Signals) -> Run:
     return Run(cfg, folder, trainer, method, data, scores, progress, device, precision, checkpoint, steps_before)
 
 
-def build_parts(cfg: PretrainConfig, folder: Path) -> tuple[ImageDataModule, Method, torch.device, Literal["bf16", "fp32"]]:
+def build_parts(
+    cfg: PretrainConfig, folder: Path
+) -> tuple[ImageDataModule, Method, torch.device, Literal["bf16", "fp32"]]:
     """Data and method of a training whose files lie in `folder`, seeded; its device and precision."""
     if cfg.trainer.max_steps == 0:
         raise UserError("trainer.max_steps is 0; expected at least 1, or -1 to let trainer.max_epochs decide.")
@@ -144,7 +163,10 @@ def build_parts(cfg: PretrainConfig, folder: Path) -> tuple[ImageDataModule, Met
         compile_blocks(method, graphs=cfg.trainer.compile == "graphs")
     data.setup("fit")
     if data.resident and cfg.views.backend == "workers":
-        raise UserError("views.backend is workers, but the images are held in memory and no worker reads them: add --data.resident false.")
+        raise UserError(
+            "views.backend is workers, but the images are held in memory and no worker reads them: add --data.resident"
+            " false."
+        )
     check_decode(cfg, data, device)
     if not data.resident and pick_backend(cfg.views, device.type, ragged=True) == "workers":
         data.transform = ViewsInWorkers(method.views, cfg.run.seed, cfg.data.batch_size)
@@ -168,8 +190,8 @@ def check_decode(cfg: PretrainConfig, data: ImageDataModule, device: torch.devic
 
 
 def fit(run: Run) -> Run | None:
-    """Train to the end; on rank 0 the run, with all weights where ranks shared them. Raises Stopped there, with status.json written, when
-    a signal ended it before."""
+    """Train to the end; on rank 0 the run, with all weights where ranks shared them. Raises Stopped there, with
+    status.json written, when a signal ended it before."""
     if run.checkpoint:
         log.info("resuming %s, %d steps done", run.checkpoint, run.steps_before)
     main = run.trainer.is_global_zero
@@ -191,7 +213,8 @@ def fit(run: Run) -> Run | None:
 
 
 def record(run: Run, seconds: float) -> None:
-    """Leave the results of a finished run; of one that was complete before, what a process that was killed at the end did not leave."""
+    """Leave the results of a finished run; of one that was complete before, what a process that was killed at the end
+    did not leave."""
     complete = run.checkpoint is not None and run.trainer.global_step == run.steps_before
     method = run.method.to(run.device)
     if complete and rundir.recorded(run.folder, weights_sha256(method.evaluation_backbone().vit.state_dict())):
@@ -202,7 +225,7 @@ def record(run: Run, seconds: float) -> None:
         return
     if complete:
         run.trainer.checkpoint_callback.export(run.trainer, method)
-    summarise(run, seconds)
+    summarize(run, seconds)
 
 
 def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:
@@ -212,13 +235,21 @@ def build_method(cfg: PretrainConfig, data: ImageDataModule) -> Method:
     backbone = replace(cfg.backbone, channels=cfg.data.channels)
     classes = {"classes": class_names(data)} if cfg.method.name == "supervised" else {}
     return METHODS[cfg.method.name](
-        cfg.method, backbone, cfg.views, cfg.optim, data.mean, data.std, seed=cfg.run.seed, batch_size=cfg.data.batch_size, **classes
+        cfg.method,
+        backbone,
+        cfg.views,
+        cfg.optim,
+        data.mean,
+        data.std,
+        seed=cfg.run.seed,
+        batch_size=cfg.data.batch_size,
+        **classes,
     )
 
 
 def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> list[OnlineScore]:
-    """Online scores, where they are wanted and the data has labels: kNN, and the accuracy of a supervised head. The last one decides
-    which checkpoint is the best."""
+    """Online scores, where they are wanted and the data has labels: kNN, and the accuracy of a supervised head. The
+    last one decides which checkpoint is the best."""
     if not cfg.evaluate.every_epochs:
         return []
     if data.train_source.labels is None:
@@ -229,7 +260,9 @@ def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> 
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}, or train without scores: --evaluate.every_epochs 0.") from error
     if itself:
-        log.info("%s has no split of its own to score: no scores during training; the best checkpoint is the last", data.name)
+        log.info(
+            "%s has no split of its own to score: no scores during training; the best checkpoint is the last", data.name
+        )
         return []
     size = [cfg.views.global_size, cfg.views.global_size]
     scores: list[OnlineScore] = [OnlineKNN(cfg.evaluate, data, size, precision)]
@@ -239,7 +272,9 @@ def build_scores(cfg: PretrainConfig, data: ImageDataModule, precision: str) -> 
     return scores
 
 
-def build_progress(cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], steps_before: int) -> Progress:
+def build_progress(
+    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], steps_before: int
+) -> Progress:
     """What keeps status.json."""
     per_epoch = len(data.plan()) // cfg.trainer.accumulate
     planned = per_epoch * cfg.trainer.max_epochs
@@ -248,7 +283,12 @@ def build_progress(cfg: PretrainConfig, folder: Path, data: ImageDataModule, sco
 
 
 def build_callbacks(
-    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], precision: str, signals: Signals
+    cfg: PretrainConfig,
+    folder: Path,
+    data: ImageDataModule,
+    scores: Sequence[OnlineScore],
+    precision: str,
+    signals: Signals,
 ) -> list[pl.Callback]:
     """Checkpoints, scores and pictures of a run."""
     monitor = scores[-1].metric if scores else None
@@ -256,10 +296,16 @@ def build_callbacks(
     callbacks: list[pl.Callback] = [keeper, *scores]
     if isinstance(cfg.method, SiTConfig) and cfg.method.sheet_every_epochs and cfg.method.reconstruct != "none":
         sheets, shown = folder / "reconstructions", images_to_show(data, COLUMNS)
-        callbacks.append(ReconstructionSheets(sheets, shown, cfg.views.global_size, cfg.method.sheet_every_epochs, precision))
+        callbacks.append(
+            ReconstructionSheets(sheets, shown, cfg.views.global_size, cfg.method.sheet_every_epochs, precision)
+        )
     if cfg.snapshots.every_epochs:
         shown = images_to_show(data, cfg.snapshots.images)
-        callbacks.append(AttentionSnapshots(folder / "snapshots", shown, cfg.views.global_size, cfg.snapshots.every_epochs, precision))
+        callbacks.append(
+            AttentionSnapshots(
+                folder / "snapshots", shown, cfg.views.global_size, cfg.snapshots.every_epochs, precision
+            )
+        )
     return callbacks
 
 
@@ -314,24 +360,30 @@ def pick_strategy(options: TrainerConfig, ranks: int, cuda: bool) -> pl.strategi
 
 
 def layout(options: TrainerConfig) -> dict[str, int]:
-    """`nodes` and `devices` where torchrun or srun started the processes: theirs. UserError where the options were given and differ."""
+    """`nodes` and `devices` where torchrun or srun started the processes: theirs. UserError where the options were
+    given and differ."""
     found = distributed.started()
     if found is None:
         return {}
     nodes, devices = found
     if options.nodes not in (1, nodes) or options.devices not in ("auto", devices):
         raise UserError(
-            f"trainer.nodes x trainer.devices is {options.nodes} x {options.devices}, but {nodes} x {devices} processes were started: "
-            "leave both out, the launcher decides."
+            f"trainer.nodes x trainer.devices is {options.nodes} x {options.devices}, but {nodes} x {devices} processes"
+            " were started: leave both out, the launcher decides."
         )
     return {"nodes": nodes, "devices": devices}
 
 
-def summarise(run: Run, seconds: float) -> None:
+def summarize(run: Run, seconds: float) -> None:
     """Append the run to results.json."""
     cfg, trainer, method = run.cfg, run.trainer, run.method
     steps, images = trainer.global_step, trainer.global_step * cfg.data.batch_size
-    metrics: dict[str, object] = {"steps": steps, "epochs": trainer.current_epoch, "images": images, "seconds": round(seconds, 1)}
+    metrics: dict[str, object] = {
+        "steps": steps,
+        "epochs": trainer.current_epoch,
+        "images": images,
+        "seconds": round(seconds, 1),
+    }
     for score in run.scores:
         if score.history:
             name = score.metric.replace("/", "_")
@@ -346,6 +398,12 @@ def summarise(run: Run, seconds: float) -> None:
         metrics |= score_run(cfg, method, run.data, run.precision, run.folder)
         protocol["test"] = test_protocol(cfg, run.data, run.precision)
     task = "finetune" if isinstance(cfg.method, SupervisedConfig) and cfg.method.start else "pretrain"
-    append_result(run.folder / "results.json", task, metrics, protocol, weights_sha256(method.evaluation_backbone().vit.state_dict()))
+    append_result(
+        run.folder / "results.json",
+        task,
+        metrics,
+        protocol,
+        weights_sha256(method.evaluation_backbone().vit.state_dict()),
+    )
     last = f", kNN {metrics['knn_top1']:.2f}%" if "knn_top1" in metrics else ""
     log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, run.folder)

@@ -1,7 +1,9 @@
 """`vit-suite profile`: some real steps of a training, and where their time goes.
 
-Three passes over further and further steps of one training, because looking costs time: plain steps (images/s, memory), steps whose
-parts are timed (the table), and a few under torch.profiler (operators, trace). The products of matrices are counted in the first step.
+Three passes over further and further steps of one training, because looking costs time: plain steps (images/s, memory),
+steps whose
+parts are timed (the table), and a few under torch.profiler (operators, trace). The products of matrices are counted in
+the first step.
 """
 
 from __future__ import annotations
@@ -55,15 +57,22 @@ def run(cfg: ProfileConfig) -> None:
     recorder.profiler.export_chrome_trace(str(output / "trace.json"))
     (output / "profile.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(text(figures, cfg.operators))
-    print(f"\n{output}/trace.json: {recorder.traced} steps, for chrome://tracing or ui.perfetto.dev; {output}/profile.json: these figures")
+    print(
+        f"\n{output}/trace.json: {recorder.traced} steps, for chrome://tracing or ui.perfetto.dev;"
+        f" {output}/profile.json: these figures"
+    )
 
 
 def check(cfg: ProfileConfig) -> None:
     """UserError for options of a training that one process without a run directory cannot follow."""
     if cfg.trainer.nodes != 1 or cfg.trainer.devices not in ("auto", 1) or distributed.started() is not None:
-        raise UserError("profile looks at one process: leave trainer.devices and trainer.nodes out, and divide data.batch_size.")
+        raise UserError(
+            "profile looks at one process: leave trainer.devices and trainer.nodes out, and divide data.batch_size."
+        )
     if cfg.trainer.strategy != "ddp":
-        raise UserError("trainer.strategy fsdp2 spreads the weights over ranks, and profile looks at one process: leave it out.")
+        raise UserError(
+            "trainer.strategy fsdp2 spreads the weights over ranks, and profile looks at one process: leave it out."
+        )
     if cfg.drill:
         raise UserError("drill interrupts a training: `vit-suite pretrain` does it.")
 
@@ -71,7 +80,9 @@ def check(cfg: ProfileConfig) -> None:
 def measure(cfg: ProfileConfig, folder: Path) -> tuple[Recorder, dict[str, Any]]:
     """Run the steps of all passes; what was found, and on what."""
     if isinstance(cfg.method, SupervisedConfig) and cfg.method.start:
-        cfg = adopt(cfg, load_backbone(cfg.method.start))  # speed does not depend on the weights, so they are not taken over
+        cfg = adopt(
+            cfg, load_backbone(cfg.method.start)
+        )  # speed does not depend on the weights, so they are not taken over
     data, method, device, precision = build_parts(cfg, folder)
     phases = Phases(device)
     label(phases, method, data)
@@ -83,12 +94,19 @@ def measure(cfg: ProfileConfig, folder: Path) -> tuple[Recorder, dict[str, Any]]
     data.trainer = trainer = build_trainer(cfg, folder, [recorder], precision)
     trainer.fit(method, data)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    about = {"method": cfg.method.name, "data": data.name, "batch": cfg.data.batch_size, "precision": precision, "device": where}
+    about = {
+        "method": cfg.method.name,
+        "data": data.name,
+        "batch": cfg.data.batch_size,
+        "precision": precision,
+        "device": where,
+    }
     return recorder, about | {"torch": torch.__version__}
 
 
 class Recorder(pl.callbacks.Checkpoint):
-    """Sends a training through the passes and then ends it. It is a Checkpoint, and Lightning adds none of its own that would write one.
+    """Sends a training through the passes and then ends it. It is a Checkpoint, and Lightning adds none of its own that
+    would write one.
 
     Steps are counted from the end of one to the end of the next, so loading and Lightning's loop are in them.
     """
@@ -108,7 +126,8 @@ class Recorder(pl.callbacks.Checkpoint):
         losses = module.losses
 
         def counted(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-            """The first call: networks, loss and, until on_after_backward, their gradients; not the views, which are products too."""
+            """The first call: networks, loss and, until on_after_backward, their gradients; not the views, which are
+            products too."""
             module.losses = losses
             self._counter.__enter__()
             return losses(*args, **kwargs)
@@ -155,7 +174,10 @@ def summary(recorder: Recorder, batch: int) -> dict[str, Any]:
     seconds, device = recorder.seconds, recorder.phases.device
     parts = {name: total / recorder.steps for name, total in recorder.phases.seconds.items() if total}
     found = [event for event in recorder.profiler.key_averages() if is_operator(event)]
-    own = {event: (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e6 for event in found}
+    own = {
+        event: (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e6
+        for event in found
+    }
     operators = [
         {"name": event.key, "own": own[event] / recorder.traced, "calls": event.count / recorder.traced}
         for event in sorted(found, key=own.get, reverse=True)
@@ -173,7 +195,8 @@ def summary(recorder: Recorder, batch: int) -> dict[str, Any]:
 
 
 def is_operator(event: FunctionEventAvg) -> bool:
-    """Whether it is torch's: not a label of ours, and not a GPU's own record of a kernel, whose time its operator has too."""
+    """Whether it is torch's: not a label of ours, and not a GPU's own record of a kernel, whose time its operator has
+    too."""
     return event.device_type == DeviceType.CPU and event.key.startswith(("aten::", "autograd::", "torch"))
 
 
@@ -182,13 +205,23 @@ def text(figures: dict[str, Any], operators: int) -> str:
     head = "{method} on {data}, batch {batch}, {precision}, {device}, torch {torch}".format(**figures)
     wall, cpu = 1e3 * figures["seconds"], 1e3 * figures["cpu_seconds"]
     speed = f"{figures['images_per_second']:.1f} images/s, {wall:.1f} ms a step ({cpu:.1f} of CPU time)"
-    work = f"{figures['flops'] / 1e9:.1f} GFLOP of matrix products a step, {figures['flops_per_second'] / 1e9:.1f} GFLOP/s"
-    share = f"{figures['share_of_matmul_rate']:.1%} of the {figures['matmul_flops_per_second'] / 1e9:.0f} this machine multiplies at best"
+    work = (
+        f"{figures['flops'] / 1e9:.1f} GFLOP of matrix products a step, {figures['flops_per_second'] / 1e9:.1f} GFLOP/s"
+    )
+    share = (
+        f"{figures['share_of_matmul_rate']:.1%} of the {figures['matmul_flops_per_second'] / 1e9:.0f} this machine"
+        " multiplies at best"
+    )
     memory = f"peak memory {figures['peak_bytes'] / 2**20:.0f} MiB"
     parts, shown = figures["parts"], figures["operators"]
     total, own = sum(parts.values()), sum(operator["own"] for operator in shown)
-    rows = [[name, 1e3 * seconds, f"{seconds / total:.1%}"] for name, seconds in [*parts.items(), ("step, timed by part", total)]]
-    below = [[row["name"], 1e3 * row["own"], f"{row['own'] / own:.1%}", f"{row['calls']:.0f}"] for row in shown[:operators]]
+    rows = [
+        [name, 1e3 * seconds, f"{seconds / total:.1%}"]
+        for name, seconds in [*parts.items(), ("step, timed by part", total)]
+    ]
+    below = [
+        [row["name"], 1e3 * row["own"], f"{row['own'] / own:.1%}", f"{row['calls']:.0f}"] for row in shown[:operators]
+    ]
     return "\n\n".join(
         [
             f"{head}\n{speed}; {memory}\n{work}: {share}",

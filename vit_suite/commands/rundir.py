@@ -18,8 +18,17 @@ from vit_suite.reports.results import read_results
 CONFIG = "config.yaml"
 FIXED = ("method", "backbone", "views", "optim", "data", "run.seed")
 """What a resumed run may not change: the rest of its training would be another run's."""
-FREE = ("data.root", "data.workers", "data.resident", "data.memory_gb", "data.max_corrupt", "data.download", "views.backend",
-        "backbone.checkpointing", "method.crops_at_once")  # fmt: skip
+FREE = (
+    "data.root",
+    "data.workers",
+    "data.resident",
+    "data.memory_gb",
+    "data.max_corrupt",
+    "data.download",
+    "views.backend",
+    "backbone.checkpointing",
+    "method.crops_at_once",
+)
 """Except these, which change where things are and how fast they come, not what they are."""
 LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log", f".{CONFIG}.*", "status.json")
 """What a start that failed, or was killed while it wrote its config, may have put there."""
@@ -41,11 +50,15 @@ def check(cfg: PretrainConfig) -> Path | None:
         return None
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
-    found = list(folder.iterdir())  # before the config is looked for: other ranks come while the first one starts the run
+    found = list(
+        folder.iterdir()
+    )  # before the config is looked for: other ranks come while the first one starts the run
     if not _is_run(folder):
         if not all(_matches(path, LEFT_BEHIND + LAUNCHED) for path in found):
             consequence = "it will not be deleted" if cfg.run.overwrite else "name another"
-            raise UserError(f"run.output '{folder}' is not empty and no run directory (no {CONFIG} of a run); {consequence}.")
+            raise UserError(
+                f"run.output '{folder}' is not empty and no run directory (no {CONFIG} of a run); {consequence}."
+            )
         return None
     if cfg.run.overwrite:
         return None
@@ -74,7 +87,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def steps_done(checkpoint: Path) -> int:
-    """Optimiser steps behind a checkpoint. UserError when it cannot be read."""
+    """Optimizer steps behind a checkpoint. UserError when it cannot be read."""
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:  # torch raises many types for the ways a file can be broken
@@ -89,7 +102,8 @@ def steps_done(checkpoint: Path) -> int:
 def create(cfg: PretrainConfig) -> Path:
     """Make the directory (emptied with run.overwrite) and save the resolved config in it.
 
-    The old config goes last, when the new one takes its place: a process that is killed in the middle leaves what is known for a run.
+    The old config goes last, when the new one takes its place: a process that is killed in the middle leaves what is
+    known for a run.
     """
     folder = Path(cfg.run.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +118,10 @@ def create(cfg: PretrainConfig) -> Path:
 
 def recorded(folder: Path, sha256: str) -> bool:
     """Whether results.json has the training of these weights."""
-    return any(entry["task"] in ("pretrain", "finetune") and entry["sha256"] == sha256 for entry in read_results(folder / "results.json"))
+    return any(
+        entry["task"] in ("pretrain", "finetune") and entry["sha256"] == sha256
+        for entry in read_results(folder / "results.json")
+    )
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:

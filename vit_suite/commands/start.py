@@ -1,4 +1,4 @@
-"""Training that starts from a checkpoint: the checkpoint decides the architecture and how images are normalised."""
+"""Training that starts from a checkpoint: the checkpoint decides the architecture and how images are normalized."""
 
 from __future__ import annotations
 
@@ -25,11 +25,18 @@ def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
         given, had = getattr(cfg.backbone, name), getattr(theirs, name)
         had = UNSAID.get(name) if had is None else had
         if given != getattr(BackboneConfig, name) and given != had and name != "pretrained":
-            raise UserError(f"backbone.{name} is {given}, but the backbone of '{source}' has {had}: leave it out, the checkpoint decides.")
+            raise UserError(
+                f"backbone.{name} is {given}, but the backbone of '{source}' has {had}: leave it out, the checkpoint"
+                " decides."
+            )
     if cfg.backbone.pretrained:
-        raise UserError(f"backbone.pretrained asks for timm's weights, but training starts from '{source}': leave it out.")
+        raise UserError(
+            f"backbone.pretrained asks for timm's weights, but training starts from '{source}': leave it out."
+        )
     if cfg.data.channels not in (theirs.channels, DataConfig.channels):
-        raise UserError(f"data.channels is {cfg.data.channels}, but the backbone of '{source}' takes {theirs.channels}.")
+        raise UserError(
+            f"data.channels is {cfg.data.channels}, but the backbone of '{source}' takes {theirs.channels}."
+        )
     size = cfg.backbone.image_size or [cfg.views.global_size] * 2
     own = {name: getattr(cfg.backbone, name) for name in ("drop_path", "checkpointing")}
     backbone = replace(theirs, **own, image_size=size, pretrained=False)

@@ -19,25 +19,32 @@ DRILL = "VIT_SUITE_DRILL"
 
 
 def cluster_environment() -> list[ClusterEnvironment]:
-    """What Lightning would find, except that it leaves SIGUSR1 to us: its own answer is a second checkpoint, hpc_ckpt_N.ckpt, which is
-    older than last.ckpt by the next stop.
+    """What Lightning would find, except that it leaves SIGUSR1 to us: its own answer is a second checkpoint,
+    hpc_ckpt_N.ckpt, which is older than last.ckpt by the next stop.
 
     UserError in a batch script that starts one process for many.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
-    if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_STEP_ID" not in os.environ:  # this process would wait for its peers for ever
-        raise UserError(f"a SLURM job of {os.environ['SLURM_NTASKS']} tasks, but this is one process: start it with `srun vit-suite ...`.")
+    if (
+        int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_STEP_ID" not in os.environ
+    ):  # this process would wait for its peers for ever
+        raise UserError(
+            f"a SLURM job of {os.environ['SLURM_NTASKS']} tasks, but this is one process: start it with `srun vit-suite"
+            " ...`."
+        )
     return [SLURMEnvironment(auto_requeue=False)]
 
 
 def requeued() -> bool:
-    """Whether SLURM has started this job before: then run.overwrite has been done, and what is there is this job's own work."""
+    """Whether SLURM has started this job before: then run.overwrite has been done, and what is there is this job's own
+    work."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def answer(stop: Stopped, overwrite: bool) -> Stopped:
-    """Put a stopped run back into the queue, where SLURM warned it; says in `stop` how the run goes on and with what status this ends.
+    """Put a stopped run back into the queue, where SLURM warned it; says in `stop` how the run goes on and with what
+    status this ends.
 
     The command of a batch job is repeated by SLURM as it is; a person has to leave `overwrite` out.
     """
@@ -48,10 +55,16 @@ def answer(stop: Stopped, overwrite: bool) -> Stopped:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends a requeued job with SIGTERM, and it is about to end anyway
+    before = signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # SLURM ends a requeued job with SIGTERM, and it is about to end anyway
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=30)
-        failure = None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
+        failure = (
+            None
+            if done.returncode == 0
+            else " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     if failure is None:

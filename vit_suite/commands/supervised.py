@@ -1,4 +1,5 @@
-"""What a supervised run needs besides training: class names, a head that fits them, scores of the whole test set at the end."""
+"""What a supervised run needs besides training: class names, a head that fits them, scores of the whole test set at the
+end."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def class_names(data: ImageDataModule) -> list[str]:
     if without:
         some = "has no labels" if labels is None else f"has no label for {without} of its {len(labels)} training images"
         raise UserError(
-            f"{data.name} {some}, and supervised training needs one for each: sort the images into a folder a class (--data.name folder), "
-            "or pretrain without labels first: vit-suite pretrain --method.name dino."
+            f"{data.name} {some}, and supervised training needs one for each: sort the images into a folder a class"
+            " (--data.name folder), or pretrain without labels first: vit-suite pretrain --method.name dino."
         )
     return data.classes
 
@@ -37,12 +38,15 @@ def check_test_labels(data: ImageDataModule) -> None:
     """UserError unless the scored split has labels (that they are of the classes trained on, the data sets see to)."""
     test = data.test_source
     if test.labels is None or not bool((test.labels >= 0).any()):
-        raise UserError(f"split '{test.split}' of {data.name} has no labels to score: train without scores, --evaluate.every_epochs 0.")
+        raise UserError(
+            f"split '{test.split}' of {data.name} has no labels to score: train without scores,"
+            " --evaluate.every_epochs 0."
+        )
 
 
 def prepare_head(method: SupervisedViT, start: LoadedBackbone | None, checkpoint: Path | None) -> None:
-    """Give the backbone the weights it starts from, unless the run resumes from `checkpoint`: then UserError unless the head there has
-    the classes of the data."""
+    """Give the backbone the weights it starts from, unless the run resumes from `checkpoint`: then UserError unless the
+    head there has the classes of the data."""
     if checkpoint is None:
         if start is not None:
             method.start_from(start.backbone)
@@ -51,13 +55,13 @@ def prepare_head(method: SupervisedViT, start: LoadedBackbone | None, checkpoint
     if before != method.classes:
         names = next((f"; '{a}' was '{b}'" for a, b in zip(method.classes, before, strict=False) if a != b), "")
         raise UserError(
-            f"cannot resume: the head of '{checkpoint}' has {len(before)} classes and the data {len(method.classes)}{names}. "
-            "Give the data it was trained on, or --run.overwrite to start anew."
+            f"cannot resume: the head of '{checkpoint}' has {len(before)} classes and the data"
+            f" {len(method.classes)}{names}. Give the data it was trained on, or --run.overwrite to start anew."
         )
 
 
 def has_test(data: ImageDataModule) -> bool:
-    """Whether there is a labelled split besides the one that is trained on."""
+    """Whether there is a labeled split besides the one that is trained on."""
     try:
         labels = data.test_source.labels
     except UserError:
@@ -79,11 +83,15 @@ def test_protocol(cfg: PretrainConfig, data: ImageDataModule, precision: str) ->
     }
 
 
-def score_run(cfg: PretrainConfig, method: SupervisedViT, data: ImageDataModule, precision: str, folder: Path) -> dict[str, float]:
+def score_run(
+    cfg: PretrainConfig, method: SupervisedViT, data: ImageDataModule, precision: str, folder: Path
+) -> dict[str, float]:
     """Scores of the whole test split, for results.json; `confusion.png` and `confusion.csv` in the run directory."""
     with distributed.apart():  # the run is over, and the other ranks have left
         scores = classify(method, data.test(), [cfg.views.global_size] * 2, cfg.evaluate.batch_size, precision)
-    save_confusion(folder, scores.confusion, method.classes, f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images")
+    save_confusion(
+        folder, scores.confusion, method.classes, f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images"
+    )
     log.info("%s", sentence(scores))
     return {
         "top1": scores.top1,

@@ -1,7 +1,7 @@
 """The dataclasses of a run: every option of every method, once, with its unit, default and source.
 
-They stand here, apart from the code that uses them, so that `vit-suite pretrain --help` and a wrong key answer without importing
-torch (0.2 s instead of 5 s). Nothing below has a second default elsewhere: modules take these objects.
+They stand here, apart from the code that uses them, so that `vit-suite pretrain --help` and a wrong key answer without
+importing torch (0.2 s instead of 5 s). Nothing below has a second default elsewhere: modules take these objects.
 """
 
 from vit_suite.config.attention import AttentionConfig, SnapshotConfig

@@ -18,22 +18,27 @@ class AttentionConfig:
     checkpoint: str
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
     images: str | None = None
-    """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of data.name to score."""
+    """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of
+    data.name to score."""
     data: DataConfig = field(default_factory=lambda: DataConfig(name=""))
     output: str = "attention"
-    """Folder the files are written to, in the tree of `images` (SPLIT/INDEX for a data set), listed in its manifest.csv."""
+    """Folder the files are written to, in the tree of `images` (SPLIT/INDEX for a data set), listed in its
+    manifest.csv."""
     formats: list[Literal["png", "overlay", "mask", "labels", "npz", "coco", "gif", "mp4"]] = field(
         default_factory=lambda: ["overlay", "mask"]
     )
-    """png = heat map, overlay = heat map on the image, mask = the top mass, labels = the head that wins each pixel (palette index = head),
-    npz = the numbers, coco = one coco.json of all masks, gif and mp4 = the images as frames of an animation in fixed colours."""
+    """png = heat map, overlay = heat map on the image, mask = the top mass, labels = the head that wins each pixel
+    (palette index = head), npz = the numbers, coco = one coco.json of all masks, gif and mp4 = the images as frames of
+    an animation in fixed colors."""
     maps: list[Literal["heads", "mean", "max", "rollout"]] = field(default_factory=lambda: ["heads", "mean"])
-    """Each head of the last block, their mean, their max (each head at mass 1), the rollout over all blocks (arXiv 2005.00928)."""
+    """Each head of the last block, their mean, their max (each head at mass 1), the rollout over all blocks (arXiv
+    2005.00928)."""
     threshold: Share = 0.6
     """Share of the attention's mass that a mask keeps."""
-    clip_artefacts: Annotated[float, Range(above=1)] | None = None
-    """Patches whose token after the last block is longer than so many times the image's median (artefacts of networks without registers,
-    arXiv 2309.16588; 2 is a good start) get the median of their neighbours in every map; nothing is clipped when not given."""
+    clip_artifacts: Annotated[float, Range(above=1)] | None = None
+    """Patches whose token after the last block is longer than so many times the image's median (artifacts of networks
+    without registers, arXiv 2309.16588; 2 is a good start) get the median of their neighbours in every map; nothing is
+    clipped when not given."""
     resize: Count | None = None
     """Shorter side in pixels an image is resized to before the backbone; its own size when not given."""
     max_tokens: Count = 4096
@@ -41,7 +46,8 @@ class AttentionConfig:
     batch_size: Count = 16
     """Images in a forward pass; only images of one size share one."""
     upsample: Literal["nearest", "bilinear", "guided"] = "nearest"
-    """From patches to pixels: nearest is the DINO release's; guided draws the bilinear map to the image's edges (He et al. 2010)."""
+    """From patches to pixels: nearest is the DINO release's; guided draws the bilinear map to the image's edges (He et
+    al. 2010)."""
     guided_radius: Count | None = None
     """Window radius of `guided` in pixels; the side of a patch in the image when not given."""
     guided_eps: Positive = 1e-3
@@ -53,9 +59,11 @@ class AttentionConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the forward pass; auto = bf16 where the hardware multiplies it natively. The softmax is fp32."""
     workers: Count | None = None
-    """Threads that decode, compute, draw and write, each its own images; the process's cores, at most 8, when not given."""
+    """Threads that decode, compute, draw and write, each its own images; the process's cores, at most 8, when not
+    given."""
     gallery: bool = False
-    """Also write index.html: all images in one page that works from disk, with a slider for the threshold (adds npz to the formats)."""
+    """Also write index.html: all images in one page that works from disk, with a slider for the threshold (adds npz to
+    the formats)."""
     seed: Whole = 0
     """Of generated data, and of the draw behind data.test_length."""
     overwrite: bool = False
@@ -67,6 +75,7 @@ class SnapshotConfig:
     """Attention on the same images every few epochs, in RUN/snapshots: one watches it emerge."""
 
     every_epochs: Whole = 0
-    """Epochs between two pictures; one is drawn before training and one at the end too, then all side by side. 0 turns them off."""
+    """Epochs between two pictures; one is drawn before training and one at the end too, then all side by side. 0 turns
+    them off."""
     images: Count = 8
     """Scored images that are drawn, class by class."""

@@ -19,7 +19,7 @@ class DINOConfig:
     hidden_dim: Count = 2048
     """Width of the head's hidden layers."""
     bottleneck_dim: Count = 256
-    """Width of the head's L2-normalised bottleneck."""
+    """Width of the head's L2-normalized bottleneck."""
     head_layers: Count = 3
     """Layers of the head's MLP."""
     head_batch_norm: bool = False
@@ -38,13 +38,15 @@ class DINOConfig:
     warmup_teacher_temperature_epochs: Whole = 30
     """Epochs of the linear rise between the two."""
     center_momentum: Share = 0.9
-    """Momentum of the running centre of the teacher's output."""
+    """Momentum of the running center of the teacher's output."""
     momentum_teacher: Share = 0.996
     """EMA momentum of the teacher at the start; a cosine takes it to 1."""
     crops_at_once: Count | None = None
-    """Global crops, or local crops of as many pixels, that the student learns from at a time: forward, loss and backward pass of one
-    group of crops after the other, so that the activations of one alone are in memory (facebookresearch/dino issue 269). The gradients
-    stay the same. 1 takes least memory; not given: all crops together, which is fastest."""
+    """Global crops, or local crops of as many pixels, that the student learns from at a time: forward, loss and
+    backward pass of one group of crops after the other, so that the activations of one alone are in memory
+    (facebookresearch/dino issue 269). The gradients stay the same. 1 takes least memory; not given: all crops together,
+    which is fastest."""
     koleo_weight: NotNegative = 0.0
-    """Weight of DINOv2's KoLeo term on the student's CLS tokens of the global crops (DINOv2: 0.1); 0 is DINO. Neighbours are sought
-    among the images of all ranks (DINOv2: of a rank), so that any number of ranks trains alike."""
+    """Weight of DINOv2's KoLeo term on the student's CLS tokens of the global crops (DINOv2: 0.1); 0 is DINO.
+    Neighbours are sought among the images of all ranks (DINOv2: of a rank), so that any number of ranks trains
+    alike."""

@@ -19,7 +19,7 @@ from vit_suite.config.supervised import SupervisedConfig, SupervisedOptimConfig,
 
 @dataclass
 class FinetuneViewsConfig(SupervisedViewsConfig):
-    """One view of an image: crop, flip, RandAugment or colour jitter, erasing."""
+    """One view of an image: crop, flip, RandAugment or color jitter, erasing."""
 
     global_size: Count | None = None
     """Side in pixels of a view; the checkpoint's when not given. Position embeddings are resized once to another."""
@@ -27,8 +27,9 @@ class FinetuneViewsConfig(SupervisedViewsConfig):
 
 @dataclass
 class FinetuneConfig:
-    """Fine-tune a backbone on labels. Augmentation is DeiT's; rate, length and drop path are those of MAE's code for ViT-B, and the layer
-    decay its paper's (He et al. 2021, arXiv 2111.06377). Of `backbone` only drop_path is free: the checkpoint decides the rest."""
+    """Fine-tune a backbone on labels. Augmentation is DeiT's; rate, length and drop path are those of MAE's code for
+    ViT-B, and the layer decay its paper's (He et al. 2021, arXiv 2111.06377). Of `backbone` only drop_path is free: the
+    checkpoint decides the rest."""
 
     checkpoint: str
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
@@ -36,7 +37,9 @@ class FinetuneConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: FinetuneViewsConfig = field(default_factory=FinetuneViewsConfig)
-    optim: SupervisedOptimConfig = field(default_factory=lambda: SupervisedOptimConfig(lr=5e-4, min_lr=1e-6, layer_decay=0.75))
+    optim: SupervisedOptimConfig = field(
+        default_factory=lambda: SupervisedOptimConfig(lr=5e-4, min_lr=1e-6, layer_decay=0.75)
+    )
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     saving: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -11,9 +11,9 @@ from vit_suite.config.pretrain import PretrainConfig
 
 @dataclass
 class LaunchConfig(PretrainConfig):
-    """Write a SLURM script for a training and submit it. The options of `pretrain` mean what they mean there, those of the launcher have no
-    group; both may stand in YAML, also in two files (`--config recipe.yaml cluster.yaml`). The job saves and queues again before its time
-    is up and when it is pre-empted, and goes on where it was."""
+    """Write a SLURM script for a training and submit it. The options of `pretrain` mean what they mean there, those of
+    the launcher have no group; both may stand in YAML, also in two files (`--config recipe.yaml cluster.yaml`). The job
+    saves and queues again before its time is up and when it is pre-empted, and goes on where it was."""
 
     nodes: Count = 1
     """Machines; becomes trainer.nodes."""
@@ -26,7 +26,8 @@ class LaunchConfig(PretrainConfig):
     mem: str | None = None
     """Memory of a machine as sbatch spells it: 64G; what the cluster gives when not given."""
     time: str | None = None
-    """Longest time of one start, after which the job queues again: minutes, H:MM:SS or D-HH:MM:SS; the partition's when not given."""
+    """Longest time of one start, after which the job queues again: minutes, H:MM:SS or D-HH:MM:SS; the partition's when
+    not given."""
     partition: str | None = None
     """Partition; the cluster's default when not given."""
     account: str | None = None
@@ -53,10 +54,12 @@ class LaunchConfig(PretrainConfig):
     seeds: list[Whole] | None = None
     """A job array with a run for each run.seed of the list, in OUTPUT/seedN."""
     sweep: str | None = None
-    """A job array with a run for each entry of this YAML file (a list of options), in OUTPUT/000 and so on; with seeds, for all pairs."""
+    """A job array with a run for each entry of this YAML file (a list of options), in OUTPUT/000 and so on; with seeds,
+    for all pairs."""
     at_once: Count | None = None
     """Most runs of an array at one time."""
     dry_run: bool = False
     """Check the options and print the script; write and submit nothing."""
     status: str | None = None
-    """Say how the run in this directory is: queued, running (where it is), pre-empted, done or failed. Every other option is ignored."""
+    """Say how the run in this directory is: queued, running (where it is), pre-empted, done or failed. Every other
+    option is ignored."""

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Range:
-    """Limits of a number, or of each number of a list, and the length of a list. parsing.py checks values and help shows it."""
+    """Limits of a number, or of each number of a list, and the length of a list. parsing.py checks values and help
+    shows it."""
 
     least: float = -math.inf
     most: float = math.inf

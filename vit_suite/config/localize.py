@@ -11,21 +11,27 @@ from vit_suite.config.shared import DataConfig
 
 @dataclass
 class LocalizeConfig:
-    """How well a backbone finds objects that nobody named to it: Jaccard index against masks; box IoU, CorLoc and the pointing game
-    against boxes. Truth is a folder or file beside `images`, or comes with a data set (data.name tiny_imagenet or shapes)."""
+    """How well a backbone finds objects that nobody named to it: Jaccard index against masks; box IoU, CorLoc and the
+    pointing game against boxes. Truth is a folder or file beside `images`, or comes with a data set (data.name
+    tiny_imagenet or shapes)."""
 
     checkpoint: str
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
     images: str | None = None
-    """Folder of images (searched through), with `truth`; without it the split of data.name to score (tiny_imagenet, shapes)."""
+    """Folder of images (searched through), with `truth`; without it the split of data.name to score (tiny_imagenet,
+    shapes)."""
     truth: str | None = None
-    """Where their objects are: a folder of masks or of VOC XML, a COCO .json, or lines `name [WNID] x0 y0 x1 y1` (.txt)."""
-    mask_values: Literal["auto", "index", "grey"] = "auto"
-    """What masks hold: index = class numbers, 0 ground, 255 left out (VOC); grey = object above 127; auto = told from the file where
-    it is certain."""
+    """Where their objects are: a folder of masks or of VOC XML, a COCO .json, or lines `name [WNID] x0 y0 x1 y1`
+    (.txt)."""
+    mask_values: Literal["auto", "index", "gray"] = "auto"
+    """What masks hold: index = class numbers, 0 ground, 255 left out (VOC); gray = object above 127; auto = told from
+    the file where it is certain."""
     data: DataConfig = field(default_factory=lambda: DataConfig(name=""))
-    method: list[Literal["attention", "lost", "tokencut"]] = field(default_factory=lambda: ["attention", "lost", "tokencut"])
-    """attention = the CLS token's, each head and their mean; lost, tokencut = from the last block's keys (no CLS token needed)."""
+    method: list[Literal["attention", "lost", "tokencut"]] = field(
+        default_factory=lambda: ["attention", "lost", "tokencut"]
+    )
+    """attention = the CLS token's, each head and their mean; lost, tokencut = from the last block's keys (no CLS token
+    needed)."""
     threshold: list[Annotated[float, Range(above=0, most=1)]] = field(default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8])
     """Shares of the attention's mass that masks keep; one of them is chosen on images that are not scored."""
     image_size: Count | Literal["own"] = "own"
@@ -35,10 +41,12 @@ class LocalizeConfig:
     batch_size: Count = 64
     """Images in a forward pass; only images of one size share one."""
     seed: Whole = 0
-    """Of the halves (one chooses thresholds and heads, the other is scored), the untrained backbone, and generated data."""
+    """Of the halves (one chooses thresholds and heads, the other is scored), the untrained backbone, and generated
+    data."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the forward pass; auto = bf16 where the hardware multiplies it natively."""
     output: str | None = None
-    """File the scores are appended to; results.json in the run directory when the checkpoint is one, else in this folder."""
+    """File the scores are appended to; results.json in the run directory when the checkpoint is one, else in this
+    folder."""

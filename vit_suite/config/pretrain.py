@@ -25,7 +25,7 @@ METHODS = {"dino": DINOConfig, "sit": SiTConfig, "supervised": SupervisedConfig}
 VIEWS = {"dino": ViewsConfig, "sit": SiTViewsConfig, "supervised": SupervisedViewsConfig}
 """Method name -> the views it trains on."""
 OPTIMS = {"dino": OptimConfig, "sit": SiTOptimConfig, "supervised": SupervisedOptimConfig}
-"""Method name -> its optimiser."""
+"""Method name -> its optimizer."""
 
 
 def by_method(variants: dict[str, type]) -> dict:
@@ -37,7 +37,9 @@ def by_method(variants: dict[str, type]) -> dict:
 class PretrainConfig:
     """A training run."""
 
-    method: DINOConfig | SiTConfig | SupervisedConfig = field(default_factory=DINOConfig, metadata={"variants": METHODS})
+    method: DINOConfig | SiTConfig | SupervisedConfig = field(
+        default_factory=DINOConfig, metadata={"variants": METHODS}
+    )
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: CropConfig = field(default_factory=ViewsConfig, metadata=by_method(VIEWS))
@@ -49,10 +51,12 @@ class PretrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunOptions = field(default_factory=RunOptions)
     drill: str | None = None
-    """Interrupt the training on purpose and go on, to see that nothing is lost: preempt@STEP (SIGUSR1) or kill@STEP (SIGKILL), several
-    with commas."""
+    """Interrupt the training on purpose and go on, to see that nothing is lost: preempt@STEP (SIGUSR1) or kill@STEP
+    (SIGKILL), several with commas."""
 
     def __post_init__(self) -> None:
         for value, variants in ((self.views, VIEWS), (self.optim, OPTIMS)):
             if type(value) is not variants[self.method.name]:
-                raise TypeError(f"method {self.method.name} takes {variants[self.method.name].__name__}, not {type(value).__name__}")
+                raise TypeError(
+                    f"method {self.method.name} takes {variants[self.method.name].__name__}, not {type(value).__name__}"
+                )

@@ -10,15 +10,17 @@ from vit_suite.config.pretrain import PretrainConfig
 
 @dataclass
 class ProfileConfig(PretrainConfig):
-    """Run some steps of a training and say where their time goes. The options of `pretrain` mean what they mean there, so its config can be
-    given as it is; nothing is scored, logged or kept, and run.output is not touched. One process on one device, which takes the whole of
-    data.batch_size."""
+    """Run some steps of a training and say where their time goes. The options of `pretrain` mean what they mean there,
+    so its config can be given as it is; nothing is scored, logged or kept, and run.output is not touched. One process
+    on one device, which takes the whole of data.batch_size."""
 
     output: str = "profile"
-    """Folder of trace.json (chrome://tracing and ui.perfetto.dev show it) and profile.json (the figures); both are written anew."""
+    """Folder of trace.json (chrome://tracing and ui.perfetto.dev show it) and profile.json (the figures); both are
+    written anew."""
     steps: Count = 10
-    """Optimiser steps that are timed; as many again are timed part by part, and the first three of further ones traced."""
+    """Optimizer steps that are timed; as many again are timed part by part, and the first three of further ones
+    traced."""
     warmup: Count = 3
-    """Optimiser steps before that."""
+    """Optimizer steps before that."""
     operators: Count = 15
     """Operators shown, those with most time of their own first."""

@@ -1,4 +1,5 @@
-"""Options that every method has: backbone, data, optimiser, trainer, checkpoints, online score, loggers, run directory."""
+"""Options that every method has: backbone, data, optimizer, trainer, checkpoints, online score, loggers, run
+directory."""
 
 from __future__ import annotations
 
@@ -31,12 +32,13 @@ class BackboneConfig:
     pool: Literal["cls", "mean"] = "cls"
     """The image's representation: the CLS token, or the mean of the patch tokens, both after the final norm."""
     positions: Literal["learned", "sincos_1d", "sincos_2d"] = "learned"
-    """Position embedding: learned, or fixed sines and cosines of the patch's number (Vaswani et al. 2017) or of its row and column
-    (Beyer et al. 2022). For `vit`."""
+    """Position embedding: learned, or fixed sines and cosines of the patch's number (Vaswani et al. 2017) or of its row
+    and column (Beyer et al. 2022). For `vit`."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each branch (ViT), or after each sum, with none at the end (Vaswani et al. 2017). For `vit`."""
     causal: bool = False
-    """A patch attends to itself and earlier ones, in raster order; CLS and registers to everything (set by method.order causal)."""
+    """A patch attends to itself and earlier ones, in raster order; CLS and registers to everything (set by method.order
+    causal)."""
     image_size: Annotated[list[Count], Range(length=2)] | None = None
     """[height, width] in pixels of the position grid; the global crop when not given. Other sizes are interpolated."""
     channels: Count = 3
@@ -44,8 +46,8 @@ class BackboneConfig:
     drop_path: Share = 0.1
     """Stochastic depth of the student, rising linearly over blocks; the teacher has none (DINO main_dino.py)."""
     checkpointing: bool = False
-    """Keep of each block its input alone and compute the rest again in the backward pass (arXiv 1604.06174): far less memory for a third
-    more arithmetic. The numbers stay the same."""
+    """Keep of each block its input alone and compute the rest again in the backward pass (arXiv 1604.06174): far less
+    memory for a third more arithmetic. The numbers stay the same."""
     pretrained: bool = False
     """Start from timm's pretrained weights (downloads them)."""
 
@@ -60,15 +62,15 @@ class DataConfig:
     root: str | None = None
     """Folder of the data (or list file, or pattern of shards); $VIT_SUITE_DATA when not given."""
     batch_size: Count = 256
-    """GLOBAL batch: images an optimiser step sees, over all ranks and accumulation steps."""
+    """GLOBAL batch: images an optimizer step sees, over all ranks and accumulation steps."""
     workers: Whole | Literal["auto"] = "auto"
     """Decoding processes a rank; auto = 0 for images held in memory, else the cores of this rank, at most 8."""
     decode: Literal["cpu", "gpu"] = "cpu"
-    """Where JPEG files are decoded to train on: by the workers, or together on the GPU, where workers only read them (and decode other
-    formats). The GPU's pixels differ a little. For `pretrain` and `finetune`: scores, and all other commands, keep the CPU's. Not tried on
-    a GPU yet."""
+    """Where JPEG files are decoded to train on: by the workers, or together on the GPU, where workers only read them
+    (and decode other formats). The GPU's pixels differ a little. For `pretrain` and `finetune`: scores, and all other
+    commands, keep the CPU's. Not tried on a GPU yet."""
     channels: Count = 3
-    """Channels an image is converted to: 1 (grey), 3 (RGB) or N (files read as they are, which must have N)."""
+    """Channels an image is converted to: 1 (gray), 3 (RGB) or N (files read as they are, which must have N)."""
     image_size: Count | None = None
     """Side in pixels of generated images (`shapes`); files keep their own size."""
     train_split: str = "train"
@@ -76,7 +78,8 @@ class DataConfig:
     test_split: str | None = None
     """Split that is scored; the data set's own (test, else val) when not given."""
     length: Count | None = None
-    """Use at most this many training images, drawn class by class with run.seed; for `shapes` how many are generated."""
+    """Use at most this many training images, drawn class by class with run.seed; for `shapes` how many are
+    generated."""
     test_length: Count | None = None
     """The same for the scored split."""
     resident: bool | Literal["auto"] = "auto"
@@ -86,11 +89,13 @@ class DataConfig:
     max_corrupt: Share = 0.01
     """Share of files that may fail to decode (they are listed in quarantine.txt) before the run stops."""
     mean: list[Share] | None = None
-    """Channel means in 0..1 that views subtract; the data set's published ones (ImageNet's for files) when not given."""
+    """Channel means in 0..1 that views subtract; the data set's published ones (ImageNet's for files) when not
+    given."""
     std: list[Positive] | None = None
     """Channel standard deviations in 0..1; as for mean."""
     order: Literal["shuffle", "shards"] = "shuffle"
-    """Order of an epoch: all images shuffled, or, of shards, a few of them after the other: for disks that are slow at random."""
+    """Order of an epoch: all images shuffled, or, of shards, a few of them after the other: for disks that are slow at
+    random."""
     shard_window: Count = 8
     """Shards whose images are shuffled together under data.order shards."""
     download: bool = False
@@ -99,7 +104,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, set at every optimiser step."""
+    """AdamW with linear warm-up and cosine decay, set at every optimizer step."""
 
     lr: NotNegative = 5e-4
     """Peak learning rate for a global batch of 256; scaled by batch / 256."""
@@ -120,7 +125,8 @@ class OptimConfig:
     clip_mode: Literal["tensor", "global"] = "tensor"
     """Clip each parameter tensor by its own norm (DINO), or all of them by the global norm."""
     layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
-    """Factor on the learning rate from one block to the one before it (BEiT; 0.65 to 0.75 in fine-tuning); heads have the full rate."""
+    """Factor on the learning rate from one block to the one before it (BEiT; 0.65 to 0.75 in fine-tuning); heads have
+    the full rate."""
 
 
 @dataclass
@@ -130,28 +136,30 @@ class TrainerConfig:
     max_epochs: Count = 100
     """Passes over the training images; schedules span them."""
     max_steps: Annotated[int, Range(least=-1)] = -1
-    """Stop after this many optimiser steps and let the schedules span them; -1 = max_epochs decides."""
+    """Stop after this many optimizer steps and let the schedules span them; -1 = max_epochs decides."""
     max_minutes: Positive | None = None
     """Stop after this many minutes of training, wherever the schedules stand."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     devices: Count | Literal["auto"] = "auto"
-    """Processes (GPUs, or CPU ranks) on a node; auto = as many as torchrun or srun started, else all GPUs, or 1 on a CPU."""
+    """Processes (GPUs, or CPU ranks) on a node; auto = as many as torchrun or srun started, else all GPUs, or 1 on a
+    CPU."""
     nodes: Count = 1
     """Machines; follows torchrun and srun too."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """Every rank holds all weights (ddp), or weights, gradients, optimiser state and teacher are spread over the ranks (fsdp2): for
-    networks that leave no memory for images otherwise (docs/scaling.md). Results, up to rounding, and checkpoints are the same."""
+    """Every rank holds all weights (ddp), or weights, gradients, optimizer state and teacher are spread over the ranks
+    (fsdp2): for networks that leave no memory for images otherwise (docs/scaling.md). Results, up to rounding, and
+    checkpoints are the same."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or fp32; auto = bf16 where the hardware multiplies it natively. Losses and norms stay fp32."""
     compile: Literal["none", "blocks", "graphs"] = "none"
-    """Have torch.compile merge what the transformer blocks of a training do (blocks), and record it as CUDA graphs too (graphs: on a GPU,
-    without accumulation). Results are the same up to rounding. The first steps take half a minute or more; on a CPU, which needs a C++
-    compiler, later ones took 0 to 9% less time. Not measured on a GPU yet."""
+    """Have torch.compile merge what the transformer blocks of a training do (blocks), and record it as CUDA graphs too
+    (graphs: on a GPU, without accumulation). Results are the same up to rounding. The first steps take half a minute or
+    more; on a CPU, which needs a C++ compiler, later ones took 0 to 9% less time. Not measured on a GPU yet."""
     accumulate: Count = 1
-    """Micro-batches whose gradients are summed before an optimiser step."""
+    """Micro-batches whose gradients are summed before an optimizer step."""
     log_every: Count = 20
-    """Optimiser steps between two log entries."""
+    """Optimizer steps between two log entries."""
     progress: bool = True
     """Show a progress bar."""
     threads: Count | None = None
@@ -165,16 +173,18 @@ class CheckpointConfig:
     every_epochs: Count = 1
     """Epochs between two writes of last.ckpt."""
     every_steps: Count | None = None
-    """Optimiser steps between two writes of last.ckpt, besides the above."""
+    """Optimizer steps between two writes of last.ckpt, besides the above."""
     every_minutes: Positive | None = None
-    """Minutes between two writes of last.ckpt, besides the above: the most that a kill without warning costs. The main process's clock."""
+    """Minutes between two writes of last.ckpt, besides the above: the most that a kill without warning costs. The main
+    process's clock."""
     keep_every_epochs: Count | None = None
     """Also keep a checkpoint of every so many epochs for good."""
 
 
 @dataclass
 class EvaluateConfig:
-    """Scores during training: weighted kNN of the representation, and the top-1 of a supervised head on the same test images."""
+    """Scores during training: weighted kNN of the representation, and the top-1 of a supervised head on the same test
+    images."""
 
     every_epochs: Whole = 1
     """Epochs between two scores; 0 turns them off."""
@@ -199,7 +209,8 @@ class LoggerConfig:
     wandb_project: str = "vit-suite"
     """W&B project."""
     wandb_offline: bool = False
-    """Keep the W&B log on disk, for `wandb sync` later. Each start of a run leaves a folder there, all with the id of one W&B run."""
+    """Keep the W&B log on disk, for `wandb sync` later. Each start of a run leaves a folder there, all with the id of
+    one W&B run."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Options of SiT, of its two views, and of its optimiser."""
+"""Options of SiT, of its two views, and of its optimizer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from vit_suite.config.views import CropConfig, Strength, Two
 
 @dataclass
 class SiTConfig:
-    """SiT (Atito, Awais, Kittler 2021, arXiv 2104.03602); defaults are version 1 with rotation. Version 3: configs/sit/*_v3.yaml."""
+    """SiT (Atito, Awais, Kittler 2021, arXiv 2104.03602); defaults are version 1 with rotation. Version 3:
+    configs/sit/*_v3.yaml."""
 
     name: Literal["sit"] = "sit"
     """Method."""
     rotation: bool = True
     """Turn each view by 0, 90, 180 or 270 degrees and predict which, from a token of its own (v1; v3 has neither)."""
     contrastive: Literal["nt_xent", "info_nce", "none"] = "nt_xent"
-    """nt_xent = the two views of an image against all others (v1); info_nce = against an EMA teacher's clean views (v3)."""
+    """nt_xent = the two views of an image against all others (v1); info_nce = against an EMA teacher's clean views
+    (v3)."""
     contrastive_head: Literal["linear", "mlp"] = "linear"
     """linear (v1), or three layers with BatchNorm (v3)."""
     contrastive_dim: Count = 512
@@ -35,31 +37,33 @@ class SiTConfig:
     decoder: Literal["linear", "mlp"] = "linear"
     """From a patch token to its pixels: one transposed convolution (v1), or three layers before it (v3)."""
     loss_weights: Literal["july", "april", "fixed"] = "july"
-    """Learned uncertainty: july = e^(-a s) L + s/2, april = a e^(-s) L + s/2, with a = 1, 1, 0.5 and s = 1 at the start (v1);
-    fixed = rotation + contrastive + reconstruction_weight x reconstruction (v3)."""
+    """Learned uncertainty: july = e^(-a s) L + s/2, april = a e^(-s) L + s/2, with a = 1, 1, 0.5 and s = 1 at the start
+    (v1); fixed = rotation + contrastive + reconstruction_weight x reconstruction (v3)."""
     reconstruction_weight: NotNegative = 1.0
     """Lambda of `fixed`: 1, or 5 on small data (v3)."""
     corruption: Literal["blocks", "gmml", "mask", "none"] = "blocks"
-    """blocks = grey, blur, noise and replaced blocks (v1); gmml = dropped or replaced blocks (v3); mask = a mask token (BERT-like)."""
+    """blocks = gray, blur, noise and replaced blocks (v1); gmml = dropped or replaced blocks (v3); mask = a mask token
+    (BERT-like)."""
     block_side: Pair = field(default_factory=lambda: [0.05, 0.25])
     """Side of a block of noise or replacement (v1) as a share of the image's, [least, most]."""
     drop_area: Share = 0.3
-    """Most area, as a share, that noise (v1) or dropping (gmml: 0.5) takes. `blocks` draws the area from 0 to it; `gmml` from half of the
-    view, so that up to 0.5 it is fixed."""
+    """Most area, as a share, that noise (v1) or dropping (gmml: 0.5) takes. `blocks` draws the area from 0 to it;
+    `gmml` from half of the view, so that up to 0.5 it is fixed."""
     drop_type: list[Literal["noise", "zeros"]] = field(default_factory=lambda: ["noise"])
-    """What dropped pixels become: Gaussian noise, or zero, which is the mean colour; drawn an image when both (gmml)."""
+    """What dropped pixels become: Gaussian noise, or zero, which is the mean color; drawn an image when both (gmml)."""
     replace_area: Share = 0.3
     """Most area, as a share, that is taken from another image of the batch."""
     align: Count = 1
     """Corners and sides of gmml blocks are multiples of so many pixels; the patch size aligns them with patches."""
-    colour: Share = 0.0
-    """Probability that a block of an image is recoloured too (blocks and gmml; not in the paper's code)."""
+    color: Share = 0.0
+    """Probability that a block of an image is recolored too (blocks and gmml; not in the paper's code)."""
     mask_ratio: Annotated[float, Range(above=0, most=1)] = 0.15
     """Share of patches that `mask` hides (BERT: 0.15; masked autoencoders: up to 0.75)."""
     mask_rule: Literal["token", "80/10/10"] = "token"
     """Hidden patches become the mask token; or 80% of them, 10% another image's patch, 10% stay as they are (BERT)."""
     order: Literal["none", "causal"] = "none"
-    """causal = a patch attends to itself and to those before it in raster order and predicts the next one (GPT-like)."""
+    """causal = a patch attends to itself and to those before it in raster order and predicts the next one
+    (GPT-like)."""
     sheet_every_epochs: Whole = 1
     """Epochs between two sheets of clean, corrupted and reconstructed images in RUN/reconstructions; 0 draws none."""
 
@@ -71,15 +75,15 @@ class SiTViewsConfig(CropConfig):
     global_scale: Pair = field(default_factory=lambda: [0.08, 1.0])
     """Area of a view as a share of the image, [least, most] (v1: timm's default; v3: 0.2 to 1)."""
     jitter: Share = 1.0
-    """Probability of colour jitter (v3: 0.8)."""
+    """Probability of color jitter (v3: 0.8)."""
     jitter_strength: Strength = field(default_factory=lambda: [0.4, 0.4, 0.4, 0.0])
     """Largest change of brightness, contrast, saturation, hue (hue in turns); v3: 0.4 0.4 0.2 0.1."""
-    grey: Share = 0.0
-    """Probability of greyscale (v3: 0.2)."""
+    gray: Share = 0.0
+    """Probability of grayscale (v3: 0.2)."""
     blur: Two = field(default_factory=lambda: [0.0, 0.0])
     """Probability of Gaussian blur on the first and the second view (v3: 1.0 and 0.1)."""
-    solarise: Two = field(default_factory=lambda: [0.0, 0.0])
-    """Probability of solarisation on the first and the second view (v3: 0 and 0.2)."""
+    solarize: Two = field(default_factory=lambda: [0.0, 0.0])
+    """Probability of solarization on the first and the second view (v3: 0 and 0.2)."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Options of supervised training, of its views, and of its optimiser."""
+"""Options of supervised training, of its views, and of its optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from vit_suite.config.views import CropConfig, Strength
 
 @dataclass
 class SupervisedConfig:
-    """Cross-entropy on labels (Dosovitskiy et al. 2020); defaults are DeiT's (Touvron et al. 2021, arXiv 2012.12877)."""
+    """Cross-entropy on labels (Dosovitskiy et al. 2020); defaults are DeiT's (Touvron et al. 2021, arXiv
+    2012.12877)."""
 
     name: Literal["supervised"] = "supervised"
     """Method."""
@@ -27,15 +28,16 @@ class SupervisedConfig:
     cutmix_share: Share = 0.5
     """Share of mixed batches that take cutmix where both are on."""
     ema: Share = 0.99996
-    """Momentum of the average of the weights that is scored and exported, reached from below: at most (1 + step) / (10 + step);
-    0 scores the weights themselves."""
+    """Momentum of the average of the weights that is scored and exported, reached from below: at most (1 + step) / (10
+    + step); 0 scores the weights themselves."""
     start: str | None = None
-    """Checkpoint whose backbone training starts from: a run directory, .ckpt, .safetensors, .pth or timm:NAME (finetune sets it)."""
+    """Checkpoint whose backbone training starts from: a run directory, .ckpt, .safetensors, .pth or timm:NAME (finetune
+    sets it)."""
 
 
 @dataclass
 class SupervisedViewsConfig(CropConfig):
-    """One view of an image: crop, flip, RandAugment or colour jitter, erasing."""
+    """One view of an image: crop, flip, RandAugment or color jitter, erasing."""
 
     global_crops: ClassVar[int] = 1
 
@@ -44,19 +46,20 @@ class SupervisedViewsConfig(CropConfig):
     global_scale: Pair = field(default_factory=lambda: [0.08, 1.0])
     """Area of a resized crop as a share of the image, [least, most]."""
     jitter: Share = 0.0
-    """Probability of colour jitter (DeiT's is replaced by RandAugment)."""
+    """Probability of color jitter (DeiT's is replaced by RandAugment)."""
     jitter_strength: Strength = field(default_factory=lambda: [0.4, 0.4, 0.4, 0.0])
     """Largest change of brightness, contrast, saturation, hue (hue in turns)."""
-    grey: Share = 0.0
-    """Probability of greyscale."""
+    gray: Share = 0.0
+    """Probability of grayscale."""
     blur: Annotated[list[Share], Range(length=1)] = field(default_factory=lambda: [0.0])
     """Probability of Gaussian blur."""
-    solarise: Annotated[list[Share], Range(length=1)] = field(default_factory=lambda: [0.0])
-    """Probability of solarisation."""
+    solarize: Annotated[list[Share], Range(length=1)] = field(default_factory=lambda: [0.0])
+    """Probability of solarization."""
     randaugment: Whole = 2
     """RandAugment operations an image; 0 turns it off."""
     randaugment_set: Literal["increasing", "original"] = "increasing"
-    """increasing = timm's, all operations change more with more magnitude (DeiT); original = TensorFlow's, with Cutout (Beyer)."""
+    """increasing = timm's, all operations change more with more magnitude (DeiT); original = TensorFlow's, with Cutout
+    (Beyer)."""
     randaugment_probability: Share = 0.5
     """Probability that a drawn operation is applied (timm and DeiT 0.5; the paper and Beyer 1)."""
     magnitude: Annotated[float, Range(0, 10)] = 9.0

@@ -14,7 +14,7 @@ Three = Annotated[list[Share], Range(length=3)]
 
 @dataclass
 class CropConfig:
-    """A random resized crop, flipped and recoloured; the base of every method's views."""
+    """A random resized crop, flipped and recolored; the base of every method's views."""
 
     global_crops: ClassVar[int] = 2
     local_crops: ClassVar[int] = 0
@@ -28,11 +28,11 @@ class CropConfig:
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     jitter: Share = 0.8
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     jitter_strength: Strength = field(default_factory=lambda: [0.4, 0.4, 0.2, 0.1])
     """Largest change of brightness, contrast, saturation, hue (hue in turns)."""
-    grey: Share = 0.2
-    """Probability of greyscale."""
+    gray: Share = 0.2
+    """Probability of grayscale."""
     blur_sigma: Annotated[list[NotNegative], Range(length=2)] = field(default_factory=lambda: [0.1, 2.0])
     """Standard deviation of the blur in pixels of the crop, [least, most]."""
     backend: Literal["auto", "device", "workers"] = "auto"
@@ -51,5 +51,5 @@ class ViewsConfig(CropConfig):
     """Area of a local crop as a share of the image, [least, most]."""
     blur: Three = field(default_factory=lambda: [1.0, 0.1, 0.5])
     """Probability of Gaussian blur on the first global, second global, and local crops."""
-    solarise: Three = field(default_factory=lambda: [0.0, 0.2, 0.0])
-    """Probability of solarisation (invert above one half) on the first global, second global, and local crops."""
+    solarize: Three = field(default_factory=lambda: [0.0, 0.2, 0.0])
+    """Probability of solarization (invert above one half) on the first global, second global, and local crops."""

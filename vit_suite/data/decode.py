@@ -2,14 +2,15 @@
 
 Axes: C channels, H height, W width. What a file may be, and what becomes of it:
 
-- 8-bit RGB, grey, palette, CMYK, YCbCr: Pillow's conversion to RGB, or to luma (ITU-R 601) for one channel.
-- transparency (alpha channel or transparent palette entry): composited on white, because what lies under a transparent pixel is
-  arbitrary (often black, so that dropping alpha draws silhouettes that nobody sees in a viewer).
-- 16-bit grey: divided by 257. Floating point: 0..1 is stretched to 0..255; other values are refused, since a guess per file would
-  give neighbouring files different scales.
+- 8-bit RGB, gray, palette, CMYK, YCbCr: Pillow's conversion to RGB, or to luma (ITU-R 601) for one channel.
+- transparency (alpha channel or transparent palette entry): composited on white, because what lies under a transparent
+  pixel is arbitrary (often black, so that dropping alpha draws silhouettes that nobody sees in a viewer).
+- 16-bit gray: divided by 257. Floating point: 0..1 is stretched to 0..255; other values are refused, since a guess per
+  file would give neighbouring files different scales.
 - EXIF orientation is applied.
-- N channels (not 1 or 3), and every .npy or .npz file: read as it is; N must match (else `UserError`: the option is wrong, not
-  the file). An array is (H, W), (H, W, N) or (N, H, W); TIFF has up to 4 bands, or N grey pages; more bands need `tifffile`.
+- N channels (not 1 or 3), and every .npy or .npz file: read as it is; N must match (else `UserError`: the option is
+  wrong, not the file). An array is (H, W), (H, W, N) or (N, H, W); TIFF has up to 4 bands, or N gray pages; more bands
+  need `tifffile`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from PIL import Image, ImageOps
 from vit_suite.errors import UserError
 from vit_suite.files import lock
 
-EXTENSIONS = frozenset(".jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .npy .npz .jp2 .avif".split())
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .npy .npz .jp2 .avif".split()
+)
 ARRAYS = (".npy", ".npz")
 JPEG = (".jpg", ".jpeg")
 
@@ -47,10 +50,11 @@ def is_image(name: str) -> bool:
 
 
 def decode(path: str | os.PathLike, channels: int = 3, content: bytes | None = None) -> np.ndarray:
-    """The image at `path` as uint8 (C, H, W); where `content` is given it is the file's bytes, and `path` its name alone.
+    """The image at `path` as uint8 (C, H, W); where `content` is given it is the file's bytes, and `path` its name
+    alone.
 
-    Raises DecodeError when it cannot be read, UserError when it is readable but has another number of channels than an N-channel
-    set (N not 1 or 3) asks for.
+    Raises DecodeError when it cannot be read, UserError when it is readable but has another number of channels than an
+    N-channel set (N not 1 or 3) asks for.
     """
     path = os.fspath(path)
     try:
@@ -66,13 +70,16 @@ def decode(path: str | os.PathLike, channels: int = 3, content: bytes | None = N
         raise
     except FileNotFoundError:
         raise DecodeError(path, "the file does not exist") from None
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged input (OSError, SyntaxError, struct.error, ...)
+    except (
+        Exception
+    ) as error:  # Pillow's plugins raise almost anything on damaged input (OSError, SyntaxError, struct.error, ...)
         reason = re.sub(rf"{re.escape(repr(path))}|<_io\.BytesIO[^>]*>", "the file", str(error))
         raise DecodeError(path, f"{type(error).__name__}: {reason}") from None
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """(H, W) from the header alone, EXIF orientation applied; None when the header cannot be read (or the file is an array)."""
+    """(H, W) from the header alone, EXIF orientation applied; None when the header cannot be read (or the file is an
+    array)."""
     if os.fspath(path).lower().endswith(ARRAYS):
         return None
     try:
@@ -84,11 +91,12 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def convert_channels(pixels: np.ndarray, channels: int, what: str) -> np.ndarray:
-    """uint8 (..., C, H, W) -> (..., channels, H, W): luma for 3 -> 1, copies for 1 -> 3. UserError for any other change."""
+    """uint8 (..., C, H, W) -> (..., channels, H, W): luma for 3 -> 1, copies for 1 -> 3. UserError for any other
+    change."""
     have = pixels.shape[-3]
     if have == channels:
         return pixels
-    if have == 3 and channels == 1:  # Pillow's integer luma, so that arrays and files give the same grey
+    if have == 3 and channels == 1:  # Pillow's integer luma, so that arrays and files give the same gray
         red, green, blue = (pixels[..., i : i + 1, :, :].astype(np.uint32) for i in range(3))
         return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
     if have == 1 and channels == 3:
@@ -101,7 +109,8 @@ def _file(path: str, content: bytes | None) -> str | io.BytesIO:
 
 
 def _jpeg(path: str, content: bytes | None) -> np.ndarray | None:
-    """Plain JPEG through torchvision; None for whatever it does not take (damaged, CMYK, not a JPEG), which Pillow then settles.
+    """Plain JPEG through torchvision; None for whatever it does not take (damaged, CMYK, not a JPEG), which Pillow then
+    settles.
 
     Twice as fast as Pillow on 32 px files, and it releases the GIL. Over 900 cut and 900 corrupted files and all EXIF
     orientations it gave Pillow's pixels to the bit, and accepted one damaged file that Pillow refused.
@@ -150,7 +159,9 @@ def _to_bytes(path: str, array: np.ndarray) -> np.ndarray:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind == "f" and 0 <= least and most <= 1:  # NaN fails both comparisons
         return (array * 255 + 0.5).astype(np.uint8)
-    raise DecodeError(path, f"{array.dtype} values from {least} to {most}; expected 8 or 16 bit integers, or floats in 0..1")
+    raise DecodeError(
+        path, f"{array.dtype} values from {least} to {most}; expected 8 or 16 bit integers, or floats in 0..1"
+    )
 
 
 def _read_array(path: str, channels: int, content: bytes | None) -> np.ndarray:
@@ -172,7 +183,7 @@ def _read_array(path: str, channels: int, content: bytes | None) -> np.ndarray:
 
 
 def _read_tiff(path: str, image: Image.Image, channels: int, content: bytes | None) -> np.ndarray:
-    """Bands as they are, or grey pages stacked. Pillow drops bands after the fourth, so those go through `tifffile`."""
+    """Bands as they are, or gray pages stacked. Pillow drops bands after the fourth, so those go through `tifffile`."""
     bands = int(image.tag_v2.get(277, 1))  # SamplesPerPixel
     pages = getattr(image, "n_frames", 1)
     if bands == 1 and pages == channels:
@@ -188,7 +199,9 @@ def _read_tiff(path: str, image: Image.Image, channels: int, content: bytes | No
     try:
         import tifffile
     except ImportError:
-        raise UserError(f"'{path}' has {bands} bands: reading more than 4 needs tifffile (pip install tifffile).") from None
+        raise UserError(
+            f"'{path}' has {bands} bands: reading more than 4 needs tifffile (pip install tifffile)."
+        ) from None
     array = tifffile.imread(_file(path, content))
     return _to_bytes(path, array if array.shape[0] == channels else np.moveaxis(array, -1, 0))
 
@@ -196,9 +209,9 @@ def _read_tiff(path: str, image: Image.Image, channels: int, content: bytes | No
 class Quarantine:
     """Files that did not decode: counted per set, listed once in a text file `path<TAB>reason`, and limited.
 
-    `file` is `quarantine.txt` of the run directory (None: only counted); it and its folder come into being with the first entry.
-    `limit` is the share of a set that may fail. Several ranks may write the same file: each entry is one appended line, written
-    under a lock after reading what is there, so that neither ranks nor resumed runs repeat one.
+    `file` is `quarantine.txt` of the run directory (None: only counted); it and its folder come into being with the
+    first entry. `limit` is the share of a set that may fail. Several ranks may write the same file: each entry is one
+    appended line, written under a lock after reading what is there, so that neither ranks nor resumed runs repeat one.
     """
 
     def __init__(self, file: str | os.PathLike | None = None, limit: float = 0.01) -> None:
@@ -216,9 +229,11 @@ class Quarantine:
         return True  # an empty one is still there: `quarantine or Quarantine()` must keep it
 
     def report(self, failures: list[DecodeError], what: str, total: int) -> None:
-        """Record `failures` of the set `what` of `total` images. UserError when the set now has more than its share of them.
+        """Record `failures` of the set `what` of `total` images. UserError when the set now has more than its share of
+        them.
 
-        Samples of a set report under its name: the largest total counts, lest a sample be charged with all of the set's failures.
+        Samples of a set report under its name: the largest total counts, lest a sample be charged with all of the set's
+        failures.
         Each rank counts what it has met itself.
         """
         total = self.totals[what] = max(total, self.totals.get(what, 0))
@@ -231,12 +246,13 @@ class Quarantine:
             path, reason = next(iter(found.items()))
             listed = f" All are listed in {self.file}." if self.file else ""
             raise UserError(
-                f"{len(found)} of the {total} images of {what} do not decode ({len(found) / total:.1%}; data.max_corrupt allows "
-                f"{self.limit:.1%}). First: {path} ({reason}).{listed}"
+                f"{len(found)} of the {total} images of {what} do not decode ({len(found) / total:.1%};"
+                f" data.max_corrupt allows {self.limit:.1%}). First: {path} ({reason}).{listed}"
             )
 
     def list_again(self) -> None:
-        """Write what has been reported to `file` once more, where it was removed since (a run directory that starts anew)."""
+        """Write what has been reported to `file` once more, where it was removed since (a run directory that starts
+        anew)."""
         for found in filter(None, self.failures.values()):
             self._append([DecodeError(path, reason) for path, reason in found.items()])
 

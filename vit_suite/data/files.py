@@ -1,7 +1,7 @@
 """Data sets that are folders or lists of image files: `folder`, `flat`, `list`, and Tiny-ImageNet's own layout.
 
-Every opener takes `(cfg, root, split)` and returns an `ImageSource`, or raises one UserError that says what was expected and what
-was found. `split` None means "the one to score": test, else val, else the only one there is.
+Every opener takes `(cfg, root, split)` and returns an `ImageSource`, or raises one UserError that says what was
+expected and what was found. `split` None means "the one to score": test, else val, else the only one there is.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def choose_split(split: str | None, available: Iterable[str], where: str, key: s
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """`folder/CLASS/**/image` -> class names (sorted), paths relative to `folder`, labels. A class is a folder with images."""
+    """`folder/CLASS/**/image` -> class names (sorted), paths relative to `folder`, labels. A class is a folder with
+    images."""
     classes: list[str] = []
     paths: list[str] = []
     labels: list[int] = []
@@ -118,31 +119,41 @@ def class_files(folder: Path) -> tuple[list[str], list[str], list[int]]:
     return classes, paths, labels
 
 
-def class_folder_source(name: str, split: str, folder: Path, channels: int, classes: list[str] | None = None) -> FileSource:
-    """Class folders as a source. `classes`: those of the training split, so that labels agree where a split lacks a class."""
+def class_folder_source(
+    name: str, split: str, folder: Path, channels: int, classes: list[str] | None = None
+) -> FileSource:
+    """Class folders as a source. `classes`: those of the training split, so that labels agree where a split lacks a
+    class."""
     found, paths, labels = class_files(folder)
     if not paths:
         loose = " directly in it" if any(is_image(entry.name) for entry in os.scandir(folder)) else ""
-        hint = "; for unlabelled images use data.name flat" if loose else ""
+        hint = "; for unlabeled images use data.name flat" if loose else ""
         expected = f"expected {folder}/CLASS/image.jpg, found {found_in(folder)}"
         raise UserError(f"no class folders with images in '{folder}': {expected}{loose}{hint}.")
     if classes is not None and found != classes:
         unknown = [name for name in found if name not in classes]
         if unknown:
-            raise UserError(f"'{folder}' has {len(unknown)} classes that the train split lacks: {', '.join(unknown[:5])}.")
+            raise UserError(
+                f"'{folder}' has {len(unknown)} classes that the train split lacks: {', '.join(unknown[:5])}."
+            )
         place = torch.tensor([classes.index(name) for name in found])
         return FileSource(name, split, folder, paths, channels, classes, place[torch.tensor(labels)])
     return FileSource(name, split, folder, paths, channels, found, labels)
 
 
 def open_folder(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
-    """`folder`: ROOT/{train,val,test}/CLASS/image, or ROOT/CLASS/image, which is one split, `all`, used for both ends."""
+    """`folder`: ROOT/{train,val,test}/CLASS/image, or ROOT/CLASS/image, which is one split, `all`, used for both
+    ends."""
     _need_folder(root, "folder", "ROOT/train/CLASS/image.jpg, or ROOT/CLASS/image.jpg")
     name = root.resolve().name
     splits = split_folders(root)
     if not splits:
         # The default, train, means "whatever there is to train on"; a name that the user gave must be there.
-        chosen = WHOLE if split in (None, "train") else choose_split(split, [WHOLE], f"'{root}' (class folders without splits)")
+        chosen = (
+            WHOLE
+            if split in (None, "train")
+            else choose_split(split, [WHOLE], f"'{root}' (class folders without splits)")
+        )
         return class_folder_source(name, chosen, root, cfg.channels)
     chosen = choose_split(split, sorted(splits, key=SPLITS.index), f"'{root}'")
     classes = None
@@ -152,7 +163,7 @@ def open_folder(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
 
 
 def open_flat(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
-    """`flat`: every image under ROOT, unlabelled; a folder named like the asked split is taken if there is one."""
+    """`flat`: every image under ROOT, unlabeled; a folder named like the asked split is taken if there is one."""
     _need_folder(root, "flat", "any tree of image files")
     splits = split_folders(root)
     if splits and split is not None and ALIASES.get(split, split) in splits:
@@ -166,13 +177,16 @@ def open_flat(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
 
 
 def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
-    """`list`: a text file of `path`, `path<TAB>label` or `path label`, or a folder with SPLIT.txt files of that kind."""
+    """`list`: a text file of `path`, `path<TAB>label` or `path label`, or a folder with SPLIT.txt files of that
+    kind."""
     file, chosen = root, WHOLE
     if root.is_dir():
         lists = {ALIASES.get(entry.stem.lower(), entry.stem.lower()): entry for entry in sorted(root.glob("*.txt"))}
         lists = {name: entry for name, entry in lists.items() if name in SPLITS}
         if not lists:
-            raise UserError(f"data.root '{root}' is a folder without train.txt, val.txt or test.txt; found {found_in(root)}.")
+            raise UserError(
+                f"data.root '{root}' is a folder without train.txt, val.txt or test.txt; found {found_in(root)}."
+            )
         chosen = choose_split(split, lists, f"'{root}'")
         file = lists[chosen]
     elif split not in (None, "train", WHOLE):
@@ -188,7 +202,10 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
     if root.is_dir() and chosen != "train" and "train" in lists:
         trained = {word for word in _read_list(lists["train"])[1] if word is not None}
         if trained and known - trained:  # they would shift the numbers of the others
-            raise UserError(f"'{file}' has {len(known - trained)} classes that train.txt lacks: {', '.join(sorted(known - trained)[:5])}.")
+            raise UserError(
+                f"'{file}' has {len(known - trained)} classes that train.txt lacks:"
+                f" {', '.join(sorted(known - trained)[:5])}."
+            )
         known |= trained
     classes = sorted(known, key=lambda word: (0, int(word), word) if re.fullmatch(r"\d+", word) else (1, 0, word))
     number = {word: i for i, word in enumerate(classes)}
@@ -222,19 +239,26 @@ def _read_list(file: Path) -> tuple[list[str], list[str | None]]:
 
 
 def open_tiny_imagenet(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
-    """Tiny-ImageNet as distributed: train/WNID/images with WNID_boxes.txt, val/images with val_annotations.txt, wnids.txt.
+    """Tiny-ImageNet as distributed: train/WNID/images with WNID_boxes.txt, val/images with val_annotations.txt,
+    wnids.txt.
 
-    ROOT is the set itself or a folder that holds one in `tiny-imagenet-*`. The test split has no public labels and is not
-    offered: val is scored. Boxes in the files name the first and last pixel; here the last is exclusive. Class names come from
+    ROOT is the set itself or a folder that holds one in `tiny-imagenet-*`. The test split has no public labels and is
+    not
+    offered: val is scored. Boxes in the files name the first and last pixel; here the last is exclusive. Class names
+    come from
     words.txt.
     """
-    expected = "wnids.txt, train/WNID/images/*.JPEG and val/val_annotations.txt in ROOT or in a tiny-imagenet-* folder in ROOT"
+    expected = (
+        "wnids.txt, train/WNID/images/*.JPEG and val/val_annotations.txt in ROOT or in a tiny-imagenet-* folder in ROOT"
+    )
     _need_folder(root, "tiny_imagenet", expected)
     inside = sorted(path for path in root.iterdir() if re.match(r"tiny[-_]imagenet", path.name, re.IGNORECASE))
     places = [path for path in [root, *inside] if (path / "wnids.txt").is_file()]
     if not places:
         url = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
-        raise UserError(f"no Tiny-ImageNet under '{root}': expected {expected}; found {found_in(root)}. It is at {url}.")
+        raise UserError(
+            f"no Tiny-ImageNet under '{root}': expected {expected}; found {found_in(root)}. It is at {url}."
+        )
     root = places[0]
     wnids = (root / "wnids.txt").read_text().split()
     splits = [name for name in ("train", "val") if (root / name).is_dir()]
@@ -245,13 +269,17 @@ def open_tiny_imagenet(cfg: DataConfig, root: Path, split: str | None) -> FileSo
         names = {parts[0]: parts[1].split(",")[0] for parts in lines if len(parts) == 2}
     rows = list(_tiny_train(root, wnids) if chosen == "train" else _tiny_val(root, wnids))
     if not rows:
-        raise UserError(f"the {chosen} split of '{root}' holds no images: expected {expected}; found {found_in(root / chosen)}.")
+        raise UserError(
+            f"the {chosen} split of '{root}' holds no images: expected {expected}; found {found_in(root / chosen)}."
+        )
     paths, labels, boxes = zip(*rows, strict=True)
     # Distinct WNIDs can share a first word ("cardigan"): those keep their number, so that class names stay distinct.
     plain = [names.get(wnid, wnid) for wnid in wnids]
     classes = [word if plain.count(word) == 1 else f"{word} ({wnid})" for wnid, word in zip(wnids, plain, strict=True)]
     name = "Tiny-ImageNet" if len(wnids) == 200 else f"Tiny-ImageNet ({len(wnids)} classes)"
-    return FileSource(name, chosen, root, paths, cfg.channels, classes, labels, torch.tensor(boxes, dtype=torch.float32))
+    return FileSource(
+        name, chosen, root, paths, cfg.channels, classes, labels, torch.tensor(boxes, dtype=torch.float32)
+    )
 
 
 def _tiny_train(root: Path, wnids: list[str]) -> Iterator[tuple[str, int, list[float]]]:
@@ -273,7 +301,9 @@ def _tiny_val(root: Path, wnids: list[str]) -> Iterator[tuple[str, int, list[flo
     for line in file.read_text().splitlines():
         fields = line.split()
         if len(fields) != 6 or fields[1] not in number:
-            raise UserError(f"'{file}': expected `name WNID x0 y0 x1 y1` with a WNID of wnids.txt, found '{line[:80]}'.")
+            raise UserError(
+                f"'{file}': expected `name WNID x0 y0 x1 y1` with a WNID of wnids.txt, found '{line[:80]}'."
+            )
         name, box = _box_line(" ".join([fields[0], *fields[2:]]), file, 5)
         yield os.path.join("val", "images", name), number[fields[1]], box
 

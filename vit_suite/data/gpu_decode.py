@@ -1,6 +1,8 @@
-"""JPEG files decoded together on a GPU (nvJPEG, through torchvision): workers read them, and decode only what it would not decode alike.
+"""JPEG files decoded together on a GPU (nvJPEG, through torchvision): workers read them, and decode only what it would
+not decode alike.
 
-Its pixels may differ by a few of 255 levels from the CPU's, which rounds and enlarges the colours of a JPEG otherwise. The device is an
+Its pixels may differ by a few of 255 levels from the CPU's, which rounds and enlarges the colors of a JPEG otherwise.
+The device is an
 argument: on a CPU the same steps give the pixels of `decode.py` to the bit.
 """
 
@@ -18,7 +20,8 @@ from vit_suite.errors import UserError
 
 
 def read(source: ImageSource, index: int) -> Tensor:
-    """Image `index` as the bytes of its file, uint8 (n,), where a GPU can decode it, else as pixels, uint8 (C, H, W). Raises as `load`."""
+    """Image `index` as the bytes of its file, uint8 (n,), where a GPU can decode it, else as pixels, uint8 (C, H, W).
+    Raises as `load`."""
     content = source.content(index) if source.path(index).lower().endswith(JPEG) else None
     if content is None or not is_plain(content):
         return source.load(index)
@@ -26,10 +29,10 @@ def read(source: ImageSource, index: int) -> Tensor:
 
 
 def is_plain(content: bytes) -> bool:
-    """Whether this is a whole JPEG of grey or YCbCr pixels that stand upright.
+    """Whether this is a whole JPEG of gray or YCbCr pixels that stand upright.
 
-    nvJPEG does not turn them by their EXIF orientation, and what it makes of a file that is cut off, or of CMYK and RGB in a JPEG, is
-    for the CPU's decoder to say.
+    nvJPEG does not turn them by their EXIF orientation, and what it makes of a file that is cut off, or of CMYK and RGB
+    in a JPEG, is for the CPU's decoder to say.
     """
     if not (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")):
         return False
@@ -42,7 +45,8 @@ def is_plain(content: bytes) -> bool:
 
 
 def check_decoder(device: torch.device) -> None:
-    """UserError where `device` does not decode a sound file: a torchvision without nvJPEG, a driver that does not fit."""
+    """UserError where `device` does not decode a sound file: a torchvision without nvJPEG, a driver that does not
+    fit."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
     try:
@@ -51,11 +55,14 @@ def check_decoder(device: torch.device) -> None:
         decode_jpeg([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, device=device)
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data.decode is gpu, but torchvision decodes no JPEG on {device} ({reason}): use data.decode cpu.") from None
+        raise UserError(
+            f"data.decode is gpu, but torchvision decodes no JPEG on {device} ({reason}): use data.decode cpu."
+        ) from None
 
 
 def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
-    """RGB pixels (3, H_i, W_i) on `device` of JPEG files, uint8 (n_i,) on the host; None for those that its decoder refuses.
+    """RGB pixels (3, H_i, W_i) on `device` of JPEG files, uint8 (n_i,) on the host; None for those that its decoder
+    refuses.
 
     They are decoded together; a refusal does not say of which file, so then they are decoded one by one.
     """

@@ -1,11 +1,12 @@
 """Training batches `(images, labels, indices)` from memory or from files, and batches for evaluation.
 
-images: uint8 (B, C, H, W), or a list of uint8 (C, H_i, W_i) when sizes differ; labels: int64 (B,), -1 without one; indices: int64
+images: uint8 (B, C, H, W), or a list of uint8 (C, H_i, W_i) when sizes differ; labels: int64 (B,), -1 without one;
+indices: int64
 (B,) into the source. What is in a batch is settled in `order.py`.
 
-A file that does not decode is replaced in training by another image, drawn from (its index, attempt) alone, so that the batch
-keeps its shape and every run replaces it alike; in evaluation it is left out. Both are reported to the quarantine by the main
-process.
+A file that does not decode is replaced in training by another image, drawn from (its index, attempt) alone, so that the
+batch keeps its shape and every run replaces it alike; in evaluation it is left out. Both are reported to the quarantine
+by the main process.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class ResidentLoader(EpochLoader):
 class FileLoader(EpochLoader):
     """Batches decoded in worker processes (in this one with `workers` 0), kept alive between epochs.
 
-    `transform(images, batch)`, when given, runs in the worker on the list of images of a micro-batch and its `order.Batch`, and
-    its result takes the place of the images. With `decode_on` workers only read, and images are decoded on that device (gpu_decode.py).
+    `transform(images, batch)`, when given, runs in the worker on the list of images of a micro-batch and its
+    `order.Batch`, and its result takes the place of the images. With `decode_on` workers only read, and images are
+    decoded on that device (gpu_decode.py).
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class FileLoader(EpochLoader):
 
     @property
     def _iterator(self) -> Any:
-        """torch's iterator, under the name by which Lightning finds it to stop the workers when training ends or breaks off."""
+        """torch's iterator, under the name by which Lightning finds it to stop the workers when training ends or breaks
+        off."""
         return self._loader._iterator
 
     @_iterator.setter
@@ -98,12 +101,15 @@ class FileLoader(EpochLoader):
             raise
 
     def _decoded(self, images: Images, labels: Tensor, indices: Tensor) -> Images:
-        """The images of a batch on `decode_on`, those that came as files decoded; labels and indices follow where one is replaced."""
+        """The images of a batch on `decode_on`, those that came as files decoded; labels and indices follow where one
+        is replaced."""
         if isinstance(images, Tensor):
             return send(images, self.decode_on)
         places = [place for place, image in enumerate(images) if image.ndim == 1]
         failures: list[DecodeError] = []
-        for place, pixels in zip(places, decode_jpegs([images[place] for place in places], self.decode_on), strict=True):
+        for place, pixels in zip(
+            places, decode_jpegs([images[place] for place in places], self.decode_on), strict=True
+        ):
             if pixels is None:
                 pixels, index = _Decoder(self.source, replace=True).load(int(indices[place]), failures)
                 indices[place], labels[place] = index, self.source.label(index)
@@ -140,7 +146,11 @@ class EvaluationLoader:
             parts = self.indices.split(batch_size) if len(self.indices) else ()
             batches = [Batch(0, step, 0, slice(0, len(part)), part) for step, part in enumerate(parts)]
             self._loader = DataLoader(
-                _Decoder(source, replace=False), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=outlive
+                _Decoder(source, replace=False),
+                batch_sampler=batches,
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                worker_init_fn=outlive,
             )
 
     def __len__(self) -> int:
@@ -150,7 +160,11 @@ class EvaluationLoader:
         if self._loader is None:
             images, labels = self.source.images, _labels(self.source)
             for part in self.indices.split(self.batch_size) if len(self.indices) else ():
-                yield images.index_select(0, part.to(images.device)), labels[part].to(images.device), part.to(images.device)
+                yield (
+                    images.index_select(0, part.to(images.device)),
+                    labels[part].to(images.device),
+                    part.to(images.device),
+                )
             return
         for result in self._loader:
             batch = _checked(result, self.source, self.quarantine)
@@ -159,7 +173,8 @@ class EvaluationLoader:
 
 
 def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> int:
-    """The number of decoding processes `data.workers` stands for: auto = 0 in memory, else this rank's cores, at most 8."""
+    """The number of decoding processes `data.workers` stands for: auto = 0 in memory, else this rank's cores, at most
+    8."""
     if workers != "auto":
         if not isinstance(workers, int) or workers < 0:
             raise UserError(f"data.workers is {workers!r}; expected 'auto' or a number from 0.")
@@ -171,7 +186,8 @@ def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> in
 
 
 class _Feed:
-    """The batch sampler of a DataLoader that lives for all epochs; yields whole `Batch` objects: workers know the step."""
+    """The batch sampler of a DataLoader that lives for all epochs; yields whole `Batch` objects: workers know the
+    step."""
 
     def __init__(self, plan: EpochPlan) -> None:
         self.plan, self.epoch, self.start = plan, 0, 0
@@ -246,7 +262,8 @@ def _labels(source: ImageSource) -> Tensor:
 
 
 class _Packed(NamedTuple):
-    """Images of different sizes in one tensor. A worker's tensors hold a file open each, and a process often has no more than 1,024."""
+    """Images of different sizes in one tensor. A worker's tensors hold a file open each, and a process often has no
+    more than 1,024."""
 
     pixels: Tensor
     shapes: list[torch.Size]

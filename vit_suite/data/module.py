@@ -35,12 +35,15 @@ class ImageDataModule(pl.LightningDataModule):
     Args:
         cfg: which images (`DataConfig`); a dict is taken too.
         seed: of the order, of `length` samples, and of generated images.
-        quarantine: where files that do not decode are listed: a `Quarantine`, a path of `quarantine.txt`, or None (only counted).
-        accumulate: micro-batches an optimiser step is split into; the trainer's accumulate_grad_batches when None.
-        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`); files
+        quarantine: where files that do not decode are listed: a `Quarantine`, a path of `quarantine.txt`, or None (only
+        counted).
+        accumulate: micro-batches an optimizer step is split into; the trainer's accumulate_grad_batches when None.
+        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`);
+        files
         only.
 
-    The sets are opened on first use, so every attribute works without `setup()`. Raises UserError for whatever is wrong with the
+    The sets are opened on first use, so every attribute works without `setup()`. Raises UserError for whatever is wrong
+    with the
     input: names, roots, layouts, batch size, too many bad files.
     """
 
@@ -57,11 +60,13 @@ class ImageDataModule(pl.LightningDataModule):
         self.seed, self.accumulate, self.transform = seed, accumulate, transform
         self.info = dataset_info(self.cfg.name)
         self.mean, self.std = statistics(self.cfg)
-        self.quarantine = quarantine if isinstance(quarantine, Quarantine) else Quarantine(quarantine, self.cfg.max_corrupt)
+        self.quarantine = (
+            quarantine if isinstance(quarantine, Quarantine) else Quarantine(quarantine, self.cfg.max_corrupt)
+        )
         self._train: ImageSource | None = None
         self._test: ImageSource | None = None
 
-    # -- Lightning ---------------------------------------------------------------------------------------------------------------
+    # -- Lightning -----------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Download, on one process of a node, where `data.download` asks for it."""
@@ -69,7 +74,8 @@ class ImageDataModule(pl.LightningDataModule):
             open_split(self.cfg, self.cfg.train_split, self.seed)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the training set and check that the batch fits it; the scored set is opened when it is first asked for."""
+        """Open the training set and check that the batch fits it; the scored set is opened when it is first asked
+        for."""
         if stage in (None, "fit"):
             if self._train is None:
                 source = open_train(self.cfg, self.seed)
@@ -83,13 +89,20 @@ class ImageDataModule(pl.LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         if isinstance(source, ResidentSource):
             if device.type == "cuda" and not to_device(source, device):
-                log.info("%s stays in main memory: it would take more than half of the free memory of %s", source.title, device)
+                log.info(
+                    "%s stays in main memory: it would take more than half of the free memory of %s",
+                    source.title,
+                    device,
+                )
             return ResidentLoader(source, plan)
         local_world = self.trainer.num_devices if self.trainer is not None else 1
         workers = auto_workers(self.cfg.workers, False, local_world)
         decode_on = device if self.cfg.decode == "gpu" else None
         if decode_on is not None and (self.transform is not None or self.cfg.channels != 3):
-            raise UserError("data.decode gpu gives RGB in the training process: not with data.channels 1 or views made in the workers.")
+            raise UserError(
+                "data.decode gpu gives RGB in the training process: not with data.channels 1 or views made in the"
+                " workers."
+            )
         return FileLoader(source, plan, workers, self.quarantine, device.type == "cuda", self.transform, decode_on)
 
     def test_dataloader(self) -> EvaluationLoader:
@@ -97,7 +110,8 @@ class ImageDataModule(pl.LightningDataModule):
         return self.evaluation_loader(self.test_source)
 
     def plan(self) -> EpochPlan:
-        """How an epoch is cut into batches for this rank. UserError when the global batch does not fit the set or the ranks."""
+        """How an epoch is cut into batches for this rank. UserError when the global batch does not fit the set or the
+        ranks."""
         trainer = self.trainer
         accumulate = self.accumulate or (trainer.accumulate_grad_batches if trainer is not None else 1)
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
@@ -107,7 +121,7 @@ class ImageDataModule(pl.LightningDataModule):
         return EpochPlan(len(source), self.cfg.batch_size, self.seed, rank, world, accumulate, window, source.shards)
 
     # -- sources
-    # -------------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------------------
 
     @property
     def train_source(self) -> ImageSource:
@@ -127,7 +141,11 @@ class ImageDataModule(pl.LightningDataModule):
         source.quarantine = self.quarantine
         source = make_resident(source, self.cfg.resident, self.cfg.memory_gb, self.quarantine) or source
         source.quarantine = self.quarantine
-        where = f"in memory ({source.images.numel() / 2**20:.0f} MiB)" if isinstance(source, ResidentSource) else "from files"
+        where = (
+            f"in memory ({source.images.numel() / 2**20:.0f} MiB)"
+            if isinstance(source, ResidentSource)
+            else "from files"
+        )
         log.info("%s: %d images, %d classes, %s", source.title, len(source), len(source.classes), where)
         return source
 
@@ -138,7 +156,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def classes(self) -> list[str]:
-        """Class names; empty for an unlabelled set."""
+        """Class names; empty for an unlabeled set."""
         return self.train_source.classes
 
     @property
@@ -152,7 +170,8 @@ class ImageDataModule(pl.LightningDataModule):
         return self.test_source.split == self.train_source.split
 
     def bank(self, size: int | None = None, seed: int | None = None) -> ImageSource:
-        """`size` training images that have a label (None or 0: all), class by class, un-augmented: what kNN votes with."""
+        """`size` training images that have a label (None or 0: all), class by class, un-augmented: what kNN votes
+        with."""
         return self._sample(self.train_source, size, seed)
 
     def test(self, size: int | None = None, seed: int | None = None) -> ImageSource:
@@ -172,6 +191,7 @@ class ImageDataModule(pl.LightningDataModule):
         return EvaluationLoader(source, batch_size or min(self.cfg.batch_size, 256), workers, self.quarantine)
 
     def to(self, device: torch.device | str) -> bool:
-        """Move the resident sets that are open to `device`, where they fit into half of its free memory; whether all did."""
+        """Move the resident sets that are open to `device`, where they fit into half of its free memory; whether all
+        did."""
         held = [source for source in (self._train, self._test) if isinstance(source, ResidentSource)]
         return all([to_device(source, device) for source in held])

@@ -1,8 +1,8 @@
 """Which images make up batch b of epoch e on rank r: one global order an epoch, sliced.
 
-The global batch s of epoch e is `order(seed, e)[s * G : (s + 1) * G]`, where the order is a permutation of all images, or of a few
-tar files at a time (`shard_order`). A batch splits into `accumulate` micro-batches, and each of these into one contiguous part a
-rank, so that any number of ranks and of micro-batches sees the same global batches.
+The global batch s of epoch e is `order(seed, e)[s * G : (s + 1) * G]`, where the order is a permutation of all images,
+or of a few tar files at a time (`shard_order`). A batch splits into `accumulate` micro-batches, and each of these into
+one contiguous part a rank, so that any number of ranks and of micro-batches sees the same global batches.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ def epoch_order(total: int, seed: int, epoch: int) -> Tensor:
 
 
 def shard_order(shards: Tensor, window: int, seed: int, epoch: int) -> Tensor:
-    """An order (total,) that reads every shard in one stretch: the shards are shuffled, and the images of each `window` of them.
+    """An order (total,) that reads every shard in one stretch: the shards are shuffled, and the images of each `window`
+    of them.
 
-    `shards`: int64 (total,), the shard of each image. A function of its arguments alone; a window of all shards is `epoch_order`.
+    `shards`: int64 (total,), the shard of each image. A function of its arguments alone; a window of all shards is
+    `epoch_order`.
     """
     count = int(shards.max()) + 1
-    place = torch.randperm(count, generator=torch.Generator().manual_seed(stable_seed("shards", seed, epoch)))  # of each shard
+    place = torch.randperm(
+        count, generator=torch.Generator().manual_seed(stable_seed("shards", seed, epoch))
+    )  # of each shard
     mixed = epoch_order(len(shards), seed, epoch)
     return mixed[torch.argsort(place[shards[mixed]] // window, stable=True)]
 
@@ -67,13 +71,15 @@ class EpochPlan:
         if self.batch_size < 1:
             raise UserError(f"data.batch_size is {self.batch_size}; expected at least 1.")
         if self.batch_size > self.total:
-            raise UserError(f"data.batch_size {self.batch_size} is larger than the data set of {self.total} training images.")
+            raise UserError(
+                f"data.batch_size {self.batch_size} is larger than the data set of {self.total} training images."
+            )
         if self.batch_size % parts:
             below, above = self.batch_size // parts * parts, -(-self.batch_size // parts) * parts
             near = f"{below} or {above}" if below else f"{above}"
             raise UserError(
-                f"data.batch_size {self.batch_size} (global) does not split evenly over {self.world} ranks x {self.accumulate} "
-                f"accumulated micro-batches; {near} would."
+                f"data.batch_size {self.batch_size} (global) does not split evenly over {self.world} ranks x"
+                f" {self.accumulate} accumulated micro-batches; {near} would."
             )
 
     @property
@@ -109,10 +115,10 @@ class EpochPlan:
 class EpochLoader:
     """Iterates an `EpochPlan`; subclasses turn plans into batches.
 
-    Iterating again goes on to the next epoch; `set_epoch` chooses one. `state_dict` holds the position after the last batch that
-    was handed out, not after those that workers have prepared; `load_state_dict` makes the next iteration go on from there. The
-    state does not depend on the rank, and a resumed run may have another number of ranks; of micro-batches only from the start of an
-    epoch, because Lightning counts those. Lightning calls all three.
+    Iterating again goes on to the next epoch; `set_epoch` chooses one. `state_dict` holds the position after the last
+    batch that was handed out, not after those that workers have prepared; `load_state_dict` makes the next iteration go
+    on from there. The state does not depend on the rank, and a resumed run may have another number of ranks; of
+    micro-batches only from the start of an epoch, because Lightning counts those. Lightning calls all three.
     """
 
     def __init__(self, plan: EpochPlan) -> None:
@@ -138,7 +144,12 @@ class EpochLoader:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: epoch, global batches done, micro-batches done of the next, and what must not change."""
         step, micro = divmod(self.position, self.plan.accumulate)
-        fixed = {"total": self.plan.total, "batch_size": self.plan.batch_size, "seed": self.plan.seed, "window": self.plan.window}
+        fixed = {
+            "total": self.plan.total,
+            "batch_size": self.plan.batch_size,
+            "seed": self.plan.seed,
+            "window": self.plan.window,
+        }
         return {"epoch": self.epoch, "step": step, "micro": micro, "accumulate": self.plan.accumulate} | fixed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,15 +159,23 @@ class EpochLoader:
             now = getattr(self.plan, key)
             if state[key] != now:
                 raise UserError(f"cannot resume: the run began with {name} {state[key]}, now it is {now}.")
-        self.epoch, self.position, self._placed = state["epoch"], state["step"] * self.plan.accumulate + state["micro"], True
+        self.epoch, self.position, self._placed = (
+            state["epoch"],
+            state["step"] * self.plan.accumulate + state["micro"],
+            True,
+        )
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
         if self.position and state["accumulate"] != self.plan.accumulate:
             change = f"{state['accumulate']} before, {self.plan.accumulate} now"
-            raise UserError(f"cannot resume within an epoch with another trainer.accumulate ({change}): go on with the first to its end.")
+            raise UserError(
+                f"cannot resume within an epoch with another trainer.accumulate ({change}): go on with the first to its"
+                " end."
+            )
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing moves before the first batch is asked for, because Lightning makes iterators that it then drops.
+        # A generator: nothing moves before the first batch is asked for, because Lightning makes iterators that it then
+        # drops.
         if not self._placed:
             self.epoch, self.position = self.epoch + 1, 0
         self._placed = False

@@ -1,9 +1,9 @@
-"""Published data sets, read and downloaded by torchvision's own classes; or, where the root holds them so, as class folders of
-files.
+"""Published data sets, read and downloaded by torchvision's own classes; or, where the root holds them so, as class
+folders of files.
 
 Every opener takes `(cfg, root, split)` and returns an `ImageSource`. torchvision's many ways to fail (RuntimeError,
-FileNotFoundError, EOFError, pickle errors, network errors) all become one UserError with the expected layout and how to get the
-set.
+FileNotFoundError, EOFError, pickle errors, network errors) all become one UserError with the expected layout and how to
+get the set.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ def open_cifar100(cfg: DataConfig, root: Path, split: str | None) -> ImageSource
     return _open_cifar(cfg, root, split, "CIFAR100", "CIFAR-100", "cifar-100-python", 100)
 
 
-def _open_cifar(cfg: DataConfig, root: Path, split: str | None, cls: str, title: str, folder: str, classes: int) -> ImageSource:
+def _open_cifar(
+    cfg: DataConfig, root: Path, split: str | None, cls: str, title: str, folder: str, classes: int
+) -> ImageSource:
     names = CIFAR10_CLASSES if classes == 10 else None
     root, found = _place(cfg, root, split, title, folder, classes, names)
     if found is not None:
         return found
     chosen = choose_split(split, ("train", "test"), title)
     layout = f"ROOT/{folder}/ (the pickled batches), or ROOT/{cfg.name}/{{train,test}}/CLASS/*.jpg"
-    data = _read(cfg, root, title, layout, lambda tv: getattr(tv, cls)(root, train=chosen == "train", download=cfg.download))
+    data = _read(
+        cfg, root, title, layout, lambda tv: getattr(tv, cls)(root, train=chosen == "train", download=cfg.download)
+    )
     return ArraySource(title, chosen, data.data.transpose(0, 3, 1, 2), cfg.channels, data.classes, data.targets)
 
 
@@ -63,7 +67,9 @@ def open_flowers102(cfg: DataConfig, root: Path, split: str | None) -> ImageSour
     if found is not None:
         return found
     chosen = choose_split(split, ("train", "val", "test"), "Flowers-102")
-    layout = f"ROOT/flowers-102/ with jpg/, imagelabels.mat and setid.mat, or ROOT/{cfg.name}/{{train,val,test}}/CLASS/*.jpg"
+    layout = (
+        f"ROOT/flowers-102/ with jpg/, imagelabels.mat and setid.mat, or ROOT/{cfg.name}/{{train,val,test}}/CLASS/*.jpg"
+    )
     data = _read(cfg, root, "Flowers-102", layout, lambda tv: tv.Flowers102(root, split=chosen, download=cfg.download))
     return _files(cfg, "Flowers-102", chosen, root, data._image_files, data.classes, data._labels)
 
@@ -92,10 +98,11 @@ def open_oxford_pets(cfg: DataConfig, root: Path, split: str | None) -> ImageSou
 
 
 def open_imagenet(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """ImageNet-1k: train and val as WNID folders. Classes have words with torchvision's meta.bin (or the devkit archive)."""
+    """ImageNet-1k: train and val as WNID folders. Classes have words with torchvision's meta.bin (or the devkit
+    archive)."""
     layout = (
-        "ROOT/train/WNID/*.JPEG and ROOT/val/WNID/*.JPEG (val sorted into class folders), or ROOT with ILSVRC2012_img_train.tar, "
-        "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which torchvision unpacks"
+        "ROOT/train/WNID/*.JPEG and ROOT/val/WNID/*.JPEG (val sorted into class folders), or ROOT with"
+        " ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which torchvision unpacks"
     )
     for place in (root, root / "imagenet", root / "ILSVRC2012", root / "ILSVRC" / "Data" / "CLS-LOC"):
         if split_folders(place) or (place / "ILSVRC2012_devkit_t12.tar.gz").is_file():
@@ -114,12 +121,19 @@ def open_imagenet(cfg: DataConfig, root: Path, split: str | None) -> ImageSource
 
 
 def _place(
-    cfg: DataConfig, root: Path, split: str | None, title: str, folder: str, classes: int, names: list[str] | None = None
+    cfg: DataConfig,
+    root: Path,
+    split: str | None,
+    title: str,
+    folder: str,
+    classes: int,
+    names: list[str] | None = None,
 ) -> tuple[Path, ImageSource | None]:
-    """Where torchvision's `folder` lies (ROOT is its parent, or the folder itself); the source if ROOT holds class folders.
+    """Where torchvision's `folder` lies (ROOT is its parent, or the folder itself); the source if ROOT holds class
+    folders.
 
-    Class folders are looked for in ROOT/NAME and in ROOT, and must have the set's number of classes (and its `names`, if given),
-    lest another set goes by this one's name.
+    Class folders are looked for in ROOT/NAME and in ROOT, and must have the set's number of classes (and its `names`,
+    if given), lest another set goes by this one's name.
     """
     if root.name == folder and not (root / folder).is_dir():
         return root.parent, None
@@ -146,7 +160,9 @@ def _read(cfg: DataConfig, root: Path, title: str, layout: str, make: Callable[[
         return make(datasets)
     except ImportError as error:
         module = error.name or "it"
-        raise UserError(f"{title}: torchvision reads this set with {module}, which is missing: pip install {module}.") from None
+        raise UserError(
+            f"{title}: torchvision reads this set with {module}, which is missing: pip install {module}."
+        ) from None
     except Exception as error:
         how = "" if cfg.download or title == "ImageNet" else " data.download=true fetches it."
         cause = " ".join(str(error).split())

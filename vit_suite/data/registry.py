@@ -28,7 +28,8 @@ Opener = Callable[[DataConfig, Path, str | None], ImageSource]
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """How a data set is opened, its RGB statistics in 0..1 (over all pixels of the training split), its number of classes."""
+    """How a data set is opened, its RGB statistics in 0..1 (over all pixels of the training split), its number of
+    classes."""
 
     open: Opener | None
     mean: list[float]
@@ -38,8 +39,8 @@ class DatasetInfo:
     pattern: bool = False  # data.root may be a pattern of files, which the opener expands
 
 
-# Statistics: CIFAR and STL-10 as commonly published for their training splits; Tiny-ImageNet likewise; the others use ImageNet's,
-# as transfer papers do. `shapes`: measured over 5,000 images, std 0.241 at 32 px and 0.245 at 64 px.
+# Statistics: CIFAR and STL-10 as commonly published for their training splits; Tiny-ImageNet likewise; the others use
+# ImageNet's, as transfer papers do. `shapes`: measured over 5,000 images, std 0.241 at 32 px and 0.245 at 64 px.
 DATASETS: dict[str, DatasetInfo] = {
     "cifar10": DatasetInfo(published.open_cifar10, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616], 10, True),
     "cifar100": DatasetInfo(published.open_cifar100, [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762], 100, True),
@@ -67,14 +68,14 @@ def dataset_info(name: str) -> DatasetInfo:
 def statistics(cfg: DataConfig) -> tuple[list[float], list[float]]:
     """Channel (means, standard deviations) in 0..1, `cfg.channels` values each.
 
-    `cfg.mean` and `cfg.std` win; a single value stands for all channels. Else the data set's: for one channel the luma-weighted
-    mean, and the luma-weighted std, which is exact for fully correlated channels (CIFAR-10: 0.2465, measured on the grey images
-    0.239). Any other number of channels has no published statistics: UserError asks for them, since a guess would train silently
-    worse.
+    `cfg.mean` and `cfg.std` win; a single value stands for all channels. Else the data set's: for one channel the
+    luma-weighted mean, and the luma-weighted std, which is exact for fully correlated channels (CIFAR-10: 0.2465,
+    measured on the gray images 0.239). Any other number of channels has no published statistics: UserError asks for
+    them, since a guess would train silently worse.
     """
     info = dataset_info(cfg.name)
     if cfg.channels < 1:
-        raise UserError(f"data.channels is {cfg.channels}; expected 1 (grey), 3 (RGB) or another positive number.")
+        raise UserError(f"data.channels is {cfg.channels}; expected 1 (gray), 3 (RGB) or another positive number.")
     return _values(cfg, "mean", info.mean), _values(cfg, "std", info.std)
 
 
@@ -86,8 +87,8 @@ def _values(cfg: DataConfig, key: str, known: list[float]) -> list[float]:
         if cfg.channels == 1:
             return [sum(weight * value for weight, value in zip(LUMA, known, strict=True))]
         raise UserError(
-            f"data.channels {cfg.channels} has no published statistics: give data.{key} with {cfg.channels} values in 0..1 "
-            f"(or one for all; 0.5 is a usual choice)."
+            f"data.channels {cfg.channels} has no published statistics: give data.{key} with {cfg.channels} values in"
+            " 0..1 (or one for all; 0.5 is a usual choice)."
         )
     given = [float(value) for value in given]
     if len(given) == 1:
@@ -97,7 +98,8 @@ def _values(cfg: DataConfig, key: str, known: list[float]) -> list[float]:
     least = 1e-6 if key == "std" else 0.0
     if not all(math.isfinite(value) and least <= value <= 1 for value in given):
         raise UserError(
-            f"data.{key} is {given}; expected values {'above 0, at most 1' if key == 'std' else 'in 0..1'} (not 0..255)."
+            f"data.{key} is {given}; expected values {'above 0, at most 1' if key == 'std' else 'in 0..1'} (not"
+            " 0..255)."
         )
     return given
 
@@ -106,7 +108,9 @@ def find_root(cfg: DataConfig) -> Path:
     """`data.root`, else $VIT_SUITE_DATA. UserError when neither is given or the folder is missing or empty."""
     given = cfg.root or os.environ.get(ROOT_VARIABLE)
     if not given:
-        raise UserError(f"data set '{cfg.name}' needs a folder: set data.root, or the environment variable {ROOT_VARIABLE}.")
+        raise UserError(
+            f"data set '{cfg.name}' needs a folder: set data.root, or the environment variable {ROOT_VARIABLE}."
+        )
     root = Path(given).expanduser()
     origin = "data.root" if cfg.root else f"${ROOT_VARIABLE}"
     info = dataset_info(cfg.name)

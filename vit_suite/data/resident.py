@@ -22,8 +22,8 @@ SMALL = 128 * 128  # pixels; see _threads
 def common_size(source: ImageSource) -> tuple[int, int] | None:
     """(H, W) of every image if that is known, or likely: headers of 64 files spread over the set agree. None otherwise.
 
-    Only headers of a sample are read, so that a set of a million photographs answers at once; `decode_all` finds the rare odd
-    one.
+    Only headers of a sample are read, so that a set of a million photographs answers at once; `decode_all` finds the
+    rare odd one.
     """
     if source.image_size is not None:
         return source.image_size
@@ -44,8 +44,11 @@ def _probe(source: ImageSource, index: int) -> tuple[int, int] | None:
         return None
 
 
-def make_resident(source: ImageSource, wanted: bool | str, memory_gb: float, quarantine: Quarantine) -> ResidentSource | None:
-    """The decoded set, or None when it stays in files. Images that do not decode are left out and reported to `quarantine`.
+def make_resident(
+    source: ImageSource, wanted: bool | str, memory_gb: float, quarantine: Quarantine
+) -> ResidentSource | None:
+    """The decoded set, or None when it stays in files. Images that do not decode are left out and reported to
+    `quarantine`.
 
     `wanted`: True, False or "auto" (data.resident). UserError when True is impossible, or when too many files are bad.
     """
@@ -72,7 +75,8 @@ def _refuse(wanted: bool | str, why: str) -> None:
 
 
 def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tensor, list[DecodeError]] | None:
-    """Images uint8 (M, C, H, W), their indices (M,) in the source, the failures; None as soon as an image has another size."""
+    """Images uint8 (M, C, H, W), their indices (M,) in the source, the failures; None as soon as an image has another
+    size."""
     if (whole := _array(source)) is not None:
         return whole, torch.arange(len(source)), []
     images = torch.empty((len(source), source.channels, *size), dtype=torch.uint8)
@@ -122,7 +126,7 @@ def _array(source: ImageSource) -> Tensor | None:
         return None
     picks = source.indices.numpy() if isinstance(source, Subset) else np.arange(len(source))
     images = torch.empty((len(source), source.channels, *base.images.shape[2:]), dtype=torch.uint8)
-    for start in range(0, len(picks), 1024):  # the grey conversion works in 32 bits: a slice at a time
+    for start in range(0, len(picks), 1024):  # the gray conversion works in 32 bits: a slice at a time
         part = convert_channels(base.images[picks[start : start + 1024]], source.channels, source.name)
         images[start : start + 1024] = torch.from_numpy(np.array(part, order="C"))
     return images

@@ -1,12 +1,13 @@
-"""`shapes`: images generated offline, a textured object on a cluttered background, with the class label and the object's mask.
+"""`shapes`: images generated offline, a textured object on a cluttered background, with the class label and the
+object's mask.
 
-The class sets the object's outline, the weave of its texture (pattern and fineness), and about where its hue lies (two classes share
-a hue, neighbouring hues overlap). Brightness, saturation, scale, position, rotation, stretch and phase are drawn independently of it,
-as are the background's colours and texture, from the same patterns, and its clutter (line segments and blobs): the background says
-nothing about the class. The object covers 10 to 30% of the image.
+The class sets the object's outline, the weave of its texture (pattern and fineness), and about where its hue lies (two
+classes share a hue, neighbouring hues overlap). Brightness, saturation, scale, position, rotation, stretch and phase
+are drawn independently of it, as are the background's colors and texture, from the same patterns, and its clutter (line
+segments and blobs): the background says nothing about the class. The object covers 10 to 30% of the image.
 
-Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the same
-pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the centre.
+Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the
+same pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the center.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def _triangle(x: ndarray, y: ndarray) -> ndarray:
 
 
 def _star(x: ndarray, y: ndarray) -> ndarray:
-    # Five tips at radius 1 and five notches at 0.42: the distance to the edge between a tip and a notch, folded into one half
-    # tip.
+    # Five tips at radius 1 and five notches at 0.42: the distance to the edge between a tip and a notch, folded into
+    # one half tip.
     angle = np.abs(np.mod(np.arctan2(x, -y) + np.pi / 5, 2 * np.pi / 5) - np.pi / 5)
     radius = np.hypot(x, y)
     notch_x, notch_y = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
@@ -112,8 +113,8 @@ EXTENT = _unit_extent()
 
 
 class ShapesSource(ImageSource):
-    """`length` generated images of (height, width); label = index modulo the number of classes, so every class is equally
-    frequent.
+    """`length` generated images of (height, width); label = index modulo the number of classes, so every class is
+    equally frequent.
 
     UserError when a side is under 16 pixels. `channels` 1 gives luma, 3 RGB.
     """
@@ -122,7 +123,9 @@ class ShapesSource(ImageSource):
 
     def __init__(self, split: str, length: int, size: tuple[int, int], channels: int = 3, seed: int = 0) -> None:
         if min(size) < SMALLEST:
-            raise UserError(f"data.image_size {min(size)} is too small for generated shapes; expected at least {SMALLEST}.")
+            raise UserError(
+                f"data.image_size {min(size)} is too small for generated shapes; expected at least {SMALLEST}."
+            )
         if channels not in (1, 3):
             raise UserError(f"data.channels is {channels}; generated shapes have 1 or 3.")
         self.name, self.split, self.classes, self.channels = "shapes", split, list(CLASSES), channels
@@ -150,7 +153,7 @@ class ShapesSource(ImageSource):
         coverage = self._coverage(u, index)
         unit = float(min(self.image_size))
         x, y = self._x / unit, self._y / unit
-        back, front = _colours(index, u[13:])
+        back, front = _colors(index, u[13:])
         canvas = _blend(back, _texture(x, y, u[5:9], random))
         self._clutter(canvas, random, unit)
         canvas += coverage * (_blend(front, _texture(x, y, _weave(index, u[9:13]), random)) - canvas)
@@ -168,8 +171,8 @@ class ShapesSource(ImageSource):
         name = CLASSES[index % len(CLASSES)]
         area, extent = EXTENT[name]
         height, width = self.image_size
-        # The largest object still fits into the image with its enclosing circle; the smallest keeps the range open for thin
-        # outlines.
+        # The largest object still fits into the image with its enclosing circle; the smallest keeps the range open for
+        # thin outlines.
         most = min(AREA[1], area / extent**2 * 0.25 * min(height, width) / max(height, width))
         share = min(AREA[0], 0.7 * most) + u[0] * (most - min(AREA[0], 0.7 * most))
         radius = math.sqrt(share * height * width / area)
@@ -185,7 +188,7 @@ class ShapesSource(ImageSource):
     def _clutter(self, canvas: ndarray, random: np.random.Generator, unit: float) -> None:
         """Draw line segments and blobs onto the canvas (3, H, W), each within its own bounding box."""
         height, width = self.image_size
-        for k, (u0, u1, u2, u3, *colour) in enumerate(random.random((CLUTTER, 7), dtype=np.float32).tolist()):
+        for k, (u0, u1, u2, u3, *color) in enumerate(random.random((CLUTTER, 7), dtype=np.float32).tolist()):
             segment = k % 2 == 0
             thick = (0.01 if segment else 0.025) * (1 + 1.5 * u2) * unit
             half = 0.18 * unit if segment else 0.0
@@ -200,38 +203,43 @@ class ShapesSource(ImageSource):
                 x, y = np.maximum(np.abs(cos * x + sin * y) - half, 0), cos * y - sin * x
             cover = np.minimum(np.maximum(0.5 + thick - np.sqrt(x * x + y * y), 0), 0.8)
             part = canvas[:, top:bottom, left:right]
-            part += cover * (np.array(colour, dtype=np.float32)[:, None, None] - part)
+            part += cover * (np.array(color, dtype=np.float32)[:, None, None] - part)
 
 
 def _clip(values: ndarray) -> ndarray:
     return np.minimum(np.maximum(values, 0), 1)  # np.clip costs more in Python than these two on a small image
 
 
-def _blend(colours: ndarray, share: ndarray) -> ndarray:
-    return colours[0, :, None, None] + share * (colours[1] - colours[0])[:, None, None]  # (3, H, W)
+def _blend(colors: ndarray, share: ndarray) -> ndarray:
+    return colors[0, :, None, None] + share * (colors[1] - colors[0])[:, None, None]  # (3, H, W)
 
 
-def _colours(index: int, u: list[float]) -> tuple[ndarray, ndarray]:
-    """Two neighbouring background colours of any hue, and a dark and a light one of the class's hue for the object: (2, 3) each.
+def _colors(index: int, u: list[float]) -> tuple[ndarray, ndarray]:
+    """Two neighbouring background colors of any hue, and a dark and a light one of the class's hue for the object: (2,
+    3) each.
 
     `u`: uniform draws.
     """
     value, contrast = 0.3 + 0.6 * u[2], 0.12 * u[3]
-    back = [hsv_to_rgb((u[0] + turn) % 1, 0.9 * u[1], value + sign * contrast) for turn, sign in ((0.04, 1), (-0.04, -1))]
+    back = [
+        hsv_to_rgb((u[0] + turn) % 1, 0.9 * u[1], value + sign * contrast) for turn, sign in ((0.04, 1), (-0.04, -1))
+    ]
     hue = (index % len(CLASSES) // 2 / HUES + HUE_SPREAD * (u[4] - 0.5)) % 1
     front = [hsv_to_rgb(hue, 0.6 + 0.4 * u[5], light) for light in (0.25 + 0.3 * u[6], 0.75 + 0.25 * u[7])]
     return np.array(back, dtype=np.float32), np.array(front, dtype=np.float32)
 
 
 def _weave(index: int, u: list[float]) -> list[float]:
-    """The class's own pattern and fineness, angle and phase as drawn: five patterns, each coarse or fine (the gradient: or plain)."""
+    """The class's own pattern and fineness, angle and phase as drawn: five patterns, each coarse or fine (the gradient:
+    or plain)."""
     fine, pattern = divmod(index % len(CLASSES), 5)
     kind = 5 if fine and pattern == 4 else pattern
     return [(kind + 0.5) / TEXTURES, u[1], 0.25 * u[2] + 0.75 * fine, u[3]]
 
 
 def _texture(x: ndarray, y: ndarray, u: list[float], random: np.random.Generator) -> ndarray:
-    """A pattern (H, W) in 0..1: stripes, checks, dots, smooth noise, a gradient, or plain. x (1, W), y (H, 1) in image sides."""
+    """A pattern (H, W) in 0..1: stripes, checks, dots, smooth noise, a gradient, or plain. x (1, W), y (H, 1) in image
+    sides."""
     kind = int(u[0] * TEXTURES)
     angle = 2 * np.pi * u[1]
     cos, sin = math.cos(angle), math.sin(angle)
@@ -254,7 +262,7 @@ def _texture(x: ndarray, y: ndarray, u: list[float], random: np.random.Generator
 def _noise(x: ndarray, y: ndarray, cells: int, random: np.random.Generator) -> ndarray:
     """Random values on a (cells, cells) grid, interpolated linearly to (H, W)."""
     grid = random.random((cells, cells), dtype=np.float32)
-    centres = np.arange(cells, dtype=np.float32)
+    centers = np.arange(cells, dtype=np.float32)
     rows = np.clip((y / np.ptp(y) + 0.5) * (cells - 1), 0, cells - 1)  # (H, 1)
     columns = np.clip((x / np.ptp(x) + 0.5) * (cells - 1), 0, cells - 1)  # (1, W)
-    return np.maximum(1 - np.abs(rows - centres), 0) @ grid @ np.maximum(1 - np.abs(columns - centres[:, None]), 0)
+    return np.maximum(1 - np.abs(rows - centers), 0) @ grid @ np.maximum(1 - np.abs(columns - centers[:, None]), 0)

@@ -1,10 +1,11 @@
 """Where each image of a folder of shards lies: the index that makes a sample of a tar file one read at an offset.
 
-A shard is an uncompressed tar file in the layout of the webdataset package. Members that share KEY, a name up to the first dot of its
-last part, are one sample. Its image is the member whose extension, all that follows that dot, is one of `decode.EXTENSIONS`; its
-label the text of a `.cls` member, else what a `.json` member has under "label" or "cls".
+A shard is an uncompressed tar file in the layout of the webdataset package. Members that share KEY, a name up to the
+first dot of its last part, are one sample. Its image is the member whose extension, all that follows that dot, is one
+of `decode.EXTENSIONS`; its label the text of a `.cls` member, else what a `.json` member has under "label" or "cls".
 
-`index.npz` in the folder of the shards holds what `scan` found in each of them. It is written by `scripts/make_shards.py`, or when a
+`index.npz` in the folder of the shards holds what `scan` found in each of them. It is written by
+`scripts/make_shards.py`, or when a
 set is first opened, from the headers in the shards: other sets in this layout need no conversion.
 """
 
@@ -56,9 +57,11 @@ TYPES = {"names": np.bytes_, "headers": np.uint32, "offsets": np.int64, "sizes":
 
 
 def open_index(folder: Path, names: Sequence[str], whole: bool) -> dict[str, Shard]:
-    """Shard name -> its images, for the shards `names` of `folder`; those that the index lacks are read, and added to it.
+    """Shard name -> its images, for the shards `names` of `folder`; those that the index lacks are read, and added to
+    it.
 
-    Raises UserError when the index and the files disagree, and with `whole` when a shard that it has is not in the folder.
+    Raises UserError when the index and the files disagree, and with `whole` when a shard that it has is not in the
+    folder.
     """
     file = folder / INDEX
     known = _known(file)
@@ -70,7 +73,9 @@ def open_index(folder: Path, names: Sequence[str], whole: bool) -> dict[str, Sha
     gone = [name for name in known if not (folder / name).is_file()] if whole else []
     if gone:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
-        raise UserError(f"shard '{folder / gone[0]}'{more} is missing, but {INDEX} names it: bring it back, or {again}.")
+        raise UserError(
+            f"shard '{folder / gone[0]}'{more} is missing, but {INDEX} names it: bring it back, or {again}."
+        )
     for name in names:
         length = (folder / name).stat().st_size
         if length != known[name].length:
@@ -130,7 +135,8 @@ def read_index(file: Path) -> dict[str, Shard]:
 
 
 def scan(path: Path) -> Shard:
-    """Read the headers and labels of a shard. UserError when it is not a whole tar file, or has members but no image."""
+    """Read the headers and labels of a shard. UserError when it is not a whole tar file, or has members but no
+    image."""
     images: dict[str, tuple[bytes, int, int, int]] = {}  # key -> name, header, offset, size
     labels: dict[str, str] = {}
     found: set[str] = set()
@@ -141,7 +147,10 @@ def scan(path: Path) -> Shard:
                 found.add(extension)
                 if extension in EXTENSIONS:
                     if key in images:
-                        raise UserError(f"shard '{path}': sample {key} has two images, {os.fsdecode(images[key][0])} and {member.name}.")
+                        raise UserError(
+                            f"shard '{path}': sample {key} has two images, {os.fsdecode(images[key][0])} and"
+                            f" {member.name}."
+                        )
                     tar.fileobj.seek(member.offset_data - BLOCK)
                     header = zlib.crc32(tar.fileobj.read(BLOCK))
                     images[key] = os.fsencode(member.name), header, member.offset_data, member.size
@@ -151,7 +160,9 @@ def scan(path: Path) -> Shard:
             if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile takes a file that just stops for a whole one
                 raise tarfile.ReadError(f"it stops, or is damaged, at byte {tar.offset}")
     except tarfile.TarError as error:
-        raise UserError(f"shard '{path}' is not a whole uncompressed tar file ({error}); copy or make it again.") from None
+        raise UserError(
+            f"shard '{path}' is not a whole uncompressed tar file ({error}); copy or make it again."
+        ) from None
     if found and not images:
         expected = "expected KEY.jpg, .png, .webp or another image, with KEY.cls or KEY.json"
         raise UserError(f"shard '{path}' holds no images: {expected}; found {', '.join(sorted(found)[:6])}.")

@@ -1,13 +1,14 @@
-"""`shards`: sets as tar files in the WebDataset layout, for disks that give a few large files faster than millions of small ones.
+"""`shards`: sets as tar files in the WebDataset layout, for disks that give a few large files faster than millions of
+small ones.
 
     ROOT/train-000000.tar ROOT/val-000000.tar ...    splits by name (also imagenet1k-validation-00.tar)
     ROOT/train/000000.tar ROOT/val/000000.tar ...    or by folder
     ROOT/000000.tar ...                              or one split, `all`, used for both ends
     ROOT/train-{000000..000127}.tar                  some shards, as webdataset writes them; or with *
 
-Labels are numbers, or words that `classes.txt` beside the shards (one a line) puts into their order; it also names the numbers. Any
-image is one read at an offset (`shard_index.py`), so training order, resume, ranks, evaluation and the list of bad images are those
-of loose files; an image that does not decode is listed as SHARD.tar/KEY.jpg.
+Labels are numbers, or words that `classes.txt` beside the shards (one a line) puts into their order; it also names the
+numbers. Any image is one read at an offset (`shard_index.py`), so training order, resume, ranks, evaluation and the
+list of bad images are those of loose files; an image that does not decode is listed as SHARD.tar/KEY.jpg.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from vit_suite.errors import UserError
 
 CLASSES = "classes.txt"
 OPEN = 64
-"""Shards a process holds open. Opening is what is slow on a network disk; a process often has no more than 1,024 files."""
+"""Shards a process holds open. Opening is what is slow on a network disk; a process often has no more than 1,024
+files."""
 
 
 class ShardSource(ImageSource):
     """Images in the shards of one folder. What tells where they lie are a few arrays, which workers share.
 
-    `index`: as `open_index` gives it. `read_ahead`: ask the system for the whole of a shard when its first image is read, which
-    suits `order.shard_order` and would be waste in an order that returns to every shard all the time.
+    `index`: as `open_index` gives it. `read_ahead`: ask the system for the whole of a shard when its first image is
+    read, which suits `order.shard_order` and would be waste in an order that returns to every shard all the time.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class ShardSource(ImageSource):
         counts = torch.tensor([len(shard.names) for shard in index.values()])
         self.shards = torch.repeat_interleave(torch.arange(len(counts)), counts)
         self.names, self.headers, self.offsets, self.sizes = (
-            np.concatenate([getattr(shard, key) for shard in index.values()]) for key in ("names", "headers", "offsets", "sizes")
+            np.concatenate([getattr(shard, key) for shard in index.values()])
+            for key in ("names", "headers", "offsets", "sizes")
         )
         _open.cache_clear()  # a set that is opened sees its files as they are now
 
@@ -82,7 +85,10 @@ class ShardSource(ImageSource):
         if len(block) < BLOCK + size or zlib.crc32(block[:BLOCK]) != self.headers[index]:
             where = f"{os.fsdecode(self.names[index])} is not at byte {offset} any more"
             index_file = os.path.join(self.folder, INDEX)
-            raise UserError(f"shard '{path}' was written again since it was indexed ({where}): delete '{index_file}' and start anew.")
+            raise UserError(
+                f"shard '{path}' was written again since it was indexed ({where}): delete '{index_file}' and start"
+                " anew."
+            )
         return block[BLOCK:]
 
     def _shard(self, index: int) -> str:
@@ -90,7 +96,8 @@ class ShardSource(ImageSource):
 
 
 class _OpenFile:
-    """A file descriptor that is closed when nobody refers to it: threads may still read a shard that `_open` has dropped."""
+    """A file descriptor that is closed when nobody refers to it: threads may still read a shard that `_open` has
+    dropped."""
 
     def __init__(self, path: str, read_ahead: bool) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -121,7 +128,8 @@ def open_shards(cfg: DataConfig, root: Path, split: str | None) -> ShardSource:
 
 
 def find_shards(root: Path) -> dict[str, list[Path]]:
-    """Split -> its shards, sorted by name (a pattern keeps its order). UserError when there are none, or one of a pattern is missing."""
+    """Split -> its shards, sorted by name (a pattern keeps its order). UserError when there are none, or one of a
+    pattern is missing."""
     if root.is_dir():
         folders = {split: tars for split, folder in split_folders(root).items() if (tars := sorted(_tars(folder)))}
         if folders:
@@ -130,7 +138,10 @@ def find_shards(root: Path) -> dict[str, list[Path]]:
     else:
         paths = _expand(root)
     if not paths:
-        layout = "NAME-000000.tar files in ROOT or in ROOT/train and ROOT/val, or a pattern such as ROOT/train-{000000..000127}.tar"
+        layout = (
+            "NAME-000000.tar files in ROOT or in ROOT/train and ROOT/val, or a pattern such as"
+            " ROOT/train-{000000..000127}.tar"
+        )
         hint = "; .tar.gz and .tgz have to be unpacked to .tar first" if any(root.glob("*.t*gz")) else ""
         raise UserError(f"no shards in '{root}': expected {layout}, found {found_in(root)}{hint}.")
     found: dict[str, list[Path]] = {}
@@ -147,14 +158,18 @@ def _expand(pattern: Path) -> list[Path]:
     """The files of `DIR/train-{000000..000127}.tar` or `DIR/train-*.tar`; ranges and * stand in the file name."""
     folder = pattern.parent
     if not folder.is_dir():
-        raise UserError(f"data.root '{pattern}': the folder '{folder}' does not exist (a pattern may stand in the file name alone).")
+        raise UserError(
+            f"data.root '{pattern}': the folder '{folder}' does not exist (a pattern may stand in the file name alone)."
+        )
     if "*" in pattern.name:
         return sorted(path for path in folder.glob(pattern.name) if not path.name.startswith("."))
     paths = [folder / name for name in _ranges(pattern.name)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"data.root '{pattern}' names {len(paths)} shards, but {missing[0]}{more} does not exist in '{folder}'.")
+        raise UserError(
+            f"data.root '{pattern}' names {len(paths)} shards, but {missing[0]}{more} does not exist in '{folder}'."
+        )
     return paths
 
 
@@ -174,22 +189,34 @@ def _split_of(name: str) -> str:
 
 
 def number_labels(words: np.ndarray, names: Path | None, folder: Path) -> tuple[list[str], Tensor | None]:
-    """Labels as bytes (N,), and the file of class names or None -> class names, int64 (N,) or None where nothing has a label.
+    """Labels as bytes (N,), and the file of class names or None -> class names, int64 (N,) or None where nothing has a
+    label.
 
-    Without names the classes are called by their numbers. UserError for a label that the names lack, or a word without any names.
+    Without names the classes are called by their numbers. UserError for a label that the names lack, or a word without
+    any names.
     """
-    classes = [] if names is None else [line.strip() for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    classes = (
+        []
+        if names is None
+        else [line.strip() for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    )
     table = {b"": -1} | {name.encode(): number for number, name in enumerate(classes) if not name.isdecimal()}
     for word in dict.fromkeys(words.tolist()):
         if word.isdigit():
             table[word] = int(word)
         elif word not in table:
-            need = f"'{names}' does not have" if names else f"needs its number: name the classes, one a line, in '{folder / CLASSES}'"
+            need = (
+                f"'{names}' does not have"
+                if names
+                else f"needs its number: name the classes, one a line, in '{folder / CLASSES}'"
+            )
             raise UserError(f"the shards in '{folder}' have the label '{os.fsdecode(word)}', which {need}.")
     labels = torch.tensor([table[word] for word in words.tolist()])
     most = int(labels.max())
     if most < 0:
         return [], None
     if names is not None and most >= len(classes):
-        raise UserError(f"the shards in '{folder}' have the label {most}, but '{names}' names {len(classes)} classes, from 0 on.")
+        raise UserError(
+            f"the shards in '{folder}' have the label {most}, but '{names}' names {len(classes)} classes, from 0 on."
+        )
     return classes or [str(number) for number in range(most + 1)], labels

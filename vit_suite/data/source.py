@@ -21,7 +21,7 @@ __all__ = ["ArraySource", "FileSource", "ImageSource", "ResidentSource", "Subset
 class ImageSource:
     """Un-augmented images of one split, by index.
 
-    name: as shown beside scores, e.g. "CIFAR-10 (JPEG)". split: e.g. "train". classes: names, empty when unlabelled.
+    name: as shown beside scores, e.g. "CIFAR-10 (JPEG)". split: e.g. "train". classes: names, empty when unlabeled.
     labels: int64 (N,), -1 for an image without one; None when the whole set has none.
     boxes: float32 (N, 4) of x0, y0, x1, y1 in pixels, x1 and y1 exclusive; None when the set has none.
     channels: C. image_size: (H, W) when every image is known to have it, else None. has_masks: whether `mask` works.
@@ -64,7 +64,8 @@ class ImageSource:
         return -1 if self.labels is None else int(self.labels[index])
 
     def get(self, index: int) -> Tensor | None:
-        """`load`, or None when the file does not decode: then it is reported to the quarantine (UserError beyond its limit)."""
+        """`load`, or None when the file does not decode: then it is reported to the quarantine (UserError beyond its
+        limit)."""
         try:
             return self.load(index)
         except DecodeError as error:
@@ -114,7 +115,8 @@ class Subset(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Image files. Paths are one byte array, which workers share; of a list of a million strings each would grow a copy."""
+    """Image files. Paths are one byte array, which workers share; of a list of a million strings each would grow a
+    copy."""
 
     def __init__(
         self,
@@ -154,7 +156,13 @@ class ArraySource(ImageSource):
     """Images in a uint8 array (N, C, H, W) that a reader already holds; converted to `channels` image by image."""
 
     def __init__(
-        self, name: str, split: str, images: np.ndarray, channels: int, classes: Sequence[str], labels: Sequence[int] | None
+        self,
+        name: str,
+        split: str,
+        images: np.ndarray,
+        channels: int,
+        classes: Sequence[str],
+        labels: Sequence[int] | None,
     ) -> None:
         self.name, self.split, self.channels, self.classes = name, split, channels, list(classes)
         self.images, self.image_size = images, (images.shape[2], images.shape[3])
@@ -168,7 +176,8 @@ class ArraySource(ImageSource):
 
 
 class ResidentSource(ImageSource):
-    """Decoded images in one tensor: `images` uint8 (N, C, H, W), on the CPU or a GPU; masks and paths come from `base`."""
+    """Decoded images in one tensor: `images` uint8 (N, C, H, W), on the CPU or a GPU; masks and paths come from
+    `base`."""
 
     def __init__(self, base: ImageSource, images: Tensor) -> None:
         self._describe(base)

@@ -1,8 +1,9 @@
-"""Where the objects of images are, from files that others made: folders of masks, VOC XML, COCO JSON, Tiny-ImageNet's text.
+"""Where the objects of images are, from files that others made: folders of masks, VOC XML, COCO JSON, Tiny-ImageNet's
+text.
 
-Truth of an image is a mask, int8 (H, W) of 1 object, 0 ground, -1 left out, or boxes, float32 (K, 4) of x0, y0, x1, y1 in pixels, x1 and
-y1 exclusive (VOC and Tiny-ImageNet name the last pixel; VOC counts from 1). Files are matched with images by their path without
-extension, relative to the folder given, or where no path fits by their name alone.
+Truth of an image is a mask, int8 (H, W) of 1 object, 0 ground, -1 left out, or boxes, float32 (K, 4) of x0, y0, x1, y1
+in pixels, x1 and y1 exclusive (VOC and Tiny-ImageNet name the last pixel; VOC counts from 1). Files are matched with
+images by their path without extension, relative to the folder given, or where no path fits by their name alone.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from vit_suite.errors import UserError
 log = logging.getLogger("vit_suite")
 
 VOID = (224, 224, 192)
-"""Colour of index 255 in VOC's palette."""
+"""Color of index 255 in VOC's palette."""
 SHOWN = 5
 """Names in a message."""
-MaskValues = Literal["auto", "index", "grey"]
+MaskValues = Literal["auto", "index", "gray"]
 Boxes = dict[str, tuple[list[list[float]], tuple[int, int] | None]]
 """Path without extension -> (boxes, size (H, W) of the image where the file tells it)."""
 
@@ -62,21 +63,29 @@ def source_truths(source: ImageSource) -> Truths | None:
     return Truths("boxes", f"boxes of {source.title}", load)
 
 
-def open_truths(images: str | Path, truth: str | Path, values: MaskValues = "auto", channels: int = 3) -> tuple[FileSource, Truths]:
-    """The images under a folder that have a truth, and their truths: a folder of masks or of VOC XML, a COCO JSON, or text lines
-    `name [WNID] x0 y0 x1 y1` (a file, or all `*boxes.txt` under a folder).
+def open_truths(
+    images: str | Path, truth: str | Path, values: MaskValues = "auto", channels: int = 3
+) -> tuple[FileSource, Truths]:
+    """The images under a folder that have a truth, and their truths: a folder of masks or of VOC XML, a COCO JSON, or
+    text lines `name [WNID] x0 y0 x1 y1` (a file, or all `*boxes.txt` under a folder).
 
-    values: what masks hold (`read_mask`). What finds no partner is left out and logged by name. UserError when nothing matches, or when
+    values: what masks hold (`read_mask`). What finds no partner is left out and logged by name. UserError when nothing
+    matches, or when
     sizes do not fit, with the names.
     """
     images, truth = Path(images), Path(truth)
     if not images.is_dir():
-        raise UserError(f"images '{images}' {'is no folder' if images.exists() else 'does not exist'}; expected a folder of images.")
+        raise UserError(
+            f"images '{images}' {'is no folder' if images.exists() else 'does not exist'}; expected a folder of images."
+        )
     paths = list(walk_images(images))
     if not paths:
         raise UserError(f"no images under '{images}': it holds {found_in(images)}.")
     if not truth.exists():
-        raise UserError(f"truth '{truth}' does not exist; expected a folder of masks or VOC XML, a COCO JSON, or a text file of boxes.")
+        raise UserError(
+            f"truth '{truth}' does not exist; expected a folder of masks or VOC XML, a COCO JSON, or a text file of"
+            " boxes."
+        )
     masks = [name for name in walk_images(truth)] if truth.is_dir() else []
     if masks and images.resolve() == truth.resolve():
         raise UserError(f"truth '{truth}' is the images folder itself; expected a folder of masks.")
@@ -112,10 +121,13 @@ def _match(paths: Sequence[str], truths: dict[str, object], images: Path, truth:
     spare = sorted(truths.keys() - set(keys))
     if not partners:
         raise UserError(
-            f"no truth in '{truth}' has the name of an image in '{images}': truths are called {_listed(spare)}, images {_listed(alone)}."
+            f"no truth in '{truth}' has the name of an image in '{images}': truths are called {_listed(spare)}, images"
+            f" {_listed(alone)}."
         )
     if alone:
-        log.warning("%d of %d images in '%s' have no truth and are left out: %s", len(alone), len(paths), images, _listed(alone))
+        log.warning(
+            "%d of %d images in '%s' have no truth and are left out: %s", len(alone), len(paths), images, _listed(alone)
+        )
     if spare:
         log.warning("%d truths in '%s' belong to no image: %s", len(spare), truth, _listed(spare))
     return partners
@@ -143,20 +155,26 @@ def _check_boxes(boxes: list[Tensor], images: list[Path]) -> None:
         size = image_size(image)
         limits = torch.tensor([size[1], size[0]]) + 1 if size else torch.tensor([torch.inf, torch.inf])
         if not ((one[:, 2:] > one[:, :2]).all() and (one[:, :2] >= -1).all() and (one[:, 2:] <= limits).all()):
-            wrong.append(f"{image.name} ({'x'.join(map(str, reversed(size))) if size else 'unknown size'}): {one.tolist()}")
+            wrong.append(
+                f"{image.name} ({'x'.join(map(str, reversed(size))) if size else 'unknown size'}): {one.tolist()}"
+            )
     if wrong:
-        raise UserError(f"the boxes of {len(wrong)} images are empty or lie outside of them: {'; '.join(wrong[:SHOWN])}.")
+        raise UserError(
+            f"the boxes of {len(wrong)} images are empty or lie outside of them: {'; '.join(wrong[:SHOWN])}."
+        )
 
 
-# Masks ------------------------------------------------------------------------------------------------------------------------
+# Masks
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_mask(path: str | Path, values: MaskValues = "auto") -> Tensor:
     """A mask file as int8 (H, W) of 1 object, 0 ground, -1 left out.
 
-    values: index = 0 is ground, 255 is left out (VOC's borders), others are objects; grey = above 127 is object; auto = files with one
-    value besides 0 are masks of that value, palette files are indices, colours are objects except black (ground) and VOC's colour of
-    255 (left out), and grey files of more values are refused, since they could be either.
+    values: index = 0 is ground, 255 is left out (VOC's borders), others are objects; gray = above 127 is object; auto =
+    files with one
+    value besides 0 are masks of that value, palette files are indices, colors are objects except black (ground) and
+    VOC's color of 255 (left out), and gray files of more values are refused, since they could be either.
     """
     path = Path(path)
     try:
@@ -175,16 +193,18 @@ def read_mask(path: str | Path, values: MaskValues = "auto") -> Tensor:
         left_out = (pixels == VOID).all(-1)
         return _trinary(pixels.any(-1) & ~left_out, left_out)
     if pixels.ndim != 2:
-        raise UserError(f"mask '{path}' has shape {pixels.shape}; expected one value a pixel, or colours with mask_values auto.")
-    if values == "grey":
+        raise UserError(
+            f"mask '{path}' has shape {pixels.shape}; expected one value a pixel, or colors with mask_values auto."
+        )
+    if values == "gray":
         return _trinary(pixels > (127 if pixels.dtype == np.uint8 else 0))
     kinds = np.unique(pixels)
     if values == "auto" and len(kinds[kinds != 0]) <= 1:
         return _trinary(pixels != 0)
     if values == "auto" and not palette:
         raise UserError(
-            f"grey mask '{path}' holds {len(kinds)} values ({_listed(kinds.tolist())}): say with mask_values whether they are class "
-            "numbers (index) or shades (grey)."
+            f"gray mask '{path}' holds {len(kinds)} values ({_listed(kinds.tolist())}): say with mask_values whether"
+            " they are class numbers (index) or shades (gray)."
         )
     return _trinary((pixels != 0) & (pixels != 255), pixels == 255)
 
@@ -194,7 +214,8 @@ def _trinary(objects: np.ndarray, left_out: np.ndarray | None = None) -> Tensor:
     return mask if left_out is None else mask - torch.from_numpy(left_out.astype(np.int8))
 
 
-# Boxes ------------------------------------------------------------------------------------------------------------------------
+# Boxes
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_boxes(truth: Path) -> Boxes:
@@ -213,7 +234,8 @@ def read_boxes(truth: Path) -> Boxes:
     if truth.is_file() and is_image(truth.name):
         raise UserError(f"truth '{truth}' is one image; expected the folder of masks.")
     raise UserError(
-        f"truth '{truth}' holds {found_in(truth)}; expected a folder of masks or VOC XML, a COCO .json, or a .txt of boxes."
+        f"truth '{truth}' holds {found_in(truth)}; expected a folder of masks or VOC XML, a COCO .json, or a .txt of"
+        " boxes."
     )
 
 
@@ -227,7 +249,9 @@ def _voc(file: Path) -> tuple[list[list[float]], tuple[int, int] | None]:
             boxes.append([x0 - 1, y0 - 1, x1, y1])
         width, height = (int(root.findtext(f"size/{name}") or 0) for name in ("width", "height"))
     except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise UserError(f"'{file}' is no VOC annotation ({error}): expected object/bndbox with xmin, ymin, xmax, ymax.") from error
+        raise UserError(
+            f"'{file}' is no VOC annotation ({error}): expected object/bndbox with xmin, ymin, xmax, ymax."
+        ) from error
     return boxes, (height, width) if width and height else None
 
 
@@ -240,15 +264,20 @@ def _coco(file: Path) -> Boxes:
             if not note.get("iscrowd"):
                 x, y, width, height = note["bbox"]
                 found[note["image_id"]].append([x, y, x + width, y + height])
-        sizes = {i["id"]: (i["height"], i["width"]) if "height" in i and "width" in i else None for i in content["images"]}
+        sizes = {
+            i["id"]: (i["height"], i["width"]) if "height" in i and "width" in i else None for i in content["images"]
+        }
         return {_stem(image["file_name"]): (found[image["id"]], sizes[image["id"]]) for image in content["images"]}
     except (KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"'{file}' is no COCO annotation ({what}): expected images and annotations with image_id and bbox.") from error
+        raise UserError(
+            f"'{file}' is no COCO annotation ({what}): expected images and annotations with image_id and bbox."
+        ) from error
 
 
 def _text(file: Path) -> Boxes:
-    """Lines `name x0 y0 x1 y1` or `name WNID x0 y0 x1 y1` with the first and last pixel; several lines of one name are several boxes."""
+    """Lines `name x0 y0 x1 y1` or `name WNID x0 y0 x1 y1` with the first and last pixel; several lines of one name are
+    several boxes."""
     found: Boxes = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         words = line.split()

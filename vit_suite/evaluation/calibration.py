@@ -14,14 +14,17 @@ BINS = 15
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
-    """(M, 3) fp64: images, mean confidence and accuracy of each bin of the top-1 confidence, zeros where a bin is empty.
+    """(M, 3) fp64: images, mean confidence and accuracy of each bin of the top-1 confidence, zeros where a bin is
+    empty.
 
     Bins are (m / M, (m + 1) / M], as in Guo et al. and their released code. logits (N, K), labels (N,).
     """
     confidence, predicted = logits.double().softmax(-1).max(-1)
     place = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     counts = torch.bincount(place, minlength=bins).double()
-    sums = [torch.bincount(place, weights=values, minlength=bins) for values in (confidence, (predicted == labels).double())]
+    sums = [
+        torch.bincount(place, weights=values, minlength=bins) for values in (confidence, (predicted == labels).double())
+    ]
     return torch.stack([counts, *(total / counts.clamp(min=1) for total in sums)], dim=1)
 
 

@@ -57,11 +57,15 @@ def score_logits(logits: Tensor, labels: Tensor) -> Classification:
     )
 
 
-def classify(module: pl.LightningModule, source: Any, image_size: Iterable[int], batch_size: int, precision: str) -> Classification:
-    """Score the classifier of a supervised `module` on the images of `source` under the evaluation view. All ranks call this and get the
-    scores."""
+def classify(
+    module: pl.LightningModule, source: Any, image_size: Iterable[int], batch_size: int, precision: str
+) -> Classification:
+    """Score the classifier of a supervised `module` on the images of `source` under the evaluation view. All ranks call
+    this and get the scores."""
     options = {"batch_size": batch_size, "device": module.device, "precision": precision, "unit": False}
-    logits, labels, *_ = extract_features(module.classifier(), source, list(image_size), module.mean, module.std, **options)
+    logits, labels, *_ = extract_features(
+        module.classifier(), source, list(image_size), module.mean, module.std, **options
+    )
     return score_logits(logits, labels)
 
 

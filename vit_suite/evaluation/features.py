@@ -1,8 +1,9 @@
-"""Features of a whole image set: the CLS token after the final norm, L2-normalised, as DINO's eval_knn.py takes it.
+"""Features of a whole image set: the CLS token after the final norm, L2-normalized, as DINO's eval_knn.py takes it.
 
-Where there are several ranks, each takes every so many-th batch, and all get the rows in the order of the images: call these functions
-on every rank. What is in a batch is settled by the list of images alone, because the last bits of a matrix product depend on its shape:
-so the features are the same, bit for bit, on any number of ranks (that have the same number of threads, or the same GPU).
+Where there are several ranks, each takes every so many-th batch, and all get the rows in the order of the images: call
+these functions on every rank. What is in a batch is settled by the list of images alone, because the last bits of a
+matrix product depend on its shape: so the features are the same, bit for bit, on any number of ranks (that have the
+same number of threads, or the same GPU).
 
 Axes: N images that decode, D feature width, C channels, H x W pixels.
 """
@@ -45,7 +46,8 @@ class Features(NamedTuple):
     failures: list[DecodeError]
     """The files that did not decode; also reported to the source's quarantine where it has one."""
     rows: Tensor | None = None
-    """int64 (n,): the rows that `features` (n, D) holds of the whole, where ranks share them (`own_rows`); None where it holds all."""
+    """int64 (n,): the rows that `features` (n, D) holds of the whole, where ranks share them (`own_rows`); None where
+    it holds all."""
 
 
 def extract_features(
@@ -65,15 +67,15 @@ def extract_features(
 ) -> Features:
     """CLS features of every image of `source` (an ImageSource) under the deterministic evaluation view.
 
-    `unit`: L2-normalise them; without it they are what `backbone` (any module, a classifier too) returns, in fp32. `shared`: each rank
-    keeps its share of the rows (`Features.rows`) instead of all.
+    `unit`: L2-normalize them; without it they are what `backbone` (any module, a classifier too) returns, in fp32.
+    `shared`: each rank keeps its share of the rows (`Features.rows`) instead of all.
 
-    The backbone runs in eval mode without gradients, and every module gets its own mode back afterwards. `device`: where the forward
-    pass runs; the backbone's own when not given. Images held in one tensor are sliced; others decode in `workers` threads (the cores,
-    at most 8, when not given) beside the forward pass, at most two batches ahead.
+    The backbone runs in eval mode without gradients, and every module gets its own mode back afterwards. `device`:
+    where the forward pass runs; the backbone's own when not given. Images held in one tensor are sliced; others decode
+    in `workers` threads (the cores, at most 8, when not given) beside the forward pass, at most two batches ahead.
 
-    Files that do not decode are left out and returned in `failures`. UserError when the source is empty or nothing decodes, or when
-    the source's quarantine has more than its limit.
+    Files that do not decode are left out and returned in `failures`. UserError when the source is empty or nothing
+    decodes, or when the source's quarantine has more than its limit.
     """
     device = torch.device(device) if device is not None else next(backbone.parameters()).device
     precision = pick_precision(precision, device)
@@ -84,7 +86,18 @@ def extract_features(
         return functional.normalize(features, dim=1) if unit else features
 
     with frozen(backbone):
-        return collect(source, image_size, mean, std, forward, device, batch_size, workers, "features" if progress else None, shared)
+        return collect(
+            source,
+            image_size,
+            mean,
+            std,
+            forward,
+            device,
+            batch_size,
+            workers,
+            "features" if progress else None,
+            shared,
+        )
 
 
 def raw_pixel_features(
@@ -98,7 +111,8 @@ def raw_pixel_features(
     progress: bool = False,
     shared: bool = False,
 ) -> Features:
-    """The baseline that any training must beat: the normalised pixels of the evaluation view as (N, C * H * W), L2-normalised."""
+    """The baseline that any training must beat: the normalized pixels of the evaluation view as (N, C * H * W),
+    L2-normalized."""
 
     def flatten(images: Tensor) -> Tensor:
         return functional.normalize(images.float().flatten(1), dim=1)
@@ -109,7 +123,8 @@ def raw_pixel_features(
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule gets its own mode back (a frozen part of a training model stays frozen)."""
+    """Eval mode without gradients; every submodule gets its own mode back (a frozen part of a training model stays
+    frozen)."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -120,8 +135,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def prefetch(function: Callable[[Any], Any], items: Iterable[Any], ahead: int, workers: int | None = None) -> Iterator[Any]:
-    """`map(function, items)` in order, computed by threads, never more than `ahead` results beyond the one that is taken."""
+def prefetch(
+    function: Callable[[Any], Any], items: Iterable[Any], ahead: int, workers: int | None = None
+) -> Iterator[Any]:
+    """`map(function, items)` in order, computed by threads, never more than `ahead` results beyond the one that is
+    taken."""
     iterator = iter(items)
     with ThreadPoolExecutor(workers or min(8, cores()), thread_name_prefix="decode") as pool:
         pending: deque = deque()
@@ -154,10 +172,11 @@ def collect(
     desc: str | None = None,
     shared: bool = False,
 ) -> Features:
-    """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `device`; drop and report what does not decode.
+    """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `device`; drop and report what does
+    not decode.
 
-    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none. A UserError of
-    one rank, of its images or of `embed`, is raised on all.
+    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none. A
+    UserError of one rank, of its images or of `embed`, is raised on all.
     """
     if len(source) == 0:
         raise UserError(f"{_title(source)} holds no images")
@@ -167,7 +186,8 @@ def collect(
     bar = _bar(len(source), desc)
 
     def next_part() -> tuple[list[int], Tensor | UserError | None, list[DecodeError]]:
-        """Numbers, rows and failures of this rank's next batch; of an error, which all ranks raise below, no numbers."""
+        """Numbers, rows and failures of this rank's next batch; of an error, which all ranks raise below, no
+        numbers."""
         try:
             numbers, images, bad = next(batches, ([], [], []))
             return numbers, embed(eval_view(_on(images, device), size, mean, std)).cpu() if numbers else None, bad
@@ -180,7 +200,9 @@ def collect(
                 raise part
             if found:
                 if rows is None:  # once for the whole set: joining batches at the end would hold it twice
-                    rows = torch.empty(len(own_rows(len(source))) if shared else len(source), *part.shape[1:], dtype=part.dtype)
+                    rows = torch.empty(
+                        len(own_rows(len(source))) if shared else len(source), *part.shape[1:], dtype=part.dtype
+                    )
                 part = part[is_own(torch.arange(len(found)) + len(indices))] if shared else part
                 rows[kept : kept + len(part)] = part
                 kept += len(part)
@@ -203,8 +225,8 @@ def is_own(rows: Tensor) -> Tensor:
 
 
 def own_rows(total: int) -> Tensor:
-    """The rows that this rank keeps, ascending, of `total` that ranks share: tiles in turn, so that 1/N of them (but for a tile) are its
-    own whichever ranks there are, and no tile is cut."""
+    """The rows that this rank keeps, ascending, of `total` that ranks share: tiles in turn, so that 1/N of them (but
+    for a tile) are its own whichever ranks there are, and no tile is cut."""
     rows = torch.arange(total)
     return rows[is_own(rows)]
 
@@ -229,8 +251,11 @@ def _on(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Te
     return images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
 
 
-def _batches(source, batch_size: int, which: range, workers: int | None) -> Iterator[tuple[list[int], Any, list[DecodeError]]]:
-    """(indices, images, failures) of these batches in order; images are a uint8 (B, C, H, W) tensor or a list of (C, H_i, W_i)."""
+def _batches(
+    source, batch_size: int, which: range, workers: int | None
+) -> Iterator[tuple[list[int], Any, list[DecodeError]]]:
+    """(indices, images, failures) of these batches in order; images are a uint8 (B, C, H, W) tensor or a list of (C,
+    H_i, W_i)."""
     spans = [range(number * batch_size, min((number + 1) * batch_size, len(source))) for number in which]
     held = getattr(source, "images", None)
     if isinstance(held, Tensor):

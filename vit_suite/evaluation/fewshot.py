@@ -1,4 +1,4 @@
-"""Few-shot scores: n labelled images of each class, several random draws of them, mean and standard deviation."""
+"""Few-shot scores: n labeled images of each class, several random draws of them, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -39,20 +39,24 @@ class Spread:
         return {"mean": self.mean, "std": self.std, "draws": list(self.values)}
 
 
-def draw_shots(labels: Tensor, shots: int, draw: int, seed: int = 0, classes: Sequence[str] = (), where: str = "training images") -> Tensor:
+def draw_shots(
+    labels: Tensor, shots: int, draw: int, seed: int = 0, classes: Sequence[str] = (), where: str = "training images"
+) -> Tensor:
     """Sorted indices of `shots` images of each class; labels (N,) from 0.
 
-    Depends on the arguments alone. Draws with fewer shots are part of those with more, so that a curve over shots is smooth.
+    Depends on the arguments alone. Draws with fewer shots are part of those with more, so that a curve over shots is
+    smooth.
 
     Raises:
-        UserError: a class of `classes` (or of those in `labels`) has fewer images; the message names the one with the fewest.
+        UserError: a class of `classes` (or of those in `labels`) has fewer images; the message names the one with the
+        fewest.
     """
     count = max(len(classes), int(labels.max()) + 1 if len(labels) else 0)
     sizes = torch.bincount(labels, minlength=count)
     if int(sizes.min()) < shots:
         least = int(sizes.argmin())
         name = f"'{classes[least]}'" if least < len(classes) else str(least)
-        raise UserError(f"shots {shots} is more than class {name} has labelled {where}: {int(sizes[least])}.")
+        raise UserError(f"shots {shots} is more than class {name} has labeled {where}: {int(sizes[least])}.")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(stable_seed("shots", seed, draw)))
     grouped = order[torch.argsort(labels[order], stable=True)]  # class by class, in random order within one
     starts = sizes.cumsum(0) - sizes
@@ -83,10 +87,12 @@ def few_shot_probe(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[int, ShotResult]:
-    """Heads on few labelled images of `train` (parts (N, P, D)), scored on `test`, for each number of shots.
+    """Heads on few labeled images of `train` (parts (N, P, D)), scored on `test`, for each number of shots.
 
-    One setting serves all draws of a number of shots: the best on average on a held-out share of the training images, which the draws
-    do not touch. So those labels choose a setting, and nothing else; with one setting they are not used. `test` is called once, last.
+    One setting serves all draws of a number of shots: the best on average on a held-out share of the training images,
+    which the draws
+    do not touch. So those labels choose a setting, and nothing else; with one setting they are not used. `test` is
+    called once, last.
     names: of the classes. UserError as in `draw_shots` and `linear_probe`.
     """
     parts, labels = moved(train.features, torch.device(device)), train.labels
@@ -114,11 +120,15 @@ def few_shot_probe(
     for n in shots:
         # Trained again rather than kept: a head takes milliseconds, all heads of all draws may not fit in memory.
         columns_of_winner = {winners[n].feature: columns[winners[n].feature]}
-        scores = [final_score(trained(rows, columns_of_winner, (winners[n].lr,)), found, winners[n]) for rows in chosen[n]]
+        scores = [
+            final_score(trained(rows, columns_of_winner, (winners[n].lr,)), found, winners[n]) for rows in chosen[n]
+        ]
         spreads = [Spread(tuple(getattr(one, key) for one in scores)) for key in ("top1", "top5")]
         results[n] = ShotResult(winners[n], *spreads, tables[n])
     return results
 
 
 def _mean(scores: Sequence[HeadScore]) -> HeadScore:
-    return HeadScore(scores[0].setting, *(statistics.fmean(getattr(one, key) for one in scores) for key in ("top1", "top5", "loss")))
+    return HeadScore(
+        scores[0].setting, *(statistics.fmean(getattr(one, key) for one in scores) for key in ("top1", "top5", "loss"))
+    )

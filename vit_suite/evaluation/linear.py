@@ -1,7 +1,8 @@
-"""Linear evaluation of frozen features: the setting is chosen on held-out TRAINING images, and the winner is scored once on test.
+"""Linear evaluation of frozen features: the setting is chosen on held-out TRAINING images, and the winner is scored
+once on test.
 
-DINO's and SiT's published protocols report the best epoch on the test split, DINOv2's the best setting on it. Here neither does: heads
-are scored after their last epoch, and `test` is a function that is called once, after the choice.
+DINO's and SiT's published protocols report the best epoch on the test split, DINOv2's the best setting on it. Here
+neither does: heads are scored after their last epoch, and `test` is a function that is called once, after the choice.
 
 Axes: N images, P parts, D width of a part.
 """
@@ -28,7 +29,8 @@ PLAIN = Feature("features", 0)
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The winner's score on test, in percent, and what it was chosen from on held-out training images (empty without a choice)."""
+    """The winner's score on test, in percent, and what it was chosen from on held-out training images (empty without a
+    choice)."""
 
     setting: Setting
     top1: float
@@ -49,10 +51,12 @@ def linear_probe(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> ProbeResult:
-    """Choose among learning rates and inputs on a stratified `holdout` share of `train`, train the winner on all of it, score `test`.
+    """Choose among learning rates and inputs on a stratified `holdout` share of `train`, train the winner on all of it,
+    score `test`.
 
     Args:
-        train, test: features (N, D), or parts (N, P, D) with `columns`, and labels; `test` may be a function that is called once, last.
+        train, test: features (N, D), or parts (N, P, D) with `columns`, and labels; `test` may be a function that is
+        called once, last.
         recipe: how heads train; several `recipe.lr`, or several `columns`, are what is chosen from.
         columns: feature -> columns of each of its heads.
         classes: the largest training label + 1 when not given.
@@ -94,9 +98,9 @@ def linear_probe_on_batches(
 ) -> ProbeResult:
     """The same on batches of parts that change from epoch to epoch (augmented images), `per_epoch` of them.
 
-    Every head trains in one pass over the epochs, and the winner on `held` is scored as it stands: training it again on all images
-    would cost as many passes through the backbone again. `held` is None where there is one setting. shape: (P, D). images: of
-    an epoch.
+    Every head trains in one pass over the epochs, and the winner on `held` is scored as it stands: training it again on
+    all images would cost as many passes through the backbone again. `held` is None where there is one setting. shape:
+    (P, D). images: of an epoch.
     """
     sweep = Sweep(columns, shape[1], classes, recipe).to(device)
     fit(sweep, batches, per_epoch, "heads" if progress else None)
@@ -106,7 +110,8 @@ def linear_probe_on_batches(
 
 
 def final_score(sweep: Sweep, test: Features | Callable[[], Features], setting: Setting) -> HeadScore:
-    """The head with `setting` on the test split, which is asked for here and nowhere before. UserError when the head has diverged."""
+    """The head with `setting` on the test split, which is asked for here and nowhere before. UserError when the head
+    has diverged."""
     found = test() if callable(test) else test
     checked_classes(found.labels, sweep.classes, "test")
     parts = found.features if found.features.ndim == 3 else found.features.unsqueeze(1)
@@ -141,12 +146,15 @@ def split(labels: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def checked_classes(labels: Tensor, classes: int | None, what: str) -> int:
     """The number of classes. UserError for images without a label and for labels beyond `classes`."""
-    unlabelled = int((labels < 0).sum())
-    if unlabelled:
-        raise UserError(f"{unlabelled} of {len(labels)} {what} images have no label, and linear evaluation needs one.")
+    unlabeled = int((labels < 0).sum())
+    if unlabeled:
+        raise UserError(f"{unlabeled} of {len(labels)} {what} images have no label, and linear evaluation needs one.")
     most = int(labels.max()) + 1
     if classes is not None and most > classes:
-        raise UserError(f"the {what} images have a label {most - 1}, but the training images have {classes} classes, 0 to {classes - 1}.")
+        raise UserError(
+            f"the {what} images have a label {most - 1}, but the training images have {classes} classes, 0 to"
+            f" {classes - 1}."
+        )
     return classes or most
 
 

@@ -1,9 +1,12 @@
-"""Classification heads on frozen features: many at once, each with its own learning rate and input, in the same batches.
+"""Classification heads on frozen features: many at once, each with its own learning rate and input, in the same
+batches.
 
-The idea of training every setting of a sweep side by side is DINOv2's (arXiv 2304.07193, eval/linear.py); theirs are separate modules,
-here the heads that share an input are one tensor, so that a step is a few products however many rates there are.
+The idea of training every setting of a sweep side by side is DINOv2's (arXiv 2304.07193, eval/linear.py); theirs are
+separate modules, here the heads that share an input are one tensor, so that a step is a few products however many rates
+there are.
 
-Axes: B images, P parts, D width of a part, W width of a head's input, T heads of a feature that are averaged (1, or one a token), L
+Axes: B images, P parts, D width of a part, W width of a head's input, T heads of a feature that are averaged (1, or one
+a token), L
 learning rates, H hidden width, K classes.
 """
 
@@ -45,14 +48,15 @@ class Setting(NamedTuple):
 class Recipe:
     """How heads train.
 
-    lr: for a batch of 256, scaled by batch_size / 256. warmup_epochs: of linear warm-up. min_lr: what the cosine falls to, not scaled.
-    steps: optimiser steps instead of `epochs`. hidden_dim: 0 for a linear head. seed: of first weights and batches.
+    lr: for a batch of 256, scaled by batch_size / 256. warmup_epochs: of linear warm-up. min_lr: what the cosine falls
+    to, not scaled.
+    steps: optimizer steps instead of `epochs`. hidden_dim: 0 for a linear head. seed: of first weights and batches.
     """
 
     lr: tuple[float, ...]
     epochs: int
     batch_size: int = 256
-    optimiser: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 0.0
     warmup_epochs: int = 0
     min_lr: float = 0.0
@@ -63,7 +67,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class HeadScore:
-    """A head's score: top-1 and top-5 in percent, cross-entropy in nats (infinite or nan when the head has diverged)."""
+    """A head's score: top-1 and top-5 in percent, cross-entropy in nats (infinite or nan when the head has
+    diverged)."""
 
     setting: Setting
     top1: float
@@ -74,10 +79,13 @@ class HeadScore:
 class Heads(nn.Module):
     """The heads of one feature, one for each learning rate; all rates start from the same weights.
 
-    First weights: N(0, 0.01) before the logits (DINO eval_linear.py), N(0, 1 / W) before tanh, which gets inputs of order one.
+    First weights: N(0, 0.01) before the logits (DINO eval_linear.py), N(0, 1 / W) before tanh, which gets inputs of
+    order one.
     """
 
-    def __init__(self, feature: Feature, columns: Sequence[Sequence[int]], dim: int, rates: int, classes: int, recipe: Recipe):
+    def __init__(
+        self, feature: Feature, columns: Sequence[Sequence[int]], dim: int, rates: int, classes: int, recipe: Recipe
+    ):
         super().__init__()
         self.columns = [column for head in columns for column in head]
         self.tokens = len(columns)
@@ -111,35 +119,46 @@ class Sweep(nn.Module):
         super().__init__()
         self.recipe, self.classes = recipe, classes
         self.settings = [Setting(lr, *feature) for feature in columns for lr in recipe.lr]
-        self.heads = nn.ModuleList(Heads(feature, heads, dim, len(recipe.lr), classes, recipe) for feature, heads in columns.items())
+        self.heads = nn.ModuleList(
+            Heads(feature, heads, dim, len(recipe.lr), classes, recipe) for feature, heads in columns.items()
+        )
 
     def logits(self, parts: Tensor) -> Tensor:
         """(B, P, D) -> (B, settings, K), averaged over the heads of a feature (SiT)."""
         return torch.cat([heads(parts).mean(1) for heads in self.heads], dim=1)
 
     def losses(self, parts: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each setting (settings,): the mean over images of the sum over its T heads, which SiT trains one by one."""
+        """Cross-entropy of each setting (settings,): the mean over images of the sum over its T heads, which SiT trains
+        one by one."""
         found = []
         for heads in self.heads:
             logits = heads(parts)
             each = labels.view(-1, 1, 1).expand(logits.shape[:-1])
-            found.append(functional.cross_entropy(logits.flatten(0, 2), each.flatten(), reduction="none").view(each.shape).sum(1).mean(0))
+            found.append(
+                functional.cross_entropy(logits.flatten(0, 2), each.flatten(), reduction="none")
+                .view(each.shape)
+                .sum(1)
+                .mean(0)
+            )
         return torch.cat(found)
 
-    def optimiser(self) -> tuple[torch.optim.Optimizer, Tensor, float]:
-        """The optimiser, the factor on each setting's loss (settings,), and the peak learning rate.
+    def optimizer(self) -> tuple[torch.optim.Optimizer, Tensor, float]:
+        """The optimizer, the factor on each setting's loss (settings,), and the peak learning rate.
 
-        A head of its own rate in one tensor with others: SGD's step is linear in the gradient, momentum included and without weight
+        A head of its own rate in one tensor with others: SGD's step is linear in the gradient, momentum included and
+        without weight
         decay, so a factor on the loss is a factor on the rate. AdamW has no such property, and takes one rate.
         """
         recipe = self.recipe
         rates = torch.tensor([setting.lr for setting in self.settings]) * recipe.batch_size / 256
-        if recipe.optimiser == "sgd":
+        if recipe.optimizer == "sgd":
             if recipe.weight_decay:
                 raise ValueError("weight decay would depend on the factor that stands for the learning rate")
             return torch.optim.SGD(self.parameters(), lr=1.0, momentum=0.9), rates, 1.0
         if len(recipe.lr) > 1:
-            raise UserError(f"lr: {len(recipe.lr)} learning rates, but this protocol trains with AdamW, which takes one at a time.")
+            raise UserError(
+                f"lr: {len(recipe.lr)} learning rates, but this protocol trains with AdamW, which takes one at a time."
+            )
         weights = [parameter for parameter in self.parameters() if parameter.ndim == 4]
         biases = [parameter for parameter in self.parameters() if parameter.ndim == 3]
         groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": biases, "weight_decay": 0.0}]
@@ -147,22 +166,23 @@ class Sweep(nn.Module):
 
 
 def fit(sweep: Sweep, batches: Batches, per_epoch: int, desc: str | None = None) -> Sweep:
-    """Train every head of `sweep` in the same batches (`per_epoch` of them an epoch). `desc` is the title of a progress bar."""
+    """Train every head of `sweep` in the same batches (`per_epoch` of them an epoch). `desc` is the title of a progress
+    bar."""
     from tqdm import tqdm
 
     recipe, device = sweep.recipe, next(sweep.parameters()).device
     total = recipe.steps or recipe.epochs * per_epoch
-    optimiser, factors, peak = sweep.optimiser()
+    optimizer, factors, peak = sweep.optimizer()
     factors = factors.to(device)
     sweep.train()
     with tqdm(total=total, desc=desc, unit="step", leave=False, disable=desc is None) as bar:
         for step, (parts, labels) in enumerate(_endless(batches, total)):
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = cosine(step, total, peak, recipe.min_lr, recipe.warmup_epochs * per_epoch)
             losses = sweep.losses(parts.to(device).float(), labels.to(device))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (losses * factors).sum().backward()  # heads share no weights: each gets the gradient of its own loss
-            optimiser.step()
+            optimizer.step()
             bar.update()
     return sweep.eval()
 
@@ -181,7 +201,8 @@ def _endless(batches: Batches, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
 def stored(parts: Tensor, labels: Tensor, rows: Tensor, batch_size: int, seed: int) -> tuple[Batches, int]:
     """(batches, batches an epoch) of the `rows` (N,) of features that are in memory, on the device where they are.
 
-    An epoch is a permutation of its own; a last batch that would be smaller is dropped, so that no step hangs on a few images.
+    An epoch is a permutation of its own; a last batch that would be smaller is dropped, so that no step hangs on a few
+    images.
     """
     size = min(batch_size, len(rows))
     rows, labels = rows.to(parts.device), labels.to(parts.device)
@@ -196,7 +217,8 @@ def stored(parts: Tensor, labels: Tensor, rows: Tensor, batch_size: int, seed: i
 
 @torch.no_grad()
 def score(sweep: Sweep, parts: Tensor, labels: Tensor, rows: Tensor | None = None) -> list[HeadScore]:
-    """Score each head on (N, P, D) parts, or on some `rows` of them. A row whose logits are not finite counts as wrong."""
+    """Score each head on (N, P, D) parts, or on some `rows` of them. A row whose logits are not finite counts as
+    wrong."""
     device = next(sweep.parameters()).device
     rows = torch.arange(len(parts)) if rows is None else rows.cpu()
     sums = torch.zeros(3, len(sweep.settings), dtype=torch.float64, device=device)

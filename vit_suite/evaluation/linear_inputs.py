@@ -1,7 +1,8 @@
 """What a linear head sees of an image: tokens of the last blocks, pooled; or raw pixels.
 
-One forward pass gives every part that any head of a sweep wants (the CLS token of the last block, of the one before, ...), stacked as
-(B, P, D); a head's input is some of those columns side by side. So the pass is made once, and the parts are stored once.
+One forward pass gives every part that any head of a sweep wants (the CLS token of the last block, of the one before,
+...), stacked as (B, P, D); a head's input is some of those columns side by side. So the pass is made once, and the
+parts are stored once.
 
 Axes: B images, P parts, D width of a part (of a token), C channels, S side in pixels.
 """
@@ -21,7 +22,8 @@ from vit_suite.hardware import autocast
 from vit_suite.models.backbone import Backbone
 
 Part = tuple[str, int]
-"""("cls", 1): the CLS token of the last block, 2 of the one before; ("mean", 1): its mean patch token; ("register", 0): the first."""
+"""("cls", 1): the CLS token of the last block, 2 of the one before; ("mean", 1): its mean patch token; ("register", 0):
+the first."""
 
 
 class Feature(NamedTuple):
@@ -39,7 +41,7 @@ class Subject:
     """What is probed: how images become parts, and which columns of them each feature is."""
 
     embed: Callable[[Tensor], Tensor]
-    """Normalised images (B, C, S, S) -> (B, P, D) in 16 bits, without gradients. UserError when they are not finite."""
+    """Normalized images (B, C, S, S) -> (B, P, D) in 16 bits, without gradients. UserError when they are not finite."""
     columns: dict[Feature, list[list[int]]]
     """Feature -> the columns of each of its heads; all have as many (only `tokens` has more than one head)."""
     shape: tuple[int, int]
@@ -47,7 +49,9 @@ class Subject:
     mean: Sequence[float]
     std: Sequence[float]
 
-    def extract(self, source: Any, size: Sequence[int], device: torch.device, batch_size: int, progress: bool = False) -> Features:
+    def extract(
+        self, source: Any, size: Sequence[int], device: torch.device, batch_size: int, progress: bool = False
+    ) -> Features:
         """Parts (N, P, D) of every image of `source` under the evaluation view, in memory."""
         desc = f"features of {source.split}" if progress else None
         return collect(source, size, self.mean, self.std, self.embed, device, batch_size, desc=desc)
@@ -68,12 +72,16 @@ def registers(backbone: Backbone) -> int:
 
 
 def features_of(backbone: Backbone, pools: Iterable[str], blocks: Iterable[int], what: str) -> list[Feature]:
-    """Every pooling of every number of blocks, without repetitions. UserError for what the backbone `what` does not have."""
+    """Every pooling of every number of blocks, without repetitions. UserError for what the backbone `what` does not
+    have."""
     found: dict[Feature, None] = {}
     for pool in pools:
         if pool not in pools_of(backbone):
             lacks = "registers besides its CLS token" if pool == "tokens" else "CLS token"
-            raise UserError(f"pool {pool}: the backbone of '{what}' has no {lacks}; it has tokens for {', '.join(pools_of(backbone))}.")
+            raise UserError(
+                f"pool {pool}: the backbone of '{what}' has no {lacks}; it has tokens for"
+                f" {', '.join(pools_of(backbone))}."
+            )
         for count in blocks:
             if count > backbone.depth:
                 raise UserError(f"blocks {count}: the backbone of '{what}' has {backbone.depth}.")
@@ -84,7 +92,8 @@ def features_of(backbone: Backbone, pools: Iterable[str], blocks: Iterable[int],
 def parts_of(feature: Feature, has_cls: bool, registers: int) -> list[list[Part]]:
     """The parts each head of a feature sees, the last block's last.
 
-    cls with 4 blocks is what DINO's eval_linear.py gives ViT-S, cls_mean with 1 what it gives ViT-B; tokens is SiT's: a head each.
+    cls with 4 blocks is what DINO's eval_linear.py gives ViT-S, cls_mean with 1 what it gives ViT-B; tokens is SiT's: a
+    head each.
     """
     cls = [("cls", place) for place in range(feature.blocks, 0, -1)]
     if feature.pool == "tokens":
@@ -95,7 +104,11 @@ def parts_of(feature: Feature, has_cls: bool, registers: int) -> list[list[Part]
 
 
 def backbone_subject(
-    backbone: Backbone, features: Sequence[Feature], mean: Sequence[float], std: Sequence[float], precision: str = "fp32"
+    backbone: Backbone,
+    features: Sequence[Feature],
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: str = "fp32",
 ) -> Subject:
     """The tokens of a frozen backbone: run in eval mode, and every module gets its own mode back after each pass."""
     wanted = {feature: parts_of(feature, backbone.has_cls, registers(backbone)) for feature in features}
@@ -121,7 +134,7 @@ def backbone_subject(
 
 
 def pixel_subject(channels: int, size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Subject:
-    """The normalised pixels themselves: what any backbone has to beat."""
+    """The normalized pixels themselves: what any backbone has to beat."""
 
     def embed(images: Tensor) -> Tensor:
         return images.flatten(1).unsqueeze(1).half()

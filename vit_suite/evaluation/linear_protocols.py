@@ -1,16 +1,20 @@
 """Which heads a linear evaluation trains and how: a sweep of our own, DINO's protocol, or that of SiT's first version.
 
-dino, facebookresearch/dino eval_linear.py: SGD 0.9, lr 1e-3 for 256 images, 100 epochs, a random resized crop and a flip, CLS of the last
-4 blocks (ViT-S), or CLS and the mean of the patches of the last one (ViT-B). Deviations: the last epoch is scored, not the best one on the
-test split; the cosine moves every step, not every epoch; crops are resized bicubically.
+dino, facebookresearch/dino eval_linear.py: SGD 0.9, lr 1e-3 for 256 images, 100 epochs, a random resized crop and a
+flip, CLS of the last 4 blocks (ViT-S), or CLS and the mean of the patches of the last one (ViT-B). Deviations: the last
+epoch is scored, not the best one on the test split; the cosine moves every step, not every epoch; crops are resized
+bicubically.
 
-sit, Sara-Ahmed/SiT of April 2021, main.py --SiT_LinearEvaluation 1: AdamW, lr 1e-3 for 512 images, weight decay 5e-4, 501 epochs, 5 of
-warm-up, down to 5e-6, a head on each token, their losses added and their logits averaged; the two-layer head has 1,024 tanh units a token.
-Deviations: the last epoch is scored, not the best one on the test split; the backbone is in eval mode (theirs keeps drop path on); crop and
-flip without RandAugment, mixup, cutmix, erasing and label smoothing, which theirs inherits from DeiT's defaults; no average of the heads.
+sit, Sara-Ahmed/SiT of April 2021, main.py --SiT_LinearEvaluation 1: AdamW, lr 1e-3 for 512 images, weight decay 5e-4,
+501 epochs, 5 of warm-up, down to 5e-6, a head on each token, their losses added and their logits averaged; the
+two-layer head has 1,024 tanh units a token. Deviations: the last epoch is scored, not the best one on the test split;
+the backbone is in eval mode (theirs keeps drop path on); crop and flip without RandAugment, mixup, cutmix, erasing and
+label smoothing, which theirs inherits from DeiT's defaults; no average of the heads.
 
-sweep: the paper's learning rate is right for its own widths alone. On CIFAR-10 and a width of 128 (50,000 images, 42 heads), the best
-held-out rates were 0.1 to 0.3, and 1e-3 lost 3 to 8 points; 30 epochs of the sweep scored 58.1 in 48 s on one core, 100 epochs 58.7.
+sweep: the paper's learning rate is right for its own widths alone. On CIFAR-10 and a width of 128 (50,000 images, 42
+heads), the best
+held-out rates were 0.1 to 0.3, and 1e-3 lost 3 to 8 points; 30 epochs of the sweep scored 58.1 in 48 s on one core, 100
+epochs 58.7.
 """
 
 from __future__ import annotations
@@ -47,8 +51,14 @@ def _published(name: str, backbone: Backbone) -> Protocol:
         recipe = Recipe(lr=(1e-3,), epochs=100)
         return Protocol(recipe, [1 if wide else 4], [pool], True, "DINO's; last epoch instead of the best on test")
     if name == "sit":
-        recipe = Recipe(lr=(5e-4,), epochs=501, optimiser="adamw", weight_decay=5e-4, warmup_epochs=5, min_lr=5e-6)
-        return Protocol(recipe, [1], ["tokens"], True, "SiT's first version; last epoch instead of the best on test; crop and flip only")
+        recipe = Recipe(lr=(5e-4,), epochs=501, optimizer="adamw", weight_decay=5e-4, warmup_epochs=5, min_lr=5e-6)
+        return Protocol(
+            recipe,
+            [1],
+            ["tokens"],
+            True,
+            "SiT's first version; last epoch instead of the best on test; crop and flip only",
+        )
     recipe = Recipe(lr=(1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), epochs=30)
     return Protocol(recipe, [1, 4], pools_of(backbone), False, "sweep")
 
@@ -63,8 +73,8 @@ def resolve(cfg: LinearConfig, backbone: Backbone) -> tuple[Protocol, list[Featu
     """
     if cfg.protocol == "sit" and not cfg.pool and not registers(backbone):
         raise UserError(
-            f"protocol sit: SiT's heads sit on two tokens, and the backbone of '{cfg.checkpoint}' has {backbone.prefix_tokens} "
-            "(backbone.registers is 0); use --protocol dino or sweep."
+            f"protocol sit: SiT's heads sit on two tokens, and the backbone of '{cfg.checkpoint}' has"
+            f" {backbone.prefix_tokens} (backbone.registers is 0); use --protocol dino or sweep."
         )
     known = _published(cfg.protocol, backbone)
     augment = known.augment if cfg.augment is None else cfg.augment
@@ -79,8 +89,13 @@ def resolve(cfg: LinearConfig, backbone: Backbone) -> tuple[Protocol, list[Featu
         steps=cfg.shot_steps if cfg.shots else None,
         seed=cfg.seed,
     )
-    if len(recipe.lr) > 1 and recipe.optimiser == "adamw":
-        raise UserError(f"lr: protocol {cfg.protocol} trains with AdamW, which takes one learning rate at a time, not {len(recipe.lr)}.")
+    if len(recipe.lr) > 1 and recipe.optimizer == "adamw":
+        raise UserError(
+            f"lr: protocol {cfg.protocol} trains with AdamW, which takes one learning rate at a time, not"
+            f" {len(recipe.lr)}."
+        )
     blocks = cfg.blocks or [min(count, backbone.depth) for count in known.blocks]
     pools = cfg.pool or known.pools
-    return replace(known, recipe=recipe, blocks=blocks, pools=pools, augment=augment), features_of(backbone, pools, blocks, cfg.checkpoint)
+    return replace(known, recipe=recipe, blocks=blocks, pools=pools, augment=augment), features_of(
+        backbone, pools, blocks, cfg.checkpoint
+    )

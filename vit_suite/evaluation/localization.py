@@ -1,20 +1,23 @@
 """How well masks, boxes and points find the objects of images, with the baselines that make such a score readable.
 
-Truth is a mask (Jaccard index; pixels can be left out, as VOC's borders are) or boxes (IoU of the box around the mask's largest region
-with the truth box it fits best; CorLoc: the share of images where that reaches 0.5), and for both the pointing game: whether the
-maximum of the map lies on an object (Zhang et al. 2016, without their tolerance of 15 pixels).
+Truth is a mask (Jaccard index; pixels can be left out, as VOC's borders are) or boxes (IoU of the box around the mask's
+largest region with the truth box it fits best; CorLoc: the share of images where that reaches 0.5), and for both the
+pointing game: whether the maximum of the map lies on an object (Zhang et al. 2016, without their tolerance of 15
+pixels).
 
-DINO (arXiv 2104.14294, section 4.2.2) lets the truth choose the head of every image, which flatters any model, so three rows stand
-side by side:
+DINO (arXiv 2104.14294, section 4.2.2) lets the truth choose the head of every image, which flatters any model, so three
+rows stand side by side:
 
 - best head: the paper's; the truth chooses the head of each image;
 - fixed head: one head for all images;
 - mean map: the mean over heads.
 
-What a row needs to be told (threshold, fixed head) is chosen on OTHER images than the scored ones. Beside them stand a centred box of
-the best fixed size, which is chosen on the scored images themselves and so an upper bound for any fixed centred box, and the whole image.
+What a row needs to be told (threshold, fixed head) is chosen on OTHER images than the scored ones. Beside them stand a
+centerd box of the best fixed size, which is chosen on the scored images themselves and so an upper bound for any fixed
+centerd box, and the whole image.
 
-Deviations from published protocols: objects of all classes are one mask (there is no published code of DINO's score; the re-implementation
+Deviations from published protocols: objects of all classes are one mask (there is no published code of DINO's score;
+the re-implementation
 of Naseer et al. 2021 scores class by class and averages); images without an object are left out.
 
 Axes: N images, M maps (heads, then their mean), T thresholds, H x W pixels, gh x gw cells of a mask, K truth boxes.
@@ -34,16 +37,18 @@ from vit_suite.evaluation.regions import largest_region, mask_boxes
 HIT = 0.5
 """IoU from which a box counts as found (CorLoc)."""
 STEPS = 20
-"""Sizes of the centred box that are tried, a side."""
+"""Sizes of the centerd box that are tried, a side."""
 
-# Truth --------------------------------------------------------------------------------------------------------------------------
+# Truth
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of masks with one truth: bool (..., gh, gw), int8 (H, W) of 1 object, 0 ground, -1 left out -> float64 (...).
+    """Intersection over union of masks with one truth: bool (..., gh, gw), int8 (H, W) of 1 object, 0 ground, -1 left
+    out -> float64 (...).
 
-    Cells cover the pixels whose centre they hold (attention.maps.upsample, nearest). Two empty masks agree: 1. ValueError when a mask
-    is not bool (0/255 bytes would count as sizes).
+    Cells cover the pixels whose center they hold (attention.maps.upsample, nearest). Two empty masks agree: 1.
+    ValueError when a mask is not bool (0/255 bytes would count as sizes).
     """
     if masks.dtype != torch.bool:
         raise ValueError(f"Jaccard needs bool masks, not {masks.dtype}")
@@ -70,8 +75,8 @@ def _in_cells(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 def overlap(masks: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
     """How well each mask (..., gh, gw) fits the truth of an image of `size` (H, W), in 0..1: (...) float64.
 
-    truth int8 (H, W): the Jaccard index. truth float (K, 4) in pixels: IoU of the box around the mask's largest region with the truth
-    box that it fits best.
+    truth int8 (H, W): the Jaccard index. truth float (K, 4) in pixels: IoU of the box around the mask's largest region
+    with the truth box that it fits best.
     """
     if not truth.is_floating_point():
         return jaccard(masks, truth)
@@ -82,7 +87,8 @@ def overlap(masks: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def on_object(cells: Tensor, grid: tuple[int, int], truth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Whether the centres of these cells (...), row-major, lie on an object (truth int8 (H, W)) or in a box (float (K, 4)): bool (...)."""
+    """Whether the centers of these cells (...), row-major, lie on an object (truth int8 (H, W)) or in a box (float (K,
+    4)): bool (...)."""
     y = (cells // grid[1] + 0.5) * size[0] / grid[0]
     x = (cells % grid[1] + 0.5) * size[1] / grid[1]
     if not truth.is_floating_point():
@@ -92,11 +98,13 @@ def on_object(cells: Tensor, grid: tuple[int, int], truth: Tensor, size: tuple[i
     return ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).any(-1)
 
 
-# Without a model ----------------------------------------------------------------------------------------------------------------
+# Without a model
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def center_overlaps(truth: Tensor, size: tuple[int, int], steps: int = STEPS) -> Tensor:
-    """`overlap` of centred boxes of 1/steps .. steps/steps of the height and of the width: (steps, steps); the last is the whole image.
+    """`overlap` of centerd boxes of 1/steps .. steps/steps of the height and of the width: (steps, steps); the last is
+    the whole image.
 
     For a mask the boxes are rounded to whole pixels.
     """
@@ -113,7 +121,7 @@ def center_overlaps(truth: Tensor, size: tuple[int, int], steps: int = STEPS) ->
 
 
 def _middle(side: int, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last (exclusive) pixel of centred stretches of a side."""
+    """First and last (exclusive) pixel of centerd stretches of a side."""
     length = (side * shares).round().long().clamp(1, side)
     start = (side - length) // 2
     return start, start + length
@@ -127,7 +135,8 @@ def _box_sums(pixels: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: 
 
 
 def covered(truth: Tensor, size: tuple[int, int]) -> float:
-    """Share of the image that is object (of pixels that count) or in a box: how often a point anywhere wins the pointing game."""
+    """Share of the image that is object (of pixels that count) or in a box: how often a point anywhere wins the
+    pointing game."""
     if not truth.is_floating_point():
         return float((truth == 1).sum() / (truth >= 0).sum().clamp_min(1))
     x, y = (torch.arange(side) + 0.5 for side in reversed(size))
@@ -136,7 +145,8 @@ def covered(truth: Tensor, size: tuple[int, int]) -> float:
     return float((rows.unsqueeze(2) & columns.unsqueeze(1)).any(0).double().mean())
 
 
-# Scores -------------------------------------------------------------------------------------------------------------------------
+# Scores
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -174,7 +184,9 @@ class Score:
 
     def named(self, kind: Literal["masks", "boxes"]) -> dict[str, float | int | list | None]:
         """As results.json has it: without what does not apply; CorLoc belongs to boxes."""
-        named = {("jaccard" if kind == "masks" else "box_iou") if k == "overlap" else k: v for k, v in asdict(self).items()}
+        named = {
+            ("jaccard" if kind == "masks" else "box_iou") if k == "overlap" else k: v for k, v in asdict(self).items()
+        }
         corloc = named.pop("found")
         return {k: v for k, v in named.items() if v is not None} | ({"corloc": corloc} if kind == "boxes" else {})
 
@@ -182,7 +194,8 @@ class Score:
 def score(found: Found, choosing: Tensor) -> dict[str, Score]:
     """Rows by name: best head, fixed head, mean map for heads, else one named "" (the method itself).
 
-    `choosing` bool (N,): the images that choose thresholds and heads; the others are scored. ValueError when one part is empty.
+    `choosing` bool (N,): the images that choose thresholds and heads; the others are scored. ValueError when one part
+    is empty.
     """
     if not 0 < int(choosing.sum()) < len(choosing):
         raise ValueError(f"{len(choosing)} images cannot be split into some that choose and some that are scored")
@@ -200,7 +213,12 @@ def score(found: Found, choosing: Tensor) -> dict[str, Score]:
 
 
 def _row(
-    found: Found, choosing: Tensor, overlaps: Tensor, hits: Tensor, heads: list[int] | None = None, pointing_head: int | None = None
+    found: Found,
+    choosing: Tensor,
+    overlaps: Tensor,
+    hits: Tensor,
+    heads: list[int] | None = None,
+    pointing_head: int | None = None,
 ) -> Score:
     """overlaps (N, T), hits (N,); `heads`: one for each threshold."""
     at = int(overlaps[choosing].mean(0).argmax())
@@ -225,7 +243,7 @@ class Baselines:
     """Scores of what looks at nothing."""
 
     center_box: Score
-    """The centred box of the best fixed size for each score, chosen on the scored images; it points at the centre."""
+    """The centerd box of the best fixed size for each score, chosen on the scored images; it points at the center."""
     sizes: dict[str, tuple[float, float]]
     """(height, width) shares of that box for the mean overlap, and for the share that is found."""
     whole_image: Score
@@ -233,7 +251,8 @@ class Baselines:
 
 
 def baselines(overlaps: Tensor, center_hits: Tensor, shares: Tensor) -> Baselines:
-    """overlaps (N, steps, steps) of `center_overlaps`, center_hits bool (N,), shares (N,) of `covered`; all of scored images."""
+    """overlaps (N, steps, steps) of `center_overlaps`, center_hits bool (N,), shares (N,) of `covered`; all of scored
+    images."""
     steps = overlaps.shape[1]
     means, found = overlaps.mean(0), (overlaps >= HIT).double().mean(0)
 

@@ -1,4 +1,5 @@
-"""Scores during training, one of which picks the best checkpoint (dino#229: the loss does not), and when to take them."""
+"""Scores during training, one of which picks the best checkpoint (dino#229: the loss does not), and when to take
+them."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from vit_suite.evaluation.knn import knn_classify
 
 
 class OnlineScore(pl.Callback):
-    """Scores the module every `every_epochs` epochs and after the last one, on clean test images that are drawn once, class by class, so
-    that the scores of a run compare; logs what `score` returns, in percent.
+    """Scores the module every `every_epochs` epochs and after the last one, on clean test images that are drawn once,
+    class by class, so that the scores of a run compare; logs what `score` returns, in percent.
 
     Ranks share the work and all get the same score, so that they agree on the best checkpoint, which `metric` decides.
     """

@@ -1,7 +1,7 @@
 """Connected regions of masks, their boxes, and how boxes overlap: tensors in, tensors out.
 
-Regions are 4-connected, as scipy.ndimage.label has them by default and as LOST and TokenCut use them. A box is (x0, y0, x1, y1), x1 and
-y1 exclusive. Axes: h x w cells of a mask (patches or pixels); ... any leading axes.
+Regions are 4-connected, as scipy.ndimage.label has them by default and as LOST and TokenCut use them. A box is (x0, y0,
+x1, y1), x1 and y1 exclusive. Axes: h x w cells of a mask (patches or pixels); ... any leading axes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch.nn import functional
 
 
 def regions(masks: Tensor) -> Tensor:
-    """bool (..., h, w) -> int64 (..., h, w): the number of each cell's region, counted row by row from its first cell; -1 outside.
+    """bool (..., h, w) -> int64 (..., h, w): the number of each cell's region, counted row by row from its first cell;
+    -1 outside.
 
-    Every cell takes the least number among its neighbours, then the number of the cell that this one names (pointer jumping), so long
-    regions need about as many rounds as they have turns, not cells.
+    Every cell takes the least number among its neighbours, then the number of the cell that this one names (pointer
+    jumping), so long regions need about as many rounds as they have turns, not cells.
     """
     height, width = masks.shape[-2:]
     cells = height * width
@@ -35,14 +36,16 @@ def regions(masks: Tensor) -> Tensor:
 
 
 def largest_region(masks: Tensor) -> Tensor:
-    """bool (..., h, w) -> the region with most cells of each mask, of equals the first row by row; an empty mask stays empty."""
+    """bool (..., h, w) -> the region with most cells of each mask, of equals the first row by row; an empty mask stays
+    empty."""
     numbers = regions(masks).flatten(-2)
     sizes = torch.zeros_like(numbers).scatter_add_(-1, numbers.clamp_min(0), (numbers >= 0).long())
     return (numbers == sizes.argmax(-1, keepdim=True)).view(masks.shape)
 
 
 def region_at(masks: Tensor, cells: Tensor) -> Tensor:
-    """bool (..., h, w) and the numbers (...) of one cell each, row-major -> the region that holds the cell; empty if it is outside."""
+    """bool (..., h, w) and the numbers (...) of one cell each, row-major -> the region that holds the cell; empty if it
+    is outside."""
     numbers = regions(masks).flatten(-2)
     chosen = numbers.gather(-1, cells.unsqueeze(-1))
     return ((numbers == chosen) & (numbers >= 0)).view(masks.shape)

@@ -1,14 +1,17 @@
-"""The nearest rows of a bank, exactly: candidates from quick products that round, then exact similarities of the candidates alone.
+"""The nearest rows of a bank, exactly: candidates from quick products that round, then exact similarities of the
+candidates alone.
 
-The similarity of two rows is the dot product of the unit rows, rounded once, to float32. For that, unit rows lie on a grid of 2^-26, as
-float32 numbers from 1/8 up do anyway: products of two entries are multiples of 2^-52 and all sums of them stay below 2, so float64 holds
-them exactly, in whatever order they are summed. Similarities and neighbours of the same unit rows are therefore the same bit for bit on
-every machine, and however the search is cut up or shared; of equal similarities the lower row comes first. (The grid moves a similarity
-by about 1e-8; a float32 product of the same rows errs by up to 1e-6, which is enough to change the order of near neighbours.)
+The similarity of two rows is the dot product of the unit rows, rounded once, to float32. For that, unit rows lie on a
+grid of 2^-26, as float32 numbers from 1/8 up do anyway: products of two entries are multiples of 2^-52 and all sums of
+them stay below 2, so float64 holds them exactly, in whatever order they are summed. Similarities and neighbours of the
+same unit rows are therefore the same bit for bit on every machine, and however the search is cut up or shared; of equal
+similarities the lower row comes first. (The grid moves a similarity by about 1e-8; a float32 product of the same rows
+errs by up to 1e-6, which is enough to change the order of near neighbours.)
 
-Candidates come from a product in bf16, on a CPU where that is native, whose error has a proven bound (`Bank._error`). The queries for which
-the bound leaves too many of them are searched again in float32, and at last, where a bank repeats a row very often, in float64. A GPU
-begins with float32: what its bf16 units keep of a sum is not documented to the last bit, and the bound was not tried there.
+Candidates come from a product in bf16, on a CPU where that is native, whose error has a proven bound (`Bank._error`).
+The queries for which the bound leaves too many of them are searched again in float32, and at last, where a bank repeats
+a row very often, in float64. A GPU begins with float32: what its bf16 units keep of a sum is not documented to the last
+bit, and the bound was not tried there.
 
 Axes: N bank rows, Q queries, D feature width, B bank rows of a chunk, G of a group, n candidates, k neighbours.
 """
@@ -29,24 +32,27 @@ GRID = 2.0**26
 GROUP = 16
 """The most similarities of which only the largest is looked at, unless it is a candidate."""
 PART, SLICE = 2**20, {"cpu": 2**17, "cuda": 2**24}
-"""Numbers of bank rows that are made ready at a time for a product, and for exact similarities: a CPU keeps them in its cache, a GPU
-wants fewer calls."""
+"""Numbers of bank rows that are made ready at a time for a product, and for exact similarities: a CPU keeps them in its
+cache, a GPU wants fewer calls."""
 
 
 class Bank:
     """Rows (N, D) that are searched. They stay where they are; chunks of `columns` of them are brought to `device`.
 
-    `numbers` (N,): the numbers of the rows, ascending. `k`: the neighbours that are looked for; all rows, where there are fewer.
+    `numbers` (N,): the numbers of the rows, ascending. `k`: the neighbours that are looked for; all rows, where there
+    are fewer.
     """
 
     def __init__(self, rows: Tensor, numbers: Tensor, k: int, columns: int, device: torch.device) -> None:
         self.rows, self.numbers, self.k, self.device = rows, numbers, min(k, len(rows)), device
         self.columns, self.part = columns, min(columns, max(256, PART // rows.shape[1]))
         self.group = max(1, min(GROUP, columns // (2 * k)))
-        # A candidate costs about as much as 64 rows of a product, or more. This also bounds the memory of the candidates.
+        # A candidate costs about as much as 64 rows of a product, or more. This also bounds the memory of the
+        # candidates.
         self.limit = 2 * k + columns // 64
         self.unit = all(bool(is_unit(part.to(device)).all()) for part in rows.split(self.part))
-        # The mean changes all similarities of a query alike, so it is taken off: the shorter the rows, the smaller the errors.
+        # The mean changes all similarities of a query alike, so it is taken off: the shorter the rows, the smaller the
+        # errors.
         self.mean = self._unit(rows[:: len(rows) // 4096 + 1]).mean(0)
         self.radius, self.residual = 0.0, {torch.bfloat16: 0.0} if device.type == "cpu" and native_bf16(device) else {}
         self.residual[torch.float32] = 0.0
@@ -57,9 +63,11 @@ class Bank:
                 self.residual[dtype] = max(largest, float((exact - exact.to(dtype)).norm(dim=1).max()))
 
     def nearest(self, queries: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(similarities, row numbers) (Q, k) of the rows most similar to each query (Q, D), most similar first, then by number.
+        """(similarities, row numbers) (Q, k) of the rows most similar to each query (Q, D), most similar first, then by
+        number.
 
-        `own` (Q,): the number of the row that IS the query and is left out; where only that one is missing, its similarity is -inf.
+        `own` (Q,): the number of the row that IS the query and is left out; where only that one is missing, its
+        similarity is -inf.
         """
         queries = _steps(unit_rows(queries)) / GRID
         similarities = queries.new_empty(len(queries), self.k)
@@ -72,7 +80,9 @@ class Bank:
                 best = self._best(queries[left], *found)
                 similarities[left[settled]], places[left[settled]] = (part[settled] for part in best)
                 left = left[~settled]
-                if 2 * len(left) > len(settled):  # the next queries are likely to be like these: then it costs more than it saves
+                if 2 * len(left) > len(
+                    settled
+                ):  # the next queries are likely to be like these: then it costs more than it saves
                     del self.residual[dtype]
         if len(left):
             similarities[left], places[left] = self._exact(queries[left], own[left])
@@ -103,10 +113,13 @@ class Bank:
             yield slice(first - start, last - start), self._unit(self.rows[first:last])
 
     def _error(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
-        """(Q, 1): by how much similarity - query . mean and a product with `_less_mean`, before that is rounded to `dtype`, differ at most.
+        """(Q, 1): by how much similarity - query . mean and a product with `_less_mean`, before that is rounded to
+        `dtype`, differ at most.
 
-        By Cauchy-Schwarz, of rounding the query: |q - q'| |b'|; of rounding the rows: |q| |b - b'|; of summing D products in float32,
-        in any order, truncated or rounded: D 2^-23 |q'| |b'|. Of the grid: 2^-27 sqrt(D) |q|; of other roundings to float32: 2^-20.
+        By Cauchy-Schwarz, of rounding the query: |q - q'| |b'|; of rounding the rows: |q| |b - b'|; of summing D
+        products in float32,
+        in any order, truncated or rounded: D 2^-23 |q'| |b'|. Of the grid: 2^-27 sqrt(D) |q|; of other roundings to
+        float32: 2^-20.
         A hundredth more is for the rounding of these norms.
         """
         width, reach = queries.shape[1], self.radius + self.residual[dtype]
@@ -116,9 +129,10 @@ class Bank:
     def _candidates(self, queries: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """((query, place) (n,) each of candidates, whether those of a query hold its k nearest (Q,)).
 
-        At least k rows have a product of at least t, the k-th largest that was met, so k similarities are at least
-        t - |rounding of t| - error, and the product of a row that reaches that is not below t - |rounding of t| - 2 error (rounding
-        keeps the order). Of each group of similarities only the largest is compared, until one is found to be a candidate.
+        At least k rows have a product of at least t, the k-th largest that was met, so k similarities are at least t -
+        |rounding of t| - error, and the product of a row that reaches that is not below t - |rounding of t| - 2 error
+        (rounding keeps the order). Of each group of similarities only the largest is compared, until one is found to be
+        a candidate.
         """
         error, rounded = self._error(queries, dtype), queries.to(dtype)
         unit = torch.finfo(dtype).eps / 2
@@ -131,7 +145,9 @@ class Bank:
             largest = grouped.amax(1)
             best = torch.cat([best, largest.topk(min(self.k, largest.shape[1])).values], 1).topk(self.k).values
             kth = best[:, -1:].float()
-            cut = (kth - unit * kth.abs() - 2 * error).to(dtype).clamp(min=torch.finfo(dtype).min)  # above what is left out
+            cut = (
+                (kth - unit * kth.abs() - 2 * error).to(dtype).clamp(min=torch.finfo(dtype).min)
+            )  # above what is left out
             kept = found[2] >= cut[found[0], 0]
             found = tuple(part[kept] for part in found)
             room = torch.where(settled, self.limit - torch.bincount(found[0], minlength=len(queries)), -1)
@@ -142,9 +158,11 @@ class Bank:
         return found[:2], settled
 
     def _products(self, queries: Tensor, own: Tensor, start: int, buffer: Tensor) -> Tensor:
-        """Products of rounded queries and the chunk from `start`, in `buffer`: (Q, G, B / G), padded to whole groups with -inf.
+        """Products of rounded queries and the chunk from `start`, in `buffer`: (Q, G, B / G), padded to whole groups
+        with -inf.
 
-        Group g has the rows g, g + B / G, ... of the chunk, so that rows in the order of their classes spread over groups.
+        Group g has the rows g, g + B / G, ... of the chunk, so that rows in the order of their classes spread over
+        groups.
         """
         count = min(self.columns, len(self.rows) - start)
         width = -(-count // self.group) * self.group
@@ -156,7 +174,8 @@ class Bank:
         return products.unflatten(1, (self.group, -1))
 
     def _best(self, queries: Tensor, query: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The k most similar of these pairs for each query: (similarities, places) (Q, k), -inf where there are fewer."""
+        """The k most similar of these pairs for each query: (similarities, places) (Q, k), -inf where there are
+        fewer."""
         order = place.argsort()  # so that a row is fetched once for all of its queries
         query, place, exact = query[order], place[order], queries.new_empty(len(query))
         scaled, size = queries.double() / GRID, max(1, SLICE[self.device.type] // queries.shape[1])
@@ -195,9 +214,11 @@ def _leave_out(similarities: Tensor, columns: Tensor) -> None:
     similarities[here, columns[here]] = -torch.inf
 
 
-def _members(grouped: Tensor, largest: Tensor, cut: Tensor, room: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """((query, column, value) (n,) each of what is not below the `cut` (Q, 1) of its query; which queries have not more than `room` (Q,)
-    of it: the others are left out).
+def _members(
+    grouped: Tensor, largest: Tensor, cut: Tensor, room: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """((query, column, value) (n,) each of what is not below the `cut` (Q, 1) of its query; which queries have not more
+    than `room` (Q,) of it: the others are left out).
 
     `grouped` (Q, G, B / G): `Bank._products`; `largest` (Q, B / G): of each group.
     """
@@ -212,8 +233,9 @@ def _members(grouped: Tensor, largest: Tensor, cut: Tensor, room: Tensor) -> tup
 
 
 def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k, dim=1)` of (Q, B) floats, sorted, where equal values come in the order of their column, and the lowest
-    columns are taken when the cut falls among equals. torch.topk promises neither; a full stable sort is many times slower."""
+    """`values.topk(k, dim=1)` of (Q, B) floats, sorted, where equal values come in the order of their column, and the
+    lowest columns are taken when the cut falls among equals. torch.topk promises neither; a full stable sort is many
+    times slower."""
     width = values.shape[1]
     top, indices = values.topk(min(k + 1, width), dim=1)
     if k < width:

@@ -1,7 +1,10 @@
-"""Contrastive losses of SiT: NT-Xent of version 1 (Chen et al. 2020, arXiv 2002.05709, equation 1) and InfoNCE of version 3.
+"""Contrastive losses of SiT: NT-Xent of version 1 (Chen et al. 2020, arXiv 2002.05709, equation 1) and InfoNCE of
+version 3.
 
-Axes: B images of this rank, N images of all ranks (this rank's are rows offset .. offset + B), D width. Similarities are cosines,
-computed in fp32. Both functions return logits and the place of the positive, so that loss and accuracy come from one product:
+Axes: B images of this rank, N images of all ranks (this rank's are rows offset .. offset + B), D width. Similarities
+are cosines,
+computed in fp32. Both functions return logits and the place of the positive, so that loss and accuracy come from one
+product:
 
     loss = F.cross_entropy(logits, positive);  accuracy = (logits.argmax(-1) == positive).mean()
 """
@@ -13,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nt_xent_logits(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, temperature: float, offset: int = 0):
+def nt_xent_logits(
+    first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, temperature: float, offset: int = 0
+):
     """Every view against all other views of all images; its positive is the other view of its own image.
 
         for i in the 2 B views of this rank:
@@ -36,7 +41,8 @@ def nt_xent_logits(first: Tensor, second: Tensor, all_first: Tensor, all_second:
 
 
 def info_nce_logits(queries: Tensor, keys: Tensor, temperature: float, offset: int = 0):
-    """Student views (B, D) against an EMA teacher's (N, D) of the other view, without gradient: logits (B, N), positive (B,)."""
+    """Student views (B, D) against an EMA teacher's (N, D) of the other view, without gradient: logits (B, N), positive
+    (B,)."""
     logits = _cosines(queries, keys.detach()) / temperature
     return logits, torch.arange(len(queries), device=queries.device) + offset
 

@@ -1,4 +1,5 @@
-"""KoLeo: spread features evenly over the sphere (Sablayrolles et al. 2018, arXiv 1806.03198; used by DINOv2, arXiv 2304.07193)."""
+"""KoLeo: spread features evenly over the sphere (Sablayrolles et al. 2018, arXiv 1806.03198; used by DINOv2, arXiv
+2304.07193)."""
 
 from __future__ import annotations
 
@@ -7,15 +8,15 @@ from torch import Tensor
 
 
 def koleo_loss(features: Tensor, own: slice = slice(None)) -> Tensor:
-    """Minus the mean log distance to the nearest other row, after L2 normalisation.
+    """Minus the mean log distance to the nearest other row, after L2 normalization.
 
         loss = 0
         for i in own rows:
             loss -= log(min over j != i of |x_i - x_j|) / own rows
 
     Args:
-        features: (N, D), one view of the N images of all ranks, with gradient; at least 2. DINOv2 compares those of a rank alone, so
-            that its loss depends on the number of ranks.
+        features: (N, D), one view of the N images of all ranks, with gradient; at least 2. DINOv2 compares those of a
+            rank alone, so that its loss depends on the number of ranks.
         own: the rows of this rank. The mean over ranks is the loss of one rank with all rows.
 
     Returns:

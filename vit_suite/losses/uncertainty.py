@@ -1,4 +1,5 @@
-"""Weights of several losses, learned with them (Kendall, Gal, Cipolla 2018, arXiv 1705.07115; SiT losses.py `LearnedLoss`)."""
+"""Weights of several losses, learned with them (Kendall, Gal, Cipolla 2018, arXiv 1705.07115; SiT losses.py
+`LearnedLoss`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What every pretraining method shares: views on the device, schedules per optimiser step, clipping, logging.
+"""What every pretraining method shares: views on the device, schedules per optimizer step, clipping, logging.
 
-A method implements `losses(crops, labels, draw, logged)`, `trained()` and `evaluation_backbone()`; this class turns them into a
-LightningModule that works under any `pl.Trainer` with any DataLoader that yields `(images, labels, ...)`.
+A method implements `losses(crops, labels, draw, logged)`, `trained()` and `evaluation_backbone()`; this class turns
+them into a LightningModule that works under any `pl.Trainer` with any DataLoader that yields `(images, labels, ...)`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ def as_config(cls: type[T], value: T | dict | None) -> T:
 
 
 def for_views(backbone: BackboneConfig, views: CropConfig) -> BackboneConfig:
-    """`backbone` with the position grid of the global crop where it names none. UserError when its patches do not tile that crop."""
-    if patch := known_patch_size(backbone):  # here the message can name the option; the network knows an image size only
+    """`backbone` with the position grid of the global crop where it names none. UserError when its patches do not tile
+    that crop."""
+    if patch := known_patch_size(
+        backbone
+    ):  # here the message can name the option; the network knows an image size only
         check_image_size([views.global_size], patch, "views.global_size")
     return replace(backbone, image_size=backbone.image_size or [views.global_size, views.global_size])
 
@@ -51,7 +54,7 @@ class Method(pl.LightningModule):
         optim: AdamW and its schedules; `lr` is per 256 images and scaled by the global batch.
         views: augmentation.
         mean, std: per channel, 0..1.
-        seed: of the view draws (weights are initialised from torch's global generator).
+        seed: of the view draws (weights are initialized from torch's global generator).
         batch_size: global batch; taken from the trainer's loader when None.
     """
 
@@ -78,22 +81,23 @@ class Method(pl.LightningModule):
         plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}
         self.save_hyperparameters(plain)
 
-    # -- what a method provides ------------------------------------------------------------------------------------------------
+    # -- what a method provides ----------------------------------------------------------------------------------------
 
     @staticmethod
     def build_views(views: CropConfig, mean: list[float], std: list[float]) -> Callable[[Any, Draw], list[Tensor]]:
-        """`(images, draw) -> [(B, C, S, S), ...]`: the crops of a micro-batch, normalised; picklable, as workers run it too."""
+        """`(images, draw) -> [(B, C, S, S), ...]`: the crops of a micro-batch, normalized; picklable, as workers run it
+        too."""
         return MultiCrop(views, mean, std)
 
     def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool) -> dict[str, Tensor]:
-        """The scalar to minimise under `loss`, and further scalars to log; the costly ones only when `logged`.
+        """The scalar to minimize under `loss`, and further scalars to log; the costly ones only when `logged`.
 
         `draw` keys whatever is random on top of the crops.
         """
         raise NotImplementedError
 
     def trained(self) -> nn.Module:
-        """The module whose parameters the optimiser gets."""
+        """The module whose parameters the optimizer gets."""
         raise NotImplementedError
 
     def evaluation_backbone(self) -> Backbone:
@@ -105,25 +109,32 @@ class Method(pl.LightningModule):
         return None
 
     def compares_images(self) -> list[str]:
-        """What the loss takes from several images at a time, of all ranks but of one micro-batch: accumulation changes it."""
+        """What the loss takes from several images at a time, of all ranks but of one micro-batch: accumulation changes
+        it."""
         return ["BatchNorm"] * any(isinstance(part, nn.BatchNorm1d) for part in self.trained().modules())
 
     def after_step(self, step: int) -> None:
-        """Called once after optimiser step number `step` (0-based)."""
+        """Called once after optimizer step number `step` (0-based)."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What weights/checkpoint.py needs to rebuild the evaluated backbone: its options and the names of its weights."""
+        """What weights/checkpoint.py needs to rebuild the evaluated backbone: its options and the names of its
+        weights."""
         vit = self.evaluation_backbone().vit
         prefix = next(name for name, module in self.named_modules() if module is vit) + "."
-        description = {"backbone": asdict(self.evaluation_backbone().cfg), "prefix": prefix, "mean": self.mean, "std": self.std}
+        description = {
+            "backbone": asdict(self.evaluation_backbone().cfg),
+            "prefix": prefix,
+            "mean": self.mean,
+            "std": self.std,
+        }
         checkpoint["vit_suite"] = description
 
     def whole(self) -> Self:
-        """This method, or where its parameters are sharded over the ranks a copy with all of them, to score, draw or write: all ranks
-        call this together, and what they do with the copy is their own affair."""
+        """This method, or where its parameters are sharded over the ranks a copy with all of them, to score, draw or
+        write: all ranks call this together, and what they do with the copy is their own affair."""
         return self.sharded.whole() if self.sharded else self
 
-    # -- shared -------------------------------------------------------------------------------------------------------------------
+    # -- shared --------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.sharded is None:  # trainer.strategy fsdp2
@@ -131,12 +142,12 @@ class Method(pl.LightningModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch."""
+        """Optimizer steps in an epoch."""
         return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
     def on_train_start(self) -> None:
-        # Not on_fit_start: asking for the number of steps there sets up the loader before a resumed run's position is restored,
-        # and an epoch that was under way would start over with its first images.
+        # Not on_fit_start: asking for the number of steps there sets up the loader before a resumed run's position is
+        # restored, and an epoch that was under way would start over with its first images.
         self.max_steps = self.planned_steps()
         if self.global_batch is None:
             local = getattr(self.trainer.train_dataloader, "batch_size", None) or 256
@@ -155,11 +166,15 @@ class Method(pl.LightningModule):
             math.ceil(self.max_steps / self.steps_per_epoch),
         )
         if self.optim.warmup_epochs * self.steps_per_epoch > self.max_steps:
-            log.warning("optim.warmup_epochs %g is longer than the run: its learning rate is never reached", self.optim.warmup_epochs)
+            log.warning(
+                "optim.warmup_epochs %g is longer than the run: its learning rate is never reached",
+                self.optim.warmup_epochs,
+            )
         compared = self.compares_images()
         if compared and self.trainer.accumulate_grad_batches > 1 and self.trainer.is_global_zero:
             log.warning(
-                "trainer.accumulate %d: %s: over the %d images of a micro-batch, so the loss is not that of the whole batch of %d",
+                "trainer.accumulate %d: %s: over the %d images of a micro-batch, so the loss is not that of the whole"
+                " batch of %d",
                 self.trainer.accumulate_grad_batches,
                 ", ".join(compared),
                 self.global_batch // self.trainer.accumulate_grad_batches,
@@ -167,15 +182,18 @@ class Method(pl.LightningModule):
             )
 
     def planned_steps(self) -> int:
-        """Optimiser steps of the whole training, which schedules span. UserError where the trainer and its data do not say how many."""
+        """Optimizer steps of the whole training, which schedules span. UserError where the trainer and its data do not
+        say how many."""
         if not math.isfinite(self.trainer.num_training_batches):
             raise UserError(
-                "the training loader does not say how many batches an epoch has, and warm-up and schedules count in epochs: give its "
-                "dataset a __len__, or the Trainer limit_train_batches, a number of batches."
+                "the training loader does not say how many batches an epoch has, and warm-up and schedules count in"
+                " epochs: give its dataset a __len__, or the Trainer limit_train_batches, a number of batches."
             )
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise UserError("the Trainer has neither max_epochs nor max_steps: schedules need to know where training ends.")
+            raise UserError(
+                "the Trainer has neither max_epochs nor max_steps: schedules need to know where training ends."
+            )
         return int(steps)
 
     def draw(self, batch_idx: int, count: int) -> Draw:
@@ -196,8 +214,8 @@ class Method(pl.LightningModule):
         images, labels, *_ = batch
         logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         draw = self.draw(batch_idx, len(labels))
-        # Drop path draws from the global generator, for the whole batch: keyed by the step, it is the same on all ranks, in all
-        # micro-batches and in a resumed run.
+        # Drop path draws from the global generator, for the whole batch: keyed by the step, it is the same on all
+        # ranks, in all micro-batches and in a resumed run.
         torch.manual_seed(stable_seed("step", self.seed, self.current_epoch, draw.step, 0))
         for module in self.modules():
             if isinstance(module, DropPath):
@@ -206,16 +224,18 @@ class Method(pl.LightningModule):
         # Reading a value makes a GPU wait, so there the check is made where values are read anyway.
         if (logged or self.device.type == "cpu") and not torch.isfinite(values["loss"]):
             raise RuntimeError(
-                f"the loss is {values['loss'].item()} at step {self.global_step}: lower optim.lr, or train with trainer.precision=fp32"
+                f"the loss is {values['loss'].item()} at step {self.global_step}: lower optim.lr, or train with"
+                " trainer.precision=fp32"
             )
         self.log_means(values, batch_idx, logged)
         return values["loss"]
 
     def log_means(self, values: dict[str, Tensor], batch_idx: int, logged: bool) -> None:
-        """Log the mean of each value over the micro-batches of a step, with the last of them, and over ranks when `logged`.
+        """Log the mean of each value over the micro-batches of a step, with the last of them, and over ranks when
+        `logged`.
 
-        So losses and accuracies are those of the global batch; what is no mean over images (PSNR, prototypes used, spread of features)
-        is the mean of that of each micro-batch.
+        So losses and accuracies are those of the global batch; what is no mean over images (PSNR, prototypes used,
+        spread of features) is the mean of that of each micro-batch.
         """
         micro = batch_idx % self.trainer.accumulate_grad_batches
         found = torch.stack([value.detach().float() for value in values.values()])
@@ -226,15 +246,18 @@ class Method(pl.LightningModule):
         if logged:  # not by sync_dist: Lightning wants it alike at every step, and makes all ranks wait for each value
             means = distributed.mean_over_ranks(means)
         for name, value in zip(values, means, strict=True):
-            # Lightning reads a value of the progress bar after every batch, for which a GPU would have to be waited for.
+            # Lightning reads a value of the progress bar after every batch, for which a GPU would have to be waited
+            # for.
             self.log(f"train/{name}", value, prog_bar=name == "loss" and self.device.type == "cpu")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.trained(), self.optim.layer_decay, self.optim.decay_tokens)
-        return torch.optim.AdamW(groups, lr=self.optim.lr, betas=tuple(self.optim.betas), weight_decay=self.optim.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=self.optim.lr, betas=tuple(self.optim.betas), weight_decay=self.optim.weight_decay, fused=True
+        )
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Write learning rate and weight decay of optimiser step `step` into the parameter groups."""
+        """Write learning rate and weight decay of optimizer step `step` into the parameter groups."""
         warmup = round(self.optim.warmup_epochs * self.steps_per_epoch)
         lr = cosine(step, self.max_steps, self.peak_lr, self.optim.min_lr, warmup)
         decay = cosine(step, self.max_steps, self.optim.weight_decay, self.optim.weight_decay_end)
@@ -247,7 +270,9 @@ class Method(pl.LightningModule):
         step = self.global_step  # Lightning counts it up after this hook, and calls the hook once per accumulated batch
         self.set_rates(optimizer, step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if (step + 1) % self.trainer.log_every_n_steps == 0:  # not at every step: a GPU waits for each number that it is sent
+        if (
+            step + 1
+        ) % self.trainer.log_every_n_steps == 0:  # not at every step: a GPU waits for each number that it is sent
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/weight_decay", optimizer.param_groups[0]["weight_decay"])
         self.after_step(step)

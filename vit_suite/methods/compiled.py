@@ -1,8 +1,10 @@
-"""torch.compile of the transformer blocks of a training, in place: names of weights, checkpoints and copies stay as they are.
+"""torch.compile of the transformer blocks of a training, in place: names of weights, checkpoints and copies stay as
+they are.
 
-Blocks alone, because all blocks of a network then share their graphs: one for each size of crop, with and without gradient. The rest of a
-step, and all that is scored, drawn or exported between steps, runs as it is; so do drop path (models/blocks.py), whose numbers are those of
-a training that is not compiled, and the last block where it answers for the CLS token alone.
+Blocks alone, because all blocks of a network then share their graphs: one for each size of crop, with and without
+gradient. The rest of a
+step, and all that is scored, drawn or exported between steps, runs as it is; so do drop path (models/blocks.py), whose
+numbers are those of a training that is not compiled, and the last block where it answers for the CLS token alone.
 """
 
 from __future__ import annotations
@@ -29,19 +31,27 @@ def check_compile(options: TrainerConfig, device: torch.device) -> None:
         return
     if options.strategy == "fsdp2":
         raise UserError(
-            f"trainer.compile {how} makes one graph of a block, and trainer.strategy fsdp2 gathers the parts of a block while it runs: "
-            "leave one out."
+            f"trainer.compile {how} makes one graph of a block, and trainer.strategy fsdp2 gathers the parts of a block"
+            " while it runs: leave one out."
         )
     if how == "graphs" and device.type != "cuda":
-        raise UserError("trainer.compile graphs captures CUDA graphs, and this training is on a CPU: use blocks, or none.")
+        raise UserError(
+            "trainer.compile graphs captures CUDA graphs, and this training is on a CPU: use blocks, or none."
+        )
     if how == "graphs" and options.accumulate > 1:
         raise UserError(
-            "trainer.compile graphs writes gradients where the next micro-batch would overwrite them: use blocks with trainer.accumulate."
+            "trainer.compile graphs writes gradients where the next micro-batch would overwrite them: use blocks with"
+            " trainer.accumulate."
         )
     cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    names = [cxx] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]  # as torch's and Triton's code generators look
+    names = (
+        [cxx] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    )  # as torch's and Triton's code generators look
     if not any(shutil.which(name) for name in names):
-        raise UserError(f"trainer.compile {how} needs a compiler, and there is no {' or '.join(names)} here: install one, or use none.")
+        raise UserError(
+            f"trainer.compile {how} needs a compiler, and there is no {' or '.join(names)} here: install one, or use"
+            " none."
+        )
 
 
 def compile_blocks(method: nn.Module, graphs: bool = False) -> None:

@@ -1,12 +1,13 @@
 """DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294; facebookresearch/dino main_dino.py).
 
-A student sees all crops, an EMA teacher the two global ones; the student matches the teacher's centred and sharpened output across
-crops. Deliberate differences from the official code:
+A student sees all crops, an EMA teacher the two global ones; the student matches the teacher's centerd and sharpened
+output across crops. Deliberate differences from the official code:
 
-- The centre is updated once per optimiser step from the mean over its micro-batches, not once per forward pass, so that gradient
-  accumulation gives the numbers of the whole batch. Without accumulation the two agree.
+- The center is updated once per optimizer step from the mean over its micro-batches, not once per forward pass, so that
+  gradient accumulation gives the numbers of the whole batch. Without accumulation the two agree.
 - Student and teacher heads return fp32 features to the loss; the matrix products in between may run in bf16.
-- The teacher temperature warms up 0.04 -> 0.07 over 30 epochs, as in the paper; the official code's default is a constant 0.04.
+- The teacher temperature warms up 0.04 -> 0.07 over 30 epochs, as in the paper; the official code's default is a
+  constant 0.04.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Network(nn.Module):
 
 
 def groups(crops: list[Tensor], at_once: int) -> Iterator[tuple[range, range]]:
-    """Indices of consecutive crops of one size that have together at most the pixels of `at_once` global crops, the first of `crops`;
-    beside each group, the indices of all crops of that size."""
+    """Indices of consecutive crops of one size that have together at most the pixels of `at_once` global crops, the
+    first of `crops`; beside each group, the indices of all crops of that size."""
     start = 0
     for shape, same in groupby(crop.shape[-2:] for crop in crops):
         alike = range(start, start + len(list(same)))
@@ -84,9 +85,10 @@ def groups(crops: list[Tensor], at_once: int) -> Iterator[tuple[range, range]]:
 class DINO(Method):
     """DINO as a LightningModule. The teacher is what is scored and exported.
 
-    `center` (K,) is a buffer, so it survives a resume; schedules are set at every optimiser step; the teacher follows the student once
-    after each. Logged: loss, teacher entropy and KL(teacher || student) in nats, centre norm, share of prototypes that are some
-    image's first choice, standard deviation of the L2-normalised teacher features over the batch (times sqrt(D): 1 is isotropic).
+    `center` (K,) is a buffer, so it survives a resume; schedules are set at every optimizer step; the teacher follows
+    the student once after each. Logged: loss, teacher entropy and KL(teacher || student) in nats, center norm, share of
+    prototypes that are some image's first choice, standard deviation of the L2-normalized teacher features over the
+    batch (times sqrt(D): 1 is isotropic).
     """
 
     def __init__(
@@ -100,18 +102,23 @@ class DINO(Method):
         seed: int = 0,
         batch_size: int | None = None,
     ):
-        method, views, optim = as_config(DINOConfig, method), as_config(ViewsConfig, views), as_config(OptimConfig, optim)
+        method, views, optim = (
+            as_config(DINOConfig, method),
+            as_config(ViewsConfig, views),
+            as_config(OptimConfig, optim),
+        )
         backbone = as_config(BackboneConfig, backbone)
         super().__init__(optim, views, list(mean), list(std), seed, batch_size)
         if method.crops_at_once and method.head_batch_norm:
             raise UserError(
-                "method.head_batch_norm takes statistics over all crops, and method.crops_at_once has some of them at a time: "
-                "leave one out; backbone.checkpointing saves memory with either."
+                "method.head_batch_norm takes statistics over all crops, and method.crops_at_once has some of them at a"
+                " time: leave one out; backbone.checkpointing saves memory with either."
             )
         backbone = for_views(backbone, views)
         self.method = method
         self.student = Network(backbone, method, method.norm_last_layer)
-        # The release builds the teacher's head with a fixed gain whatever the student's, and drop path is the student's alone.
+        # The release builds the teacher's head with a fixed gain whatever the student's, and drop path is the student's
+        # alone.
         self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method, norm_last_layer=True)
         copy_weights(self.teacher, self.student)
         patch = self.student.backbone.patch_size
@@ -123,7 +130,14 @@ class DINO(Method):
         self.register_buffer("center_count", torch.zeros(()))
         self.monitor = CollapseMonitor(method.out_dim)
         self.keep_hyperparameters(
-            method=method, backbone=backbone, views=views, optim=optim, mean=list(mean), std=list(std), seed=seed, batch_size=batch_size
+            method=method,
+            backbone=backbone,
+            views=views,
+            optim=optim,
+            mean=list(mean),
+            std=list(std),
+            seed=seed,
+            batch_size=batch_size,
         )
 
     def trained(self) -> nn.Module:
@@ -138,8 +152,8 @@ class DINO(Method):
     def configure_model(self) -> None:
         if self.method.crops_at_once and self.device_mesh is not None:
             raise UserError(
-                "trainer.strategy fsdp2 averages the gradients of one backward pass, and method.crops_at_once has several: "
-                "leave one out; backbone.checkpointing saves memory with either."
+                "trainer.strategy fsdp2 averages the gradients of one backward pass, and method.crops_at_once has"
+                " several: leave one out; backbone.checkpointing saves memory with either."
             )
         super().configure_model()
 
@@ -156,7 +170,7 @@ class DINO(Method):
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
     ) -> dict[str, Tensor]:
-        """DINO's loss over all crops, globals first; adds the batch to the centre's running sum.
+        """DINO's loss over all crops, globals first; adds the batch to the center's running sum.
 
         With `method.crops_at_once` its backward pass reaches the student's parameters alone, and not the crops.
         """
@@ -173,7 +187,9 @@ class DINO(Method):
             self.center_sum += teacher_logits.sum((0, 1))
             self.center_count += teacher_logits.shape[:2].numel()
         in_groups = self.method.crops_at_once and torch.is_grad_enabled()
-        values = self.losses_in_groups(crops, target) if in_groups else self.student_losses(crops, target, range(len(crops)))
+        values = (
+            self.losses_in_groups(crops, target) if in_groups else self.student_losses(crops, target, range(len(crops)))
+        )
         if logged:
             values |= self.diagnostics(values.get("dino", values["loss"]).detach(), target, features)
         return values
@@ -187,7 +203,11 @@ class DINO(Method):
             return {"loss": distillation}
         start, count = distributed.rank() * tokens.shape[1], tokens.shape[1]
         own = slice(start, start + count)
-        spread = [koleo_loss(distributed.gather_rows(tokens[view - views.start]), own) for view in views if view < GLOBAL_CROPS]
+        spread = [
+            koleo_loss(distributed.gather_rows(tokens[view - views.start]), own)
+            for view in views
+            if view < GLOBAL_CROPS
+        ]
         koleo = sum(spread, start=distillation.new_zeros(())) / GLOBAL_CROPS
         return {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
 
@@ -204,13 +224,18 @@ class DINO(Method):
 
     def backward_of_group(self, loss: Tensor, gradients: Gradients) -> None:
         """Adds the gradients of a group's loss to `gradients`, and lets its activations go."""
-        add_gradients(gradients, loss, [parameter for parameter in self.student.parameters() if parameter.requires_grad])
+        add_gradients(
+            gradients, loss, [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        )
 
     @torch.no_grad()
     def diagnostics(self, loss: Tensor, target: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Values that tell learning from collapse; `target` (2, B, K) probabilities, `features` (2, B, D) teacher CLS."""
+        """Values that tell learning from collapse; `target` (2, B, K) probabilities, `features` (2, B, D) teacher
+        CLS."""
         entropy = -torch.special.xlogy(target, target).sum(-1).mean()
-        unit = torch.stack([distributed.gather_rows(view) for view in torch.nn.functional.normalize(features.float(), dim=-1)])
+        unit = torch.stack(
+            [distributed.gather_rows(view) for view in torch.nn.functional.normalize(features.float(), dim=-1)]
+        )
         used = distributed.gather_rows(target.argmax(-1).T).unique().numel()
         values = {
             "teacher_entropy": entropy,
@@ -231,7 +256,7 @@ class DINO(Method):
                 parameter.grad = None
 
     def after_step(self, step: int) -> None:
-        """Centre and teacher, after the optimiser step: the loss of this step used the old ones."""
+        """Center and teacher, after the optimizer step: the loss of this step used the old ones."""
         mean = distributed.mean_over_ranks(self.center_sum / self.center_count)
         self.center.copy_(updated_center(self.center, mean, self.method.center_momentum))
         self.center_sum.zero_()

@@ -1,6 +1,7 @@
 """Gradients that are taken within a training step, for Lightning's one backward pass after it.
 
-They cannot go into `.grad` at once: Lightning sets that to None between the two, and DDP averages what it sees in the backward pass.
+They cannot go into `.grad` at once: Lightning sets that to None between the two, and DDP averages what it sees in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ Gradients = dict[nn.Parameter, Tensor]
 def add_gradients(gradients: Gradients, loss: Tensor, parameters: list[nn.Parameter]) -> None:
     """Add those of `loss` to `gradients`, and free its graph. Parameters that it does not depend on get none.
 
-    Losses under one autocast share its casts of the weights: a cast keeps nothing for its gradient that the first loss could free.
+    Losses under one autocast share its casts of the weights: a cast keeps nothing for its gradient that the first loss
+    could free.
     """
     with torch.autocast(loss.device.type, enabled=False):  # as in Lightning's backward pass
         found = torch.autograd.grad(loss, parameters, allow_unused=True)

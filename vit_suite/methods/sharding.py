@@ -1,8 +1,9 @@
-"""Student, teacher and optimiser spread over the ranks (FSDP2: torch's `fully_shard`, after ZeRO stage 3, arXiv 1910.02054).
+"""Student, teacher and optimizer spread over the ranks (FSDP2: torch's `fully_shard`, after ZeRO stage 3, arXiv
+1910.02054).
 
-The attention and MLP of a block, and every large head, are gathered when they run and let go after; what is left (norms, embeddings,
-tokens, small heads, SiT's task weights) is one more group, gathered for the whole of a training step. Averages of weights and clipping
-work on each rank's part.
+The attention and MLP of a block, and every large head, are gathered when they run and let go after; what is left
+(norms, embeddings, tokens, small heads, SiT's task weights) is one more group, gathered for the whole of a training
+step. Averages of weights and clipping work on each rank's part.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ HEADS = (DINOHead, ContrastiveHead, PatchDecoder)
 class Sharded:
     """Shards `method` over the ranks of its device mesh, once, and gathers it again for whoever needs all of it.
 
-    bf16: the linear layers of blocks, which autocast rounds to bf16 anyway, travel in it: half the bytes. Norms and heads stay fp32.
+    bf16: the linear layers of blocks, which autocast rounds to bf16 anyway, travel in it: half the bytes. Norms and
+    heads stay fp32.
     """
 
     def __init__(self, method: pl.LightningModule, bf16: bool):
         self.method = method
         mesh = method.device_mesh
-        # A sharded module cannot be copied, and each of its forward passes is collective. So a twin without parameters is kept.
+        # A sharded module cannot be copied, and each of its forward passes is collective. So a twin without parameters
+        # is kept.
         empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in method.parameters()}
         self.twin = copy.deepcopy(method, {id(mesh): mesh, **empty})
         mesh = mesh["data_parallel"]
@@ -43,7 +46,10 @@ class Sharded:
             if isinstance(part, Backbone):
                 for block in part.vit.blocks:
                     if not (hasattr(block, "attn") and hasattr(block, "mlp")):
-                        raise UserError(f"trainer.strategy fsdp2: a {type(block).__name__} has no attention and MLP to shard; use ddp.")
+                        raise UserError(
+                            f"trainer.strategy fsdp2: a {type(block).__name__} has no attention and MLP to shard; use"
+                            " ddp."
+                        )
                     distributed.shard([block.attn, block.mlp], mesh, torch.bfloat16 if bf16 else None)
             elif isinstance(part, HEADS):
                 distributed.shard(part, mesh)
@@ -52,15 +58,19 @@ class Sharded:
     def whole(self) -> pl.LightningModule:
         """The method as one rank alone would have it, on every rank (all call this together)."""
         whole = copy.deepcopy(self.twin)
-        whole.load_state_dict({name: distributed.gathered(tensor) for name, tensor in self.method.state_dict().items()}, assign=True)
+        whole.load_state_dict(
+            {name: distributed.gathered(tensor) for name, tensor in self.method.state_dict().items()}, assign=True
+        )
         return whole.to(self.method.device)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2, with checkpoints that are those of DDP: a run goes on under either, and on another number of ranks.
+    """Lightning's FSDP2, with checkpoints that are those of DDP: a run goes on under either, and on another number of
+    ranks.
 
-    Lightning names the optimiser's entries by all parameters of the model, the teacher's included, where DDP counts those the optimiser
-    has; its loader also gives parameters that have no state yet (DINO's frozen last layer) one that has seen a step.
+    Lightning names the optimizer's entries by all parameters of the model, the teacher's included, where DDP counts
+    those the optimizer has; its loader also gives parameters that have no state yet (DINO's frozen last layer) one that
+    has seen a step.
     """
 
     def __init__(self, ranks: int):
@@ -87,11 +97,16 @@ class ShardedStrategy(ModelParallelStrategy):
         return {**state, "state": {index: self._on_main(entry) for index, entry in state["state"].items()}}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)  # ranks share the pages
+        return torch.load(
+            checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only
+        )  # ranks share the pages
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         own = self.lightning_module.state_dict()
-        parts = {name: distributed.sharded_as(tensor, own.get(name, tensor)) for name, tensor in checkpoint["state_dict"].items()}
+        parts = {
+            name: distributed.sharded_as(tensor, own.get(name, tensor))
+            for name, tensor in checkpoint["state_dict"].items()
+        }
         self.lightning_module.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -1,13 +1,15 @@
-"""SiT: reconstruct corrupted images, tell their rotation, and tell them apart (Atito, Awais, Kittler 2021, arXiv 2104.03602).
+"""SiT: reconstruct corrupted images, tell their rotation, and tell them apart (Atito, Awais, Kittler 2021, arXiv
+2104.03602).
 
-Version 1 (with rotation; code of July 2021) by default, version 3 (December 2022) by options, and on the same heads masked
-(`corruption: mask`) and causal (`order: causal`) patch prediction. Deliberate differences from the official code:
+Version 1 (with rotation; code of July 2021) by default, version 3 (December 2022) by options, and on the same heads
+masked (`corruption: mask`) and causal (`order: causal`) patch prediction. Deliberate differences from the official
+code:
 
-- The contrastive token stands where a ViT has its CLS token and the rotation token after it, as a register, so that kNN, probes and
-  attention maps of this suite look at the contrastive token. The official order is the reverse; with the two rows of the position
-  embedding swapped the numbers are the same (tests/parity/test_sit.py).
-- Negatives come from all ranks, where version 1 took a rank's own, and the mean over corrupted pixels is over those of all ranks, where
-  version 3 takes a mean for each rank. With gradient accumulation both are of one micro-batch.
+- The contrastive token stands where a ViT has its CLS token and the rotation token after it, as a register, so that
+  kNN, probes and attention maps of this suite look at the contrastive token. The official order is the reverse; with
+  the two rows of the position embedding swapped the numbers are the same (tests/parity/test_sit.py).
+- Negatives come from all ranks, where version 1 took a rank's own, and the mean over corrupted pixels is over those of
+  all ranks, where version 3 takes a mean for each rank. With gradient accumulation both are of one micro-batch.
 - Of two kinds of dropping the official loader replaces blocks with probability 1/2, here 1/3 (views/corruption.py).
 - Masked prediction learns by L1 on pixels, as SiT's reconstruction does, not by visual words.
 
@@ -51,7 +53,7 @@ SERVES = {
     "align": (lambda m: m.corruption == "gmml", "method.corruption gmml"),
     "drop_area": (lambda m: m.corruption in ("blocks", "gmml"), "method.corruption blocks or gmml"),
     "replace_area": (lambda m: m.corruption in ("blocks", "gmml"), "method.corruption blocks or gmml"),
-    "colour": (lambda m: m.corruption in ("blocks", "gmml"), "method.corruption blocks or gmml"),
+    "color": (lambda m: m.corruption in ("blocks", "gmml"), "method.corruption blocks or gmml"),
     "mask_ratio": (lambda m: m.corruption == "mask", "method.corruption mask"),
     "mask_rule": (lambda m: m.corruption == "mask", "method.corruption mask"),
 }
@@ -82,9 +84,13 @@ class Network(nn.Module):
         if method.rotation:
             self.rotation_head = nn.Linear(dim, TURNS)
             init_linear_(self.rotation_head)
-            nn.init.trunc_normal_(self.backbone.vit.reg_token, std=0.02)  # a token with a task starts as CLS does, not at 1e-6
+            nn.init.trunc_normal_(
+                self.backbone.vit.reg_token, std=0.02
+            )  # a token with a task starts as CLS does, not at 1e-6
         if method.contrastive != "none":
-            self.contrastive_head = ContrastiveHead(dim, method.contrastive_dim, method.contrastive_head, method.hidden_dim)
+            self.contrastive_head = ContrastiveHead(
+                dim, method.contrastive_dim, method.contrastive_head, method.hidden_dim
+            )
         if method.reconstruct != "none":
             self.decoder = PatchDecoder(dim, cfg.channels, self.backbone.patch_size, method.decoder)
         if method.corruption == "mask":
@@ -108,9 +114,11 @@ class Network(nn.Module):
 
 
 class SiT(Method):
-    """SiT as a LightningModule. With `contrastive: info_nce` the EMA teacher is what is scored and exported, else the network itself.
+    """SiT as a LightningModule. With `contrastive: info_nce` the EMA teacher is what is scored and exported, else the
+    network itself.
 
-    Logged: loss; of each task its loss; rotation and contrastive accuracy in 0..1; PSNR in dB of the whole reconstruction; the factor
+    Logged: loss; of each task its loss; rotation and contrastive accuracy in 0..1; PSNR in dB of the whole
+    reconstruction; the factor
     of each task where it is learned.
     """
 
@@ -125,13 +133,24 @@ class SiT(Method):
         seed: int = 0,
         batch_size: int | None = None,
     ):
-        method, views, optim = as_config(SiTConfig, method), as_config(SiTViewsConfig, views), as_config(SiTOptimConfig, optim)
+        method, views, optim = (
+            as_config(SiTConfig, method),
+            as_config(SiTViewsConfig, views),
+            as_config(SiTOptimConfig, optim),
+        )
         check_options(method)
         backbone = as_config(BackboneConfig, backbone)
         super().__init__(optim, views, list(mean), list(std), seed, batch_size)
         self.method = method
         self.keep_hyperparameters(
-            method=method, backbone=backbone, views=views, optim=optim, mean=list(mean), std=list(std), seed=seed, batch_size=batch_size
+            method=method,
+            backbone=backbone,
+            views=views,
+            optim=optim,
+            mean=list(mean),
+            std=list(std),
+            seed=seed,
+            batch_size=batch_size,
         )
         backbone = network_config(backbone, method, views)
         self.student = Network(backbone, method)
@@ -143,7 +162,11 @@ class SiT(Method):
             # All heads, as in the official code, so that the two are twins; only the contrastive one is run.
             self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method)
             copy_weights(self.teacher, self.student)
-        present = {"rotation": method.rotation, "contrastive": method.contrastive != "none", "reconstruction": method.reconstruct != "none"}
+        present = {
+            "rotation": method.rotation,
+            "contrastive": method.contrastive != "none",
+            "reconstruction": method.reconstruct != "none",
+        }
         self.tasks = [task for task in TASKS if present[task]]
         learned = method.loss_weights != "fixed"
         self.log_variances = nn.Parameter(torch.ones(len(self.tasks))) if learned else None
@@ -161,7 +184,10 @@ class SiT(Method):
         return (self.teacher or self.student).backbone
 
     def compares_images(self) -> list[str]:
-        there = {"negatives": self.method.contrastive != "none", "the mean over corrupted pixels": self.method.reconstruct == "corrupted"}
+        there = {
+            "negatives": self.method.contrastive != "none",
+            "the mean over corrupted pixels": self.method.reconstruct == "corrupted",
+        }
         return super().compares_images() + [name for name in there if there[name]]
 
     def on_fit_start(self) -> None:
@@ -209,7 +235,9 @@ class SiT(Method):
             values["rotation"] = F.cross_entropy(output.turns.float(), label)
             more["rotation_accuracy"] = accuracy(output.turns, label)
         if output.embedding is not None:
-            values["contrastive"], more["contrastive_accuracy"] = self.contrastive(output.embedding.unflatten(0, clean.shape[:2]), clean)
+            values["contrastive"], more["contrastive_accuracy"] = self.contrastive(
+                output.embedding.unflatten(0, clean.shape[:2]), clean
+            )
         if output.pixels is not None:
             pixels = output.pixels.unflatten(0, clean.shape[:2])
             counted = self.counted(corrupted)
@@ -226,7 +254,9 @@ class SiT(Method):
             logits, positive = nt_xent_logits(*embedding, *map(distributed.gather_rows, embedding), temperature, offset)
             return F.cross_entropy(logits, positive), accuracy(logits, positive)
         with torch.no_grad():
-            keys = self.teacher.contrastive_head(self.teacher.backbone(clean.flatten(0, 1))).unflatten(0, clean.shape[:2])
+            keys = self.teacher.contrastive_head(self.teacher.backbone(clean.flatten(0, 1))).unflatten(
+                0, clean.shape[:2]
+            )
         pairs = [
             info_nce_logits(query, distributed.gather_rows(key), temperature, offset)
             for query, key in zip(embedding, keys.flip(0), strict=True)  # each view against the teacher's other one
@@ -245,8 +275,11 @@ class SiT(Method):
 
     @torch.no_grad()
     def reconstruct(self, clean: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
-        """What the network is shown of clean views (B, C, S, S), and what it makes of it; hidden patches are shown as 0."""
-        corrupted = corrupt(self.method, clean.unsqueeze(0), draw or alone(len(clean)), self.student.backbone.patch_size)
+        """What the network is shown of clean views (B, C, S, S), and what it makes of it; hidden patches are shown as
+        0."""
+        corrupted = corrupt(
+            self.method, clean.unsqueeze(0), draw or alone(len(clean)), self.student.backbone.patch_size
+        )
         training = self.student.training
         hidden = None if corrupted.hidden is None else corrupted.hidden[0]
         output = self.student.eval()(corrupted.images[0], hidden).pixels
@@ -259,7 +292,7 @@ class SiT(Method):
         return shown, output
 
     def after_step(self, step: int) -> None:
-        """The teacher of version 3, after the optimiser step."""
+        """The teacher of version 3, after the optimizer step."""
         if self.teacher is not None:
             momentum = cosine(step, self.max_steps, self.method.momentum_teacher, 1.0)
             ema_update(self.teacher, self.student, momentum)
@@ -276,8 +309,8 @@ def network_config(backbone: BackboneConfig, method: SiTConfig, views: SiTViewsC
     if method.order == "causal" and backbone.class_token and (method.contrastive == "none" or backbone.pool == "mean"):
         # Patches do not see the prefix, so only a loss on the token itself trains it.
         raise UserError(
-            "method.order causal without a contrastive loss on the CLS token trains no CLS token: set backbone.class_token false and "
-            "backbone.pool mean."
+            "method.order causal without a contrastive loss on the CLS token trains no CLS token: set"
+            " backbone.class_token false and backbone.pool mean."
         )
     registers = backbone.registers
     if method.rotation:
@@ -294,15 +327,24 @@ def network_config(backbone: BackboneConfig, method: SiTConfig, views: SiTViewsC
 def check_options(method: SiTConfig) -> None:
     """UserError for options that exclude each other."""
     if not (method.rotation or method.contrastive != "none" or method.reconstruct != "none"):
-        raise UserError("method.rotation is false, method.contrastive and method.reconstruct are none: nothing is left to learn from.")
+        raise UserError(
+            "method.rotation is false, method.contrastive and method.reconstruct are none: nothing is left to learn"
+            " from."
+        )
     if method.reconstruct == "corrupted" and method.corruption == "none":
         raise UserError("method.reconstruct is corrupted, but method.corruption is none: no pixel would count.")
     if method.corruption == "mask" and method.reconstruct == "none":
         raise UserError("method.corruption mask has patches predicted, but method.reconstruct is none.")
     if method.order == "causal" and method.reconstruct == "none":
         raise UserError("method.order causal predicts the next patch, but method.reconstruct is none.")
-    if method.corruption in ("blocks", "gmml") and method.reconstruct == "corrupted" and not (method.drop_area or method.replace_area):
-        raise UserError("method.drop_area and method.replace_area are 0, but method.reconstruct is corrupted: nothing would count.")
+    if (
+        method.corruption in ("blocks", "gmml")
+        and method.reconstruct == "corrupted"
+        and not (method.drop_area or method.replace_area)
+    ):
+        raise UserError(
+            "method.drop_area and method.replace_area are 0, but method.reconstruct is corrupted: nothing would count."
+        )
     if method.corruption == "gmml" and method.drop_area and not method.drop_type:
         raise UserError("method.drop_type is empty, but method.drop_area is not 0: give noise, zeros or both.")
     for option, (serves, needed) in SERVES.items():

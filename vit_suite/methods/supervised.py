@@ -1,11 +1,13 @@
-"""Supervised ViT: cross-entropy on labels (Dosovitskiy et al. 2020, arXiv 2010.11929; DeiT, Touvron et al. 2021, arXiv 2012.12877;
-Beyer et al. 2022, arXiv 2205.01580).
+"""Supervised ViT: cross-entropy on labels (Dosovitskiy et al. 2020, arXiv 2010.11929; DeiT, Touvron et al. 2021, arXiv
+2012.12877; Beyer et al. 2022, arXiv 2205.01580).
 
-A linear head on the backbone's representation. Its weights start from a truncated normal of 0.02 and its bias from 0, as timm builds
-them for DeiT (Beyer et al. start both from 0).
+A linear head on the backbone's representation. Its weights start from a truncated normal of 0.02 and its bias from 0,
+as timm builds them for DeiT (Beyer et al. start both from 0).
 
-The average of the weights (EMA) has a momentum that rises to its value: min(ema, (1 + step) / (10 + step)), so that it spans about
-the last ninth of the steps there have been, and never the initial weights alone: DeiT's 0.99996 averages over 25,000 steps, and a
+The average of the weights (EMA) has a momentum that rises to its value: min(ema, (1 + step) / (10 + step)), so that it
+spans about
+the last ninth of the steps there have been, and never the initial weights alone: DeiT's 0.99996 averages over 25,000
+steps, and a
 shorter run would be scored close to where it began. timm's plain EMA has no such rise.
 
 Axes: B images, C channels, K classes, D width.
@@ -42,7 +44,9 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, K)."""
         features = self.backbone(images)
-        with torch.autocast(features.device.type, enabled=False):  # calibration is measured on these, and bf16 has three digits
+        with torch.autocast(
+            features.device.type, enabled=False
+        ):  # calibration is measured on these, and bf16 has three digits
             return self.head(features.float())
 
 
@@ -52,16 +56,18 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def average_momentum(step: int, most: float) -> float:
-    """Momentum of the average after optimiser step `step` (0-based): rises as in TensorFlow's ExponentialMovingAverage."""
+    """Momentum of the average after optimizer step `step` (0-based): rises as in TensorFlow's
+    ExponentialMovingAverage."""
     return min(most, (1 + step) / (10 + step))
 
 
 class SupervisedViT(Method):
     """Supervised training as a LightningModule.
 
-    classes: how many, or their names; labels are their numbers. `average` is None without EMA; with it, it is what is scored and
-    exported. Logged: loss, and the top-1 in percent of the training batch, against the class with the larger share where images
-    are mixed.
+    classes: how many, or their names; labels are their numbers. `average` is None without EMA; with it, it is what is
+    scored and
+    exported. Logged: loss, and the top-1 in percent of the training batch, against the class with the larger share
+    where images are mixed.
     """
 
     def __init__(
@@ -100,7 +106,8 @@ class SupervisedViT(Method):
         return SupervisedViews(views, mean, std)
 
     def start_from(self, backbone: Backbone) -> None:
-        """Take the weights of `backbone`, of the same architecture; learned positions of another size are resized. The head stays fresh."""
+        """Take the weights of `backbone`, of the same architecture; learned positions of another size are resized. The
+        head stays fresh."""
         own, state = self.network.backbone, backbone.vit.state_dict()
         if own.native_grid != backbone.native_grid and "pos_embed" in state:
             learned = "pos_embed" in dict(own.vit.named_parameters())
@@ -140,7 +147,8 @@ class SupervisedViT(Method):
         return {"loss": loss, "top1": 100 * (logits.argmax(-1) == targets.argmax(-1)).float().mean()}
 
     def check_labels(self, labels: Tensor, draw: Draw) -> None:
-        """UserError for a label outside the head; on a GPU, which would have to wait, only in the first step of an epoch."""
+        """UserError for a label outside the head; on a GPU, which would have to wait, only in the first step of an
+        epoch."""
         if labels.device.type == "cpu" or draw.step == 0:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= len(self.classes):

@@ -1,18 +1,22 @@
 """The backbone: a timm `VisionTransformer` that answers with tokens and attention, at any image size.
 
-Dosovitskiy et al. 2020 (arXiv 2010.11929) for the network, registers after arXiv 2309.16588. timm builds the blocks, so key names are
-those of timm and of the DINO release. Deliberate differences from timm:
+Dosovitskiy et al. 2020 (arXiv 2010.11929) for the network, registers after arXiv 2309.16588. timm builds the blocks, so
+key names are those of timm and of the DINO release. Deliberate differences from timm:
 
-- Position embeddings at other sizes are resized as the DINO release does it (`resize_position`), not as timm does: released DINO
-  and DINOv2 weights were trained that way, and `size=` moves the CLS output by 0.035-0.49.
-- The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not from 1e-6.
-- On a CPU attention is plain softmax(q k^T) v up to the length where the fused kernel is faster; on a GPU it is the fused kernel.
-- `backbone(images)` works out the last block for the CLS token alone, since nobody asks for its patches: a DINO step has 11% fewer FLOP
-  at depth 6, 7% at depth 12, and the same numbers to rounding. `tokens` runs it whole; so hooks on that block's parts belong on `tokens`.
+- Position embeddings at other sizes are resized as the DINO release does it (`resize_position`), not as timm does:
+  released DINO and DINOv2 weights were trained that way, and `size=` moves the CLS output by 0.035-0.49.
+- The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not
+  from 1e-6.
+- On a CPU attention is plain softmax(q k^T) v up to the length where the fused kernel is faster; on a GPU it is the
+  fused kernel.
+- `backbone(images)` works out the last block for the CLS token alone, since nobody asks for its patches: a DINO step
+  has 11% fewer FLOP at depth 6, 7% at depth 12, and the same numbers to rounding. `tokens` runs it whole; so hooks on
+  that block's parts belong on `tokens`.
 
 Options beyond timm's, for `vit`: fixed sine positions, post-norm blocks, causal order over patches (models/blocks.py).
 
-Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T = prefix + N tokens, D width, R registers.
+Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T = prefix + N tokens, D width, R
+registers.
 """
 
 from __future__ import annotations
@@ -65,8 +69,8 @@ class Tokens:
 def resize_position(position: Tensor, native: tuple[int, int], grid: tuple[int, int], prefix: int) -> Tensor:
     """Position embeddings (1, prefix + N, D) of the `native` grid, bicubically resized to `grid`.
 
-    As in DINO `vision_transformer.py` `interpolate_pos_encoding`: `scale_factor` (not `size`), with 0.1 added to the target, whose
-    effect on the sampling points is part of what the released weights expect.
+    As in DINO `vision_transformer.py` `interpolate_pos_encoding`: `scale_factor` (not `size`), with 0.1 added to the
+    target, whose effect on the sampling points is part of what the released weights expect.
     """
     if grid == native:
         return position
@@ -136,8 +140,8 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
     """The timm network of `cfg`, without a classifier.
 
     Raises:
-        UserError: the name is no timm model, the model is no plain VisionTransformer with a CLS token, or the image size is not
-            divisible by the patch.
+        UserError: the name is no timm model, the model is no plain VisionTransformer with a CLS token, or the image
+            size is not divisible by the patch.
     """
     common = {"num_classes": 0, "global_pool": "", "in_chans": cfg.channels, "drop_path_rate": cfg.drop_path}
     if cfg.image_size is not None:
@@ -158,7 +162,10 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
         return vit
     if not timm.is_model(cfg.name):
         known = [EXPLICIT, *timm.list_models("*vit*"), *timm.list_models("deit*")]
-        raise UserError(f"unknown backbone '{cfg.name}'.{nearest(cfg.name, known)} Use a timm ViT name, or 'vit' with explicit dims.")
+        raise UserError(
+            f"unknown backbone '{cfg.name}'.{nearest(cfg.name, known)} Use a timm ViT name, or 'vit' with explicit"
+            " dims."
+        )
     if "img_size" in common:
         native = cfg.patch_size or _patch_of(cfg.name)
         if native:
@@ -175,7 +182,8 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
 
 
 def _patch_of(name: str) -> int | None:
-    """Patch size in a timm name (`vit_small_patch16_224` -> 16), so that a wrong image size is answered before timm asserts."""
+    """Patch size in a timm name (`vit_small_patch16_224` -> 16), so that a wrong image size is answered before timm
+    asserts."""
     for part in name.split("_"):
         if part.startswith("patch") and part[5:].isdigit():
             return int(part[5:])
@@ -185,8 +193,9 @@ def _patch_of(name: str) -> int | None:
 class Backbone(nn.Module):
     """A ViT that returns its representation, CLS, register and patch tokens, tokens of chosen blocks, and attention.
 
-    `backbone(images)` with images (B, C, H, W), normalised, sides divisible by the patch, gives the representation (B, D): the CLS
-    token after the final LayerNorm, or with `pool: mean` the mean of the patch tokens after it. Heads, kNN and probes take it.
+    `backbone(images)` with images (B, C, H, W), normalized, sides divisible by the patch, gives the representation (B,
+    D): the CLS token after the final LayerNorm, or with `pool: mean` the mean of the patch tokens after it. Heads, kNN
+    and probes take it.
 
     Raises UserError when the network has no CLS token and `pool` is cls.
     """
@@ -198,23 +207,33 @@ class Backbone(nn.Module):
         replace_attention(self.vit)
         self.has_cls: bool = self.vit.cls_token is not None
         if cfg.pool == "cls" and not self.has_cls:
-            raise UserError(f"backbone '{cfg.name}' has no CLS token: set backbone.pool to mean, or use a model with one.")
+            raise UserError(
+                f"backbone '{cfg.name}' has no CLS token: set backbone.pool to mean, or use a model with one."
+            )
         patch = self.vit.patch_embed.patch_size
         if patch[0] != patch[1]:
-            raise UserError(f"backbone '{cfg.name}' has {patch[0]}x{patch[1]} patches; only square patches are supported.")
+            raise UserError(
+                f"backbone '{cfg.name}' has {patch[0]}x{patch[1]} patches; only square patches are supported."
+            )
         self.patch_size: int = int(patch[0])
         self.dim: int = int(self.vit.embed_dim)
         self.depth: int = len(self.vit.blocks)
-        self.heads: int = int(getattr(self.vit.blocks[-1].attn, "num_heads", 0)) if hasattr(self.vit.blocks[-1], "attn") else 0
+        self.heads: int = (
+            int(getattr(self.vit.blocks[-1].attn, "num_heads", 0)) if hasattr(self.vit.blocks[-1], "attn") else 0
+        )
         self.prefix_tokens: int = int(self.vit.num_prefix_tokens)
         self.native_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
-        # Everything is spelled out, so that metadata alone rebuilds the network even if a default or timm's model changes.
+        # Everything is spelled out, so that metadata alone rebuilds the network even if a default or timm's model
+        # changes.
         native = [side * self.patch_size for side in self.native_grid]
-        self.cfg = replace(cfg, image_size=native, patch_size=self.patch_size, dim=self.dim, depth=self.depth, heads=self.heads or None)
+        self.cfg = replace(
+            cfg, image_size=native, patch_size=self.patch_size, dim=self.dim, depth=self.depth, heads=self.heads or None
+        )
         self.set_fused_attention(torch.cuda.is_available())
 
     def set_fused_attention(self, fused: bool) -> None:
-        """Use torch's fused attention kernel (GPU), or plain softmax attention for sequences where it is faster (CPU)."""
+        """Use torch's fused attention kernel (GPU), or plain softmax attention for sequences where it is faster
+        (CPU)."""
         for block in self.vit.blocks:
             if hasattr(block, "attn") and hasattr(block.attn, "fused_attn"):
                 block.attn.fused_attn = fused
@@ -222,7 +241,8 @@ class Backbone(nn.Module):
     def embed(
         self, images: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
-        """Patches, CLS, registers and positions: (B, C, H, W) -> tokens (B, T, D) before the first block, and the grid (h, w).
+        """Patches, CLS, registers and positions: (B, C, H, W) -> tokens (B, T, D) before the first block, and the grid
+        (h, w).
 
         `mask_token` (D,) stands in for the content, not the position, of the `hidden` (B, N) bool patches.
         """
@@ -239,7 +259,9 @@ class Backbone(nn.Module):
         elif vit.no_embed_class:  # positions belong to patches alone (DeiT-3, DINOv2)
             x = torch.cat([*prefix, x + resize_position(vit.pos_embed, self.native_grid, grid, 0)], dim=1)
         else:
-            x = torch.cat([*prefix, x], dim=1) + resize_position(vit.pos_embed, self.native_grid, grid, self.prefix_tokens)
+            x = torch.cat([*prefix, x], dim=1) + resize_position(
+                vit.pos_embed, self.native_grid, grid, self.prefix_tokens
+            )
         return vit.norm_pre(vit.patch_drop(vit.pos_drop(x))), grid
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
@@ -250,7 +272,8 @@ class Backbone(nn.Module):
             yield x
 
     def _run(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """`function` of the arguments; with backbone.checkpointing it is run again for its gradient (and draws the same drop path)."""
+        """`function` of the arguments; with backbone.checkpointing it is run again for its gradient (and draws the same
+        drop path)."""
         if self.cfg.checkpointing and self.training and torch.is_grad_enabled():
             function = functools.partial(checkpoint, function, use_reentrant=False)
         return function(*args, **kwargs)
@@ -273,8 +296,8 @@ class Backbone(nn.Module):
     def tokens(
         self, images: Tensor, blocks: Iterable[int] = (), hidden: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tokens:
-        """CLS, register and patch tokens after the final LayerNorm; `blocks` names further blocks (0 = first, -1 = last) whose CLS
-        and patch tokens are kept. `hidden`, `mask_token`: see `embed`.
+        """CLS, register and patch tokens after the final LayerNorm; `blocks` names further blocks (0 = first, -1 =
+        last) whose CLS and patch tokens are kept. `hidden`, `mask_token`: see `embed`.
 
         As DINO's `get_intermediate_layers`, kept tokens go through the final LayerNorm too.
         """
@@ -296,8 +319,9 @@ class Backbone(nn.Module):
     def attention_of(self, index: int, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """Softmaxed attention of block `index` (-1 = last) whose input is x (B, T, D): (B, heads, rows, T) in fp32.
 
-        Recomputed from the block's own q and k, so it does not depend on the kernel the block runs (fused kernels keep no weights).
-        `rows` of the T x T matrix: `slice(0, 1)` is what the CLS token looks at, and costs T numbers a head instead of T^2.
+        Recomputed from the block's own q and k, so it does not depend on the kernel the block runs (fused kernels keep
+        no weights). `rows` of the T x T matrix: `slice(0, 1)` is what the CLS token looks at, and costs T numbers a
+        head instead of T^2.
         """
         block = self.vit.blocks[index]
         attention = getattr(block, "attn", None)

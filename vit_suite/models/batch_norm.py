@@ -9,11 +9,13 @@ from vit_suite import distributed
 
 
 class BatchNorm1d(nn.BatchNorm1d):
-    """nn.BatchNorm1d of (B, D) that in training takes its statistics from the batches of all ranks, which are of one size.
+    """nn.BatchNorm1d of (B, D) that in training takes its statistics from the batches of all ranks, which are of one
+    size.
 
-    N ranks so give the numbers of one rank with the whole batch: outputs, gradients (of a loss that DDP averages over ranks) and running
-    statistics. Two passes, mean and then variance, because a mean of squares less the square of the mean loses digits. In evaluation, and
-    on one rank, it is torch's own. The names in `state_dict` are the same.
+    N ranks so give the numbers of one rank with the whole batch: outputs, gradients (of a loss that DDP averages over
+    ranks) and running
+    statistics. Two passes, mean and then variance, because a mean of squares less the square of the mean loses digits.
+    In evaluation, and on one rank, it is torch's own. The names in `state_dict` are the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -22,9 +24,9 @@ class BatchNorm1d(nn.BatchNorm1d):
         with torch.autocast(x.device.type, enabled=False):
             rows, count = x.float(), len(x) * distributed.world_size()
             mean = distributed.sum_over_ranks(rows.sum(0)) / count
-            centred = rows - mean
-            variance = distributed.sum_over_ranks(centred.square().sum(0)) / count
-            output = centred * torch.rsqrt(variance + self.eps)
+            centerd = rows - mean
+            variance = distributed.sum_over_ranks(centerd.square().sum(0)) / count
+            output = centerd * torch.rsqrt(variance + self.eps)
             if self.affine:
                 output = output * self.weight + self.bias
         with torch.no_grad():

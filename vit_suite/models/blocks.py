@@ -1,5 +1,5 @@
-"""Pieces of a ViT that timm has no option for: fixed sine positions, post-norm blocks, causal order over patches, a last block for the
-CLS token alone, and drop path that does not depend on the number of ranks.
+"""Pieces of a ViT that timm has no option for: fixed sine positions, post-norm blocks, causal order over patches, a
+last block for the CLS token alone, and drop path that does not depend on the number of ranks.
 
 Axes: B images, N patches (row-major), T = prefix + N tokens, D width.
 """
@@ -24,9 +24,11 @@ from vit_suite.views.draw import Draw, alone
 
 
 class PostNormBlock(Block):
-    """LayerNorm after each sum, as in the original Transformer (Vaswani et al. 2017, section 3.1), with timm's parameter names.
+    """LayerNorm after each sum, as in the original Transformer (Vaswani et al. 2017, section 3.1), with timm's
+    parameter names.
 
-    A network of these needs no norm at its end; without a warm-up of the learning rate it trains badly (arXiv 2002.04745).
+    A network of these needs no norm at its end; without a warm-up of the learning rate it trains badly (arXiv
+    2002.04745).
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -35,22 +37,31 @@ class PostNormBlock(Block):
 
 
 PLAIN = {torch.bfloat16: 1536, torch.float32: 64}
-"""Tokens from which torch's fused kernel is faster on a CPU. With AVX512-BF16 it took, forward and backward, so many times as long as
-`PlainAttention`: bf16, 65 tokens 5.4, 577 2.1, 1,025 1.4, 2,304 0.85; fp32, 17 tokens 1.6, 50 1.2, 65 0.9, 577 0.9, 1,025 0.5."""
+"""Tokens from which torch's fused kernel is faster on a CPU. With AVX512-BF16 it took, forward and backward, so many
+times as long as `PlainAttention`: bf16, 65 tokens 5.4, 577 2.1, 1,025 1.4, 2,304 0.85; fp32, 17 tokens 1.6, 50 1.2, 65
+0.9, 577 0.9, 1,025 0.5."""
 
 
 class Attention(TimmAttention):
     """timm's attention, with two things more:
 
-    `forward(x, first=n)` answers for the first n tokens alone, (B, n, D): they look at all, but who looks at them is not worked out.
-    Where `fused_attn` is off, and there is no mask, dropout or norm of q and k, `PlainAttention` does the work between the two linear
-    layers of sequences up to `PLAIN` tokens; of longer ones it is the fused kernel all the same, which keeps no (T, T) weights.
+    `forward(x, first=n)` answers for the first n tokens alone, (B, n, D): they look at all, but who looks at them is
+    not worked out. Where `fused_attn` is off, and there is no mask, dropout or norm of q and k, `PlainAttention` does
+    the work between the two linear layers of sequences up to `PLAIN` tokens; of longer ones it is the fused kernel all
+    the same, which keeps no (T, T) weights.
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, first: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, first: int | None = None
+    ) -> Tensor:
         if first is not None:
             return self._of_first(x, first)
-        usual = attn_mask is None and not is_causal and isinstance(self.q_norm, nn.Identity) and not (self.training and self.attn_drop.p)
+        usual = (
+            attn_mask is None
+            and not is_causal
+            and isinstance(self.q_norm, nn.Identity)
+            and not (self.training and self.attn_drop.p)
+        )
         if self.fused_attn or not usual:
             return super().forward(x, attn_mask, is_causal)
         qkv = self.qkv(x)
@@ -79,14 +90,17 @@ class Attention(TimmAttention):
 class PlainAttention(torch.autograd.Function):
     """softmax(scale q k^T) v of qkv (B, T, 3 D), as timm's q, k and v lie in it: (B, T, D).
 
-    By hand, because q, k and v are then copied into place once instead of one by one, and so are their gradients: on a CPU 5-20% less
+    By hand, because q, k and v are then copied into place once instead of one by one, and so are their gradients: on a
+    CPU 5-20% less
     time than autograd's, the same numbers. Not differentiable twice.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, scale: float) -> Tensor:
         batch, tokens, _ = qkv.shape
-        q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (B heads, T, d)
+        q, k, v = (
+            qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
+        )  # (B heads, T, d)
         scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale)
         weights = scores.softmax(dim=-1, dtype=_softmax_dtype(scores)).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights)
@@ -110,12 +124,14 @@ class PlainAttention(torch.autograd.Function):
 
 
 def _softmax_dtype(scores: Tensor) -> torch.dtype:
-    """fp32 for rows shorter than a vector of 32 bf16 numbers, which torch's CPU kernel is 2 (backward 10) times slower with."""
+    """fp32 for rows shorter than a vector of 32 bf16 numbers, which torch's CPU kernel is 2 (backward 10) times slower
+    with."""
     return torch.float32 if scores.dtype == torch.bfloat16 and scores.shape[-1] < 32 else scores.dtype
 
 
 def of_first(block: nn.Module, x: Tensor, first: int) -> Tensor:
-    """The first tokens (B, first, D) of what `block` (`answers_first`) makes of x (B, T, D): the same numbers, to rounding, for less."""
+    """The first tokens (B, first, D) of what `block` (`answers_first`) makes of x (B, T, D): the same numbers, to
+    rounding, for less."""
     post = isinstance(block, PostNormBlock)
     change = block.drop_path1(block.ls1(block.attn(x if post else block.norm1(x), first=first)))
     if post:
@@ -131,10 +147,13 @@ def answers_first(block: nn.Module) -> bool:
 
 
 def replace_attention(vit: nn.Module) -> None:
-    """Make timm's plain attention this module's, which has the same parameters; variants of it (gates, norms of the output) stay."""
+    """Make timm's plain attention this module's, which has the same parameters; variants of it (gates, norms of the
+    output) stay."""
     for block in vit.blocks:
         attention = getattr(block, "attn", None)
-        plain = getattr(attention, "gate", None) is None and isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity)
+        plain = getattr(attention, "gate", None) is None and isinstance(
+            getattr(attention, "norm", nn.Identity()), nn.Identity
+        )
         if type(attention) is TimmAttention and plain:
             attention.__class__ = Attention
 
@@ -142,9 +161,10 @@ def replace_attention(vit: nn.Module) -> None:
 class DropPath(nn.Module):
     """timm's stochastic depth, drawn for the GLOBAL batch of a step and cut to the rows of this micro-batch.
 
-    So ranks and micro-batches drop what one rank with the whole batch drops, provided that torch's generator, which the numbers come
-    from, stands alike on all of them. `place` says which rows the images are; without it they are all there are. Input (V B, T, D): V
-    views of B images, view by view; with `views` they are the views from its first number on, of as many as its second says.
+    So ranks and micro-batches drop what one rank with the whole batch drops, provided that torch's generator, which the
+    numbers come from, stands alike on all of them. `place` says which rows the images are; without it they are all
+    there are. Input (V B, T, D): V views of B images, view by view; with `views` they are the views from its first
+    number on, of as many as its second says.
     """
 
     place: Draw | None = None
@@ -161,13 +181,16 @@ class DropPath(nn.Module):
         place = self.place or alone(len(x))
         count = len(x) // (place.rows.stop - place.rows.start)
         first, views = self.views or (0, count)
-        kept = x.new_empty(views, place.total).bernoulli_(1 - self.rate)[first : first + count, place.rows] / (1 - self.rate)
+        kept = x.new_empty(views, place.total).bernoulli_(1 - self.rate)[first : first + count, place.rows] / (
+            1 - self.rate
+        )
         return x * kept.reshape(-1, 1, 1)
 
 
 @contextmanager
 def drawing_for(network: nn.Module, views: range, alike: range) -> Iterator[None]:
-    """Here `network` sees `views` of the views `alike`, and its drop path draws what it would draw in one pass over all of these.
+    """Here `network` sees `views` of the views `alike`, and its drop path draws what it would draw in one pass over all
+    of these.
 
     The passes follow each other; each but the last leaves torch's generators as it found them.
     """
@@ -213,8 +236,10 @@ def _waves(places: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def sincos_positions(kind: Literal["sincos_1d", "sincos_2d"], grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
     """Fixed position embedding (1, T, D).
 
-    sincos_1d: of the place in the sequence, prefix included; sine and cosine take turns (Vaswani et al. 2017, section 3.5).
-    sincos_2d: quarters sin(column), cos(column), sin(row), cos(row), and zero for the prefix (Beyer et al. 2022 after MoCo v3).
+    sincos_1d: of the place in the sequence, prefix included; sine and cosine take turns (Vaswani et al. 2017, section
+    3.5).
+    sincos_2d: quarters sin(column), cos(column), sin(row), cos(row), and zero for the prefix (Beyer et al. 2022 after
+    MoCo v3).
     """
     need = 2 if kind == "sincos_1d" else 4
     if dim % need:

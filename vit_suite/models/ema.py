@@ -1,4 +1,4 @@
-"""The EMA teacher: start equal, share nothing, follow the student after each optimiser step."""
+"""The EMA teacher: start equal, share nothing, follow the student after each optimizer step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from vit_suite import distributed
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, in a few fused calls.
 
-    Buffers (BatchNorm statistics) stay the teacher's own, as in DINO `main_dino.py`. Of sharded networks each rank moves its part.
+    Buffers (BatchNorm statistics) stay the teacher's own, as in DINO `main_dino.py`. Of sharded networks each rank
+    moves its part.
     """
-    targets, sources = ([distributed.own_part(parameter) for parameter in network.parameters()] for network in (teacher, student))
+    targets, sources = (
+        [distributed.own_part(parameter) for parameter in network.parameters()] for network in (teacher, student)
+    )
     torch._foreach_mul_(targets, momentum)
     torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
 
@@ -28,13 +31,15 @@ def copy_weights(teacher: nn.Module, student: nn.Module) -> None:
 def assert_twins(teacher: nn.Module, student: nn.Module) -> None:
     """Check that the two hold the same numbers in different memory.
 
-    A Lightning port whose student and teacher shared storage trained on nothing (dinov2#407), and one whose halves started apart
-    never agreed.
+    A Lightning port whose student and teacher shared storage trained on nothing (dinov2#407), and one whose halves
+    started apart never agreed.
     """
     ours = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
         mine, theirs = distributed.own_part(ours[name]), distributed.own_part(parameter)
         if mine.data_ptr() == theirs.data_ptr() and mine.numel():
-            raise RuntimeError(f"student and teacher share the storage of {name}: the teacher would follow every gradient step")
+            raise RuntimeError(
+                f"student and teacher share the storage of {name}: the teacher would follow every gradient step"
+            )
         if not torch.equal(mine, theirs):
             raise RuntimeError(f"student and teacher start with different {name}")

@@ -1,5 +1,5 @@
-"""Heads: DINO's projection head (arXiv 2104.14294, appendix C; facebookresearch/dino vision_transformer.py `DINOHead`), and SiT's two
-(arXiv 2104.03602; vision_transformer.py `CLSHead`, `RECHead`)."""
+"""Heads: DINO's projection head (arXiv 2104.14294, appendix C; facebookresearch/dino vision_transformer.py `DINOHead`),
+and SiT's two (arXiv 2104.03602; vision_transformer.py `CLSHead`, `RECHead`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from vit_suite.models.batch_norm import BatchNorm1d
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows are `g v / |v|`.
 
-    `weight_g` (K, 1) and `weight_v` (K, D) carry the names of the DINO release. Own module, because torch's hook-based `weight_norm` is
-    deprecated and its parametrisation renames both. `trainable_gain=False` keeps g at 1 (DINO's `norm_last_layer`).
+    `weight_g` (K, 1) and `weight_v` (K, D) carry the names of the DINO release. Own module, because torch's hook-based
+    `weight_norm` is deprecated and its parametrisation renames both. `trainable_gain=False` keeps g at 1 (DINO's
+    `norm_last_layer`).
     """
 
     def __init__(self, in_features: int, out_features: int, trainable_gain: bool):
@@ -34,9 +35,10 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP -> L2 normalisation -> weight-normed linear to K prototypes. (B, dim) -> logits (B, K).
+    """MLP -> L2 normalization -> weight-normed linear to K prototypes. (B, dim) -> logits (B, K).
 
-    Hidden layers use exact GELU and, if `batch_norm`, BatchNorm before it. With one layer the MLP is a single linear map.
+    Hidden layers use exact GELU and, if `batch_norm`, BatchNorm before it. With one layer the MLP is a single linear
+    map.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class DINOHead(nn.Module):
 
 
 class ContrastiveHead(nn.Module):
-    """SiT's head for its contrastive loss: one linear map (version 1), or three layers with BatchNorm (version 3 `CLSHead`).
+    """SiT's head for its contrastive loss: one linear map (version 1), or three layers with BatchNorm (version 3
+    `CLSHead`).
 
-    (B, dim) -> (B, out_dim). The second hidden layer has GELU and the first ReLU, and the last BatchNorm has no parameters, as there.
+    (B, dim) -> (B, out_dim). The second hidden layer has GELU and the first ReLU, and the last BatchNorm has no
+    parameters, as there.
     """
 
     def __init__(self, dim: int, out_dim: int, kind: Literal["linear", "mlp"], hidden_dim: int = 4096):
@@ -89,14 +93,17 @@ class ContrastiveHead(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Patch tokens -> pixels by a transposed convolution whose kernel and stride are the patch (SiT); `mlp` has three layers before it.
+    """Patch tokens -> pixels by a transposed convolution whose kernel and stride are the patch (SiT); `mlp` has three
+    layers before it.
 
     (B, N, dim) -> (B, C, h p, w p). Run as a matrix product with the same parameters: on a CPU in bf16 4 times faster.
     """
 
     def __init__(self, dim: int, channels: int, patch_size: int, kind: Literal["linear", "mlp"]):
         super().__init__()
-        self.mlp = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(dim, dim), nn.GELU())] if kind == "mlp" else [])
+        self.mlp = nn.Sequential(
+            *[layer for _ in range(3) for layer in (nn.Linear(dim, dim), nn.GELU())] if kind == "mlp" else []
+        )
         init_linear_(self)
         self.conv = nn.ConvTranspose2d(dim, channels, patch_size, patch_size)
 

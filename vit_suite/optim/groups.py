@@ -14,10 +14,10 @@ from vit_suite import distributed
 def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decay_tokens: bool = True) -> list[dict]:
     """AdamW groups: weights that decay, and biases and other 1-D parameters that do not.
 
-    Position embedding and tokens are decayed (they are not 1-D), as in the DINO release, unless `decay_tokens` is off. Groups that
-    decay carry `decay=True`: the weight-decay schedule is written into them alone. `lr_scale` multiplies the learning rate:
-    `layer_decay` to the power of the layers between a parameter and the head (BEiT, arXiv 2106.08254; timm
-    `param_groups_layer_decay`). Without layer decay there are two groups, else two for each layer.
+    Position embedding and tokens are decayed (they are not 1-D), as in the DINO release, unless `decay_tokens` is off.
+    Groups that decay carry `decay=True`: the weight-decay schedule is written into them alone. `lr_scale` multiplies
+    the learning rate: `layer_decay` to the power of the layers between a parameter and the head (BEiT, arXiv
+    2106.08254; timm `param_groups_layer_decay`). Without layer decay there are two groups, else two for each layer.
     """
     blocks = 1 + max((_block(name) for name, _ in module.named_parameters() if _block(name) is not None), default=-1)
     groups: dict[tuple[int, bool], dict] = {}
@@ -26,7 +26,9 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decay_tokens: 
             decay = not (name.endswith(".bias") or parameter.ndim == 1)
             decay &= decay_tokens or not re.search(r"\b(pos_embed|cls_token|reg_token)$", name)
             depth = 0 if layer_decay == 1 else blocks + 1 - layer_of(name, blocks)
-            group = {"params": [], "decay": decay, "lr_scale": layer_decay**depth} | ({} if decay else {"weight_decay": 0.0})
+            group = {"params": [], "decay": decay, "lr_scale": layer_decay**depth} | (
+                {} if decay else {"weight_decay": 0.0}
+            )
             groups.setdefault((depth, not decay), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
@@ -37,7 +39,8 @@ def _block(name: str) -> int | None:
 
 
 def layer_of(name: str, blocks: int) -> int:
-    """0 for patch embedding, tokens and positions, 1 .. `blocks` for the blocks, `blocks` + 1 for the last norm and heads."""
+    """0 for patch embedding, tokens and positions, 1 .. `blocks` for the blocks, `blocks` + 1 for the last norm and
+    heads."""
     block = _block(name)
     if block is not None:
         return block + 1
@@ -47,9 +50,11 @@ def layer_of(name: str, blocks: int) -> int:
 
 @torch.no_grad()
 def clip_each(gradients: Iterable[Tensor], limit: float) -> list[Tensor]:
-    """Scale each gradient in place to an L2 norm of at most `limit`, by its own norm; returns the norms before (0-d tensors).
+    """Scale each gradient in place to an L2 norm of at most `limit`, by its own norm; returns the norms before (0-d
+    tensors).
 
-    No value is read on the host, so a GPU does not wait. Of sharded gradients each rank scales its part, by the norm of the whole.
+    No value is read on the host, so a GPU does not wait. Of sharded gradients each rank scales its part, by the norm of
+    the whole.
     """
     norms, parts = _norms(gradients)
     factors = (limit / (norms + 1e-6)).clamp(max=1.0)  # together: a launch a tensor would cost more than the arithmetic
@@ -59,7 +64,8 @@ def clip_each(gradients: Iterable[Tensor], limit: float) -> list[Tensor]:
 
 @torch.no_grad()
 def clip_all(gradients: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale all gradients in place by one factor, so that the L2 norm of all together is at most `limit`; returns the norm before.
+    """Scale all gradients in place by one factor, so that the L2 norm of all together is at most `limit`; returns the
+    norm before.
 
     torch's `clip_grad_norm_`, which for sharded gradients would sum over ranks once for each tensor.
     """

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the optimiser step (facebookresearch/dino utils.py `cosine_scheduler`)."""
+"""Schedules: pure functions of the optimizer step (facebookresearch/dino utils.py `cosine_scheduler`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def linear(index: int, count: int, start: float, end: float) -> float:
     return start + index * ((end - start) / (count - 1) if count > 1 else 0.0)
 
 
-def cosine(step: int, max_steps: int, start: float, end: float, warmup_steps: int = 0, warmup_start: float = 0.0) -> float:
+def cosine(
+    step: int, max_steps: int, start: float, end: float, warmup_steps: int = 0, warmup_start: float = 0.0
+) -> float:
     """Linear warm-up from `warmup_start` to `start`, then half a cosine towards `end`.
 
     The last warm-up step is already at `start`, and `end` would be reached one step after the last, as in the release.
@@ -25,5 +27,6 @@ def cosine(step: int, max_steps: int, start: float, end: float, warmup_steps: in
 
 
 def teacher_temperature(epoch: int, warmup_epochs: int, start: float, end: float) -> float:
-    """Temperature of an epoch: linear over the warm-up epochs, the last of which is already at `end`; constant after."""
+    """Temperature of an epoch: linear over the warm-up epochs, the last of which is already at `end`; constant
+    after."""
     return linear(epoch, warmup_epochs, start, end) if epoch < warmup_epochs else end

@@ -17,11 +17,11 @@ NAMED = 50
 NUMBERED = 25
 """Classes up to which every cell shows its share in percent."""
 BLUE = np.array([[247, 251, 255], [107, 174, 214], [8, 48, 107]], dtype=np.float64)
-"""Colours of the shares 0, 1/2 and 1."""
+"""Colors of the shares 0, 1/2 and 1."""
 
 
 def save_confusion(folder: str | Path, counts: Tensor, classes: Sequence[str], title: str) -> None:
-    """Write `confusion.png` (rows normalised) and `confusion.csv` (counts) of int (K, K) counts into `folder`."""
+    """Write `confusion.png` (rows normalized) and `confusion.csv` (counts) of int (K, K) counts into `folder`."""
     folder = Path(folder)
 
     def table(path: Path) -> None:
@@ -36,7 +36,7 @@ def save_confusion(folder: str | Path, counts: Tensor, classes: Sequence[str], t
 
 
 def confusion_picture(counts: Tensor, classes: Sequence[str], title: str) -> Image.Image:
-    """Rows: the true class, normalised to shares; columns: what the images were taken for. Darker is more."""
+    """Rows: the true class, normalized to shares; columns: what the images were taken for. Darker is more."""
     count = len(classes)
     values = counts.double().numpy()
     shares = values / values.sum(1, keepdims=True).clip(min=1)
@@ -51,9 +51,9 @@ def confusion_picture(counts: Tensor, classes: Sequence[str], title: str) -> Ima
     canvas = Image.new("RGB", (width, 40 + side + margin + 12), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((width // 2, 20), title, "black", heading, "mm")
-    grid = Image.fromarray(coloured(shares)).resize((side, side), Image.Resampling.NEAREST)
+    grid = Image.fromarray(colored(shares)).resize((side, side), Image.Resampling.NEAREST)
     canvas.paste(grid, (margin, 40))
-    pen.rectangle((margin - 1, 39, margin + side, 40 + side), outline="grey")
+    pen.rectangle((margin - 1, 39, margin + side, 40 + side), outline="gray")
     for index, name in enumerate(names):
         middle = index * cell + cell // 2
         pen.text((margin - 6, 40 + middle), name, "black", font, "rm")
@@ -66,10 +66,12 @@ def confusion_picture(counts: Tensor, classes: Sequence[str], title: str) -> Ima
     return canvas
 
 
-def coloured(shares: np.ndarray) -> np.ndarray:
+def colored(shares: np.ndarray) -> np.ndarray:
     """uint8 (K, K, 3) of shares 0..1; the square root keeps rare confusions visible."""
     place = np.sqrt(shares)
-    return np.stack([np.interp(place, [0, 0.5, 1], BLUE[:, channel]) for channel in range(3)], -1).round().astype(np.uint8)
+    return (
+        np.stack([np.interp(place, [0, 0.5, 1], BLUE[:, channel]) for channel in range(3)], -1).round().astype(np.uint8)
+    )
 
 
 def write_shares(pen: ImageDraw.ImageDraw, shares: np.ndarray, cell: int, corner: tuple[int, int]) -> None:
@@ -77,11 +79,13 @@ def write_shares(pen: ImageDraw.ImageDraw, shares: np.ndarray, cell: int, corner
     font = ImageFont.load_default(size=max(8, round(cell * 0.36)))
     for row, column in np.argwhere(shares >= 0.005):
         place = (corner[0] + column * cell + cell // 2, corner[1] + row * cell + cell // 2)
-        pen.text(place, f"{100 * shares[row, column]:.0f}", "white" if shares[row, column] > 0.3 else "black", font, "mm")
+        pen.text(
+            place, f"{100 * shares[row, column]:.0f}", "white" if shares[row, column] > 0.3 else "black", font, "mm"
+        )
 
 
 def paste_upright(canvas: Image.Image, text: str, font: ImageFont.FreeTypeFont, middle: int, top: int) -> None:
-    """Text that reads upwards, centred on the column `middle`, ending at the row `top`."""
+    """Text that reads upwards, centerd on the column `middle`, ending at the row `top`."""
     left, above, right, below = font.getbbox(text)
     strip = Image.new("L", (right, below + 2), 0)
     ImageDraw.Draw(strip).text((0, 0), text, 255, font)

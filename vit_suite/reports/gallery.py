@@ -1,8 +1,8 @@
 """index.html of an attention export: every image with its maps, in one file that works from disk.
 
-The page (gallery.html beside this file) holds everything it shows: pictures as small JPEGs, maps as 16 bits a patch, so that the browser
-draws the mask of any threshold itself; a page from disk may read no other file. Links to the exported files are relative. An image takes
-about 15 KB + 2.7 bytes a map and patch.
+The page (gallery.html beside this file) holds everything it shows: pictures as small JPEGs, maps as 16 bits a patch, so
+that the browser draws the mask of any threshold itself; a page from disk may read no other file. Links to the exported
+files are relative. An image takes about 15 KB + 2.7 bytes a map and patch.
 
 Axes: n maps, h heads, gh x gw patches.
 """
@@ -44,8 +44,9 @@ SUMMARIES = ("mean", "max", "rollout")
 def write_gallery(folder: str | Path, source: ImageSource | None = None) -> Path:
     """Write FOLDER/index.html from manifest.csv and the npz files that an export left in FOLDER; returns its path.
 
-    Pictures are read from the files that the manifest names, for a data set without files from `source`, else from the first overlay.
-    UserError when there is no manifest, an image has no npz, images do not have the same maps, or the page would be too large.
+    Pictures are read from the files that the manifest names, for a data set without files from `source`, else from the
+    first overlay. UserError when there is no manifest, an image has no npz, images do not have the same maps, or the
+    page would be too large.
     """
     folder = Path(folder)
     if not (folder / NAME).is_file():
@@ -56,7 +57,11 @@ def write_gallery(folder: str | Path, source: ImageSource | None = None) -> Path
             images.setdefault(row["image"], []).append(row)
     without = [image for image, rows in images.items() if not any(row["kind"] == "npz" for row in rows)]
     if without or not images:
-        what = f"{len(without)} of {len(images)} images have none, first '{without[0]}'" if without else "it names no image"
+        what = (
+            f"{len(without)} of {len(images)} images have none, first '{without[0]}'"
+            if without
+            else "it names no image"
+        )
         raise UserError(f"a gallery needs the numbers of every image (--formats npz ...): in '{folder / NAME}' {what}.")
     places = {} if source is None else {source.path(index): index for index in range(len(source))}
 
@@ -85,12 +90,17 @@ def _write(path: Path, folder: Path, items: Iterable[tuple[list[str], float, dic
                 start = json.dumps({"labels": labels, "threshold": threshold, "inferno": inferno})
                 written += file.write(start[:-1] + ', "items": [\n')
             elif labels != first:
-                raise UserError(f"a gallery shows the same maps of every image; '{item['name']}' has {labels}, others {first}.")
+                raise UserError(
+                    f"a gallery shows the same maps of every image; '{item['name']}' has {labels}, others {first}."
+                )
             else:
                 written += file.write(",\n")
             written += file.write(json.dumps(item).replace("<", "\\u003c"))  # no name can end the script
             if written > MOST:
-                raise UserError(f"the gallery of '{folder}' would take over {MOST >> 20} MiB; export fewer images or a smaller resize.")
+                raise UserError(
+                    f"the gallery of '{folder}' would take over {MOST >> 20} MiB; export fewer images or a smaller"
+                    " resize."
+                )
         file.write("\n]}")
         file.write(tail)
 
@@ -116,7 +126,7 @@ def _item(
             "size": [int(side) for side in arrays["image_size"]],
             "grid": list(heads.shape[1:]),
             "picture": data_uri(picture),
-            "maps": base64.b64encode(quantised(np.stack(list(maps.values()))).tobytes()).decode(),
+            "maps": base64.b64encode(quantized(np.stack(list(maps.values()))).tobytes()).decode(),
             "files": links,
         },
     )
@@ -133,14 +143,15 @@ def _read(image: str, folder: Path, rows: list[dict[str, str]]) -> np.ndarray | 
     return None
 
 
-def quantised(maps: np.ndarray) -> np.ndarray:
-    """Maps (n, gh, gw), not negative -> little-endian uint16 of the same shape, the largest value of each map at 65535."""
+def quantized(maps: np.ndarray) -> np.ndarray:
+    """Maps (n, gh, gw), not negative -> little-endian uint16 of the same shape, the largest value of each map at
+    65535."""
     most = maps.max((1, 2), keepdims=True)
     return np.rint(maps * np.divide(65535, most, out=np.zeros_like(most), where=most > 0)).astype("<u2")
 
 
 def data_uri(picture: np.ndarray | None) -> str:
-    """A picture uint8 (C, H, W) as a data URI of at most `SIDE` pixels a side; a grey pixel for None."""
+    """A picture uint8 (C, H, W) as a data URI of at most `SIDE` pixels a side; a gray pixel for None."""
     pixels = np.full((1, 1, 3), 64, np.uint8) if picture is None else np.ascontiguousarray(as_picture(picture))
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)

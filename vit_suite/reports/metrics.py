@@ -43,7 +43,8 @@ class _Continued(ExperimentWriter):
 
 
 class MetricsLogger(CSVLogger):
-    """Writes `FOLDER/metrics.csv`, one row a logged step; keeps what a run that resumes after `steps_done` steps had logged."""
+    """Writes `FOLDER/metrics.csv`, one row a logged step; keeps what a run that resumes after `steps_done` steps had
+    logged."""
 
     def __init__(self, folder: str | Path, steps_done: int = 0):
         super().__init__(save_dir=str(folder), name="", version="")

@@ -1,4 +1,5 @@
-"""Where the time of a training step goes: labels on its parts for torch.profiler, and a clock that gives each part its own time.
+"""Where the time of a training step goes: labels on its parts for torch.profiler, and a clock that gives each part its
+own time.
 
 Nothing in the methods knows of it: the functions that a step goes through are wrapped on the objects of one training.
 """
@@ -27,22 +28,23 @@ HOOKS = {
     "backward": "backward",
     "backward_of_group": "backward",
     "configure_gradient_clipping": "clip",
-    "optimizer_step": "optimiser",
+    "optimizer_step": "optimizer",
     "after_step": "EMA",
 }
-"""Function of a method -> the part of a step that it is, less the parts within it: a loss calls the networks, an optimiser its closure.
-SiT turns and corrupts its views in `losses`; DINO moves its centre in `after_step`, and goes backward within `losses` where it has some
-crops at a time."""
+"""Function of a method -> the part of a step that it is, less the parts within it: a loss calls the networks, an
+optimizer its closure. SiT turns and corrupts its views in `losses`; DINO moves its center in `after_step`, and goes
+backward within `losses` where it has some crops at a time."""
 NETWORKS = {"student": "student forward", "teacher": "teacher forward", "network": "student forward"}
 """Attribute of a method -> what its network does. Supervised training calls its only one `network`."""
-PARTS = ["data", "views", "student forward", "teacher forward", "loss", "backward", "clip", "optimiser", "EMA", OTHER]
+PARTS = ["data", "views", "student forward", "teacher forward", "loss", "backward", "clip", "optimizer", "EMA", OTHER]
 
 
 class Phases:
     """Labels the parts of a step and, between `start` and `stop`, adds up the seconds of each.
 
-    A part within another counts for itself alone, so that all of them add up to the time between `start` and `stop`. While they are
-    timed, a GPU is waited for at every border: work that would have been done side by side is then done in turn.
+    A part within another counts for itself alone, so that all of them add up to the time between `start` and `stop`.
+    While they are timed, a GPU is waited for at every border: work that would have been done side by side is then done
+    in turn.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,11 +79,11 @@ class Phases:
         inner = getattr(owner, function)
 
         @functools.wraps(inner)  # Lightning looks through it to see which hooks a module overrides
-        def labelled(*args: Any, **kwargs: Any) -> Any:
+        def labeled(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
                 return inner(*args, **kwargs)
 
-        setattr(owner, function, labelled)
+        setattr(owner, function, labeled)
 
     def each(self, items: Iterable, name: str) -> Iterator:
         """`items`; getting the next is the part `name`."""
@@ -120,17 +122,21 @@ def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
     open_loader = data.train_dataloader
 
     @functools.wraps(open_loader)
-    def labelled_loader() -> Any:
+    def labeled_loader() -> Any:
         loader = open_loader()
         produce = loader._produce  # not __iter__, which Python looks up on the class
         loader._produce = lambda epoch, start: phases.each(produce(epoch, start), "data")
         return loader
 
-    data.train_dataloader = labelled_loader
+    data.train_dataloader = labeled_loader
 
 
 def entrances(network: torch.nn.Module | None) -> Iterator[tuple[torch.nn.Module, str]]:
     """Where others call `network`: the functions that its class defines for them, and its backbone and heads."""
     if network is not None:
-        yield from ((network, name) for name, value in vars(type(network)).items() if callable(value) and not name.startswith("_"))
+        yield from (
+            (network, name)
+            for name, value in vars(type(network)).items()
+            if callable(value) and not name.startswith("_")
+        )
         yield from ((child, "forward") for child in network.children())

@@ -16,19 +16,31 @@ EVERY = 2.0  # seconds between two writings: of a millisecond each, and no one l
 
 
 class Progress(pl.Callback):
-    """Writes `FOLDER/status.json` (main process): at the start, every few seconds, after each score, and when the run says how it ended.
+    """Writes `FOLDER/status.json` (main process): at the start, every few seconds, after each score, and when the run
+    says how it ended.
 
     Args:
         batch_size: global; for images a second.
-        steps_per_epoch, max_steps: optimiser steps.
-        step: optimiser steps done before.
+        steps_per_epoch, max_steps: optimizer steps.
+        step: optimizer steps done before.
         knn: has the scores, where there are any.
     """
 
     def __init__(
-        self, folder: str | Path, batch_size: int, steps_per_epoch: int, max_steps: int, step: int = 0, knn: OnlineKNN | None = None
+        self,
+        folder: str | Path,
+        batch_size: int,
+        steps_per_epoch: int,
+        max_steps: int,
+        step: int = 0,
+        knn: OnlineKNN | None = None,
     ):
-        self.folder, self.batch_size, self.steps_per_epoch, self.max_steps = Path(folder), batch_size, steps_per_epoch, max_steps
+        self.folder, self.batch_size, self.steps_per_epoch, self.max_steps = (
+            Path(folder),
+            batch_size,
+            steps_per_epoch,
+            max_steps,
+        )
         self.step, self.knn = step, knn
         self.speed: float | None = None
         self._written_at = 0.0
@@ -50,7 +62,10 @@ class Progress(pl.Callback):
             self.write("running")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._timed_from = (time.monotonic(), trainer.global_step)  # scores and checkpoints between epochs are no training
+        self._timed_from = (
+            time.monotonic(),
+            trainer.global_step,
+        )  # scores and checkpoints between epochs are no training
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         self.step = trainer.global_step
@@ -67,8 +82,8 @@ class Progress(pl.Callback):
 
 
 class PatientBar(TQDMProgressBar):
-    """The progress bar of a GPU: reads the loss when it is drawn, once in `refresh_rate` batches. Lightning's own would read it after every
-    batch, and have the GPU waited for."""
+    """The progress bar of a GPU: reads the loss when it is drawn, once in `refresh_rate` batches. Lightning's own would
+    read it after every batch, and have the GPU waited for."""
 
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         loss = trainer.logged_metrics.get("train/loss")

@@ -31,8 +31,11 @@ def read_results(path: str | Path) -> list[dict]:
     return entries
 
 
-def append_result(path: str | Path, task: str, metrics: Mapping[str, Any], protocol: Mapping[str, Any], sha256: str | None = None) -> dict:
-    """Add an entry (task, metrics, full protocol, sha256 of the weights, command, time in UTC); the file is replaced atomically."""
+def append_result(
+    path: str | Path, task: str, metrics: Mapping[str, Any], protocol: Mapping[str, Any], sha256: str | None = None
+) -> dict:
+    """Add an entry (task, metrics, full protocol, sha256 of the weights, command, time in UTC); the file is replaced
+    atomically."""
     entry = {
         "task": task,
         "metrics": dict(metrics),

@@ -1,4 +1,5 @@
-"""Reconstruction sheets: clean, corrupted and reconstructed images under each other, every few epochs, to watch SiT learn."""
+"""Reconstruction sheets: clean, corrupted and reconstructed images under each other, every few epochs, to watch SiT
+learn."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ SIDE = 64
 
 
 class ReconstructionSheets(pl.Callback):
-    """Writes `FOLDER/epoch_NNNN.png` of the same 8 images under the same corruption, so that epochs compare; loggers get it too.
+    """Writes `FOLDER/epoch_NNNN.png` of the same 8 images under the same corruption, so that epochs compare; loggers
+    get it too.
 
     Args:
         folder: of the sheets.
@@ -34,9 +36,16 @@ class ReconstructionSheets(pl.Callback):
     """
 
     def __init__(self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: str):
-        self.folder, self.image_size, self.every_epochs, self.precision = Path(folder), image_size, every_epochs, precision
+        self.folder, self.image_size, self.every_epochs, self.precision = (
+            Path(folder),
+            image_size,
+            every_epochs,
+            precision,
+        )
         found = (source.get(index) for index in range(len(source)))
-        self.images = [image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)]
+        self.images = [
+            image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)
+        ]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not (self.images and due(trainer, self.every_epochs)):
@@ -60,7 +69,7 @@ class ReconstructionSheets(pl.Callback):
 
 
 def draw_sheet(rows: list[Tensor], mean: list[float], std: list[float]) -> Image.Image:
-    """Normalised images (N, C, H, W) of each row as one picture; of other than 1 or 3 channels the first is shown."""
+    """Normalized images (N, C, H, W) of each row as one picture; of other than 1 or 3 channels the first is shown."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     pixels = torch.cat([(row.cpu() * std + mean).clamp(0, 1) for row in rows])
     if pixels.shape[1] not in (1, 3):

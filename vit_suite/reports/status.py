@@ -1,5 +1,5 @@
-"""status.json in the run directory: how far a training is, for `vit-suite launch --status` and for people. Without torch, so that asking
-is quick."""
+"""status.json in the run directory: how far a training is, for `vit-suite launch --status` and for people. Without
+torch, so that asking is quick."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ FILE = "status.json"
 
 @dataclass
 class Status:
-    """The state of a run. A process that was killed could not say so: its run is `running`, and `updated` stands still."""
+    """The state of a run. A process that was killed could not say so: its run is `running`, and `updated` stands
+    still."""
 
     state: Literal["running", "stopped", "done", "failed"]
     """stopped: by a signal, with a checkpoint; the same command goes on."""
     step: int
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     max_steps: int
     epoch: int
     """Epochs done."""

@@ -1,1 +1,1 @@
-"""Images to views: cropping, colour and multi-crop in batches on the device the images are on."""
+"""Images to views: cropping, color and multi-crop in batches on the device the images are on."""

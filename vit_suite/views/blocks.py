@@ -1,7 +1,8 @@
 """Random rectangular blocks of a batch of views: how they lie, and the pixels that enough of them for an area cover.
 
-Blocks are chosen in turn among a fixed number of drawn ones ("slots"), so a batch takes a few products and no loop over images;
-`slots_of_sum` and `slots_of_union` draw enough for all but less than one view in 1,000, which then gets all of them.
+Blocks are chosen in turn among a fixed number of drawn ones ("slots"), so a batch takes a few products and no loop over
+images; `slots_of_sum` and `slots_of_union` draw enough for all but less than one view in 1,000, which then gets all of
+them.
 
 Axes: n views, H x W pixels of a view, M slots.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.05
-"""Share of a side that a block's corner keeps from the far border, and the least side of a grey or blurred block (v1)."""
+"""Share of a side that a block's corner keeps from the far border, and the least side of a gray or blurred block
+(v1)."""
 GMML_SIDE = 0.3
 """Sides of gmml's blocks are below this share of the view's."""
 GROUP = 16
@@ -25,7 +27,8 @@ MOST_SLOTS = 1024
 
 
 class Axis(NamedTuple):
-    """How blocks lie along one axis: start from whole numbers 0 .. starts - 1, side from least .. most - 1, in pixels of `size`."""
+    """How blocks lie along one axis: start from whole numbers 0 .. starts - 1, side from least .. most - 1, in pixels
+    of `size`."""
 
     size: int
     starts: int
@@ -78,24 +81,33 @@ class Plane(NamedTuple):
 
 
 def integers(uniform: Tensor, least: int, above: int) -> Tensor:
-    """Whole numbers, as floats, equally likely in [least, above) from uniform ones; `least` when that range is empty."""
-    return (uniform * max(above - least, 1)).floor() + least  # u <= 1 - 2^-24, whose product with a count < 2^24 stays below it in fp32
+    """Whole numbers, as floats, equally likely in [least, above) from uniform ones; `least` when that range is
+    empty."""
+    return (
+        uniform * max(above - least, 1)
+    ).floor() + least  # u <= 1 - 2^-24, whose product with a count < 2^24 stays below it in fp32
 
 
 def plane_of_one(height: int, width: int) -> Plane:
-    """The grey, the blurred and the recoloured block: sides from 5% to the whole view."""
+    """The gray, the blurred and the recolored block: sides from 5% to the whole view."""
     tolerances = [max(1, int(TOLERANCE * size)) for size in (height, width)]
     return Plane(*(Axis(size, size - far, far, size) for size, far in zip((height, width), tolerances, strict=True)))
 
 
 def plane_of_many(height: int, width: int, side: tuple[float, ...]) -> Plane:
-    """The blocks of noise and of another image of `blocks`. side: [least, most] as shares; a block has at least one pixel."""
-    return Plane(*(Axis(size, size - max(1, int(TOLERANCE * size)), max(1, int(side[0] * size)), int(side[1] * size))
-                   for size in (height, width)))
+    """The blocks of noise and of another image of `blocks`. side: [least, most] as shares; a block has at least one
+    pixel."""
+    return Plane(
+        *(
+            Axis(size, size - max(1, int(TOLERANCE * size)), max(1, int(side[0] * size)), int(side[1] * size))
+            for size in (height, width)
+        )
+    )
 
 
 def plane_of_gmml(height: int, width: int, align: int) -> Plane:
-    """The blocks of `gmml`. The last row and column of `align` pixels are reached only by blocks that start before them."""
+    """The blocks of `gmml`. The last row and column of `align` pixels are reached only by blocks that start before
+    them."""
     return Plane(*(Axis(size, size - align, align, int(GMML_SIDE * size), align) for size in (height, width)))
 
 
@@ -107,19 +119,23 @@ def reached(plane: Plane) -> float:
 
 @functools.lru_cache(maxsize=64)
 def slots_of_sum(plane: Plane, area: float) -> int:
-    """Blocks to draw so that their areas add up to `area` pixels: the fewest whose expected sum is that and 5 deviations."""
+    """Blocks to draw so that their areas add up to `area` pixels: the fewest whose expected sum is that and 5
+    deviations."""
     mean, square = plane.area()
     spread = 5 * (square - mean**2) ** 0.5
-    return int(((spread + (spread**2 + 4 * mean * area) ** 0.5) / (2 * mean)) ** 2) + 1  # m mean - spread sqrt(m) = area
+    return (
+        int(((spread + (spread**2 + 4 * mean * area) ** 0.5) / (2 * mean)) ** 2) + 1
+    )  # m mean - spread sqrt(m) = area
 
 
 @functools.lru_cache(maxsize=64)
 def slots_of_union(plane: Plane, area: float) -> int:
-    """Blocks to draw so that their union has `area` pixels: the fewest, in whole groups, whose expected union is 5 deviations more.
+    """Blocks to draw so that their union has `area` pixels: the fewest, in whole groups, whose expected union is 5
+    deviations more.
 
-    A block adds, of its area a, on average the share q that the others leave free, so the union's variance is about m q^2 E[a^2] (Efron
-    and Stein); where little is free, single cells of align x align pixels decide, each there or not: q H W align^2. Together 2 to 8
-    times the measured one for 30% to 75% of a view of 32 pixels, `align` 1 and 4.
+    A block adds, of its area a, on average the share q that the others leave free, so the union's variance is about m
+    q^2 E[a^2] (Efron and Stein); where little is free, single cells of align x align pixels decide, each there or not:
+    q H W align^2. Together 2 to 8 times the measured one for 30% to 75% of a view of 32 pixels, `align` 1 and 4.
     """
     missed, (_, square), most = 1 - plane.covered(), plane.area(), reached(plane)
     pixels, cell = missed.numel(), plane.down.align * plane.across.align
@@ -131,7 +147,8 @@ def slots_of_union(plane: Plane, area: float) -> int:
 
 
 def mask_of_sum(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
-    """(n, H, W) bool of blocks taken in turn while the sum of the areas so far, overlaps counted twice, is below the budget.
+    """(n, H, W) bool of blocks taken in turn while the sum of the areas so far, overlaps counted twice, is below the
+    budget.
 
     uniform: (n, M, 4). budget: (n,) pixels.
     """
@@ -145,9 +162,10 @@ def mask_of_sum(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
 def mask_of_union(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
     """(n, H, W) bool of blocks taken in turn while the pixels covered so far, each counted once, are below the budget.
 
-    uniform: (n, M, 4), M in whole groups. budget: (n,) pixels. First of all, which is the first block to cover a pixel: slot k of a
-    group adds 2^-k to its pixels, 16 powers add up exactly, and the exponent of the sum is that of the first. How many pixels each
-    slot is the first to cover then says how far the slots are used.
+    uniform: (n, M, 4), M in whole groups. budget: (n,) pixels. First of all, which is the first block to cover a pixel:
+    slot k of a
+    group adds 2^-k to its pixels, 16 powers add up exactly, and the exponent of the sum is that of the first. How many
+    pixels each slot is the first to cover then says how far the slots are used.
     """
     count, slots = uniform.shape[:2]
     top, bottom, left, right = plane.drawn(uniform)

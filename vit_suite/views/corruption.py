@@ -1,16 +1,19 @@
-"""SiT's corruptions of normalised views, batched: what the network sees while it reconstructs the clean view.
+"""SiT's corruptions of normalized views, batched: what the network sees while it reconstructs the clean view.
 
-`blocks` is version 1 (Atito, Awais, Kittler 2021, arXiv 2104.03602, code of July 2021): in turn a grey block, a blurred block, blocks
-of noise, blocks of another image. `gmml` is version 3 (group masked model learning): blocks dropped to noise or zero, or instead
-replaced by another image. `mask` hides whole patches behind a mask token (BERT). Zero is the mean colour, for views are normalised.
+`blocks` is version 1 (Atito, Awais, Kittler 2021, arXiv 2104.03602, code of July 2021): in turn a gray block, a blurred
+block, blocks of noise, blocks of another image. `gmml` is version 3 (group masked model learning): blocks dropped to
+noise or zero, or instead replaced by another image. `mask` hides whole patches behind a mask token (BERT). Zero is the
+mean color, for views are normalized.
 
 Deviations from the authors' code:
-- The other image is the partner's CLEAN view; there it is whatever image the loop over the batch has left in that place so far.
+- The other image is the partner's CLEAN view; there it is whatever image the loop over the batch has left in that place
+  so far.
 - Blur of a block smaller than its kernel reflects as often as it takes; there it fails.
 - `replace_area` 0 replaces nothing and `drop_area` 0 drops nothing; `gmml` then does the other to every view.
 - Blocks are chosen among a fixed number of drawn ones (blocks.py); there they are drawn until the area is reached.
-- Noise is a window, at a random place, of one field a step of four views' length: cheap, and the same on every number of ranks.
-- `colour`, off by default, is not in their code.
+- Noise is a window, at a random place, of one field a step of four views' length: cheap, and the same on every number
+  of ranks.
+- `color`, off by default, is not in their code.
 
 Axes: V views, B images, n <= V * B of them at a time, C channels, H x W pixels, M slots, N patches.
 """
@@ -44,8 +47,9 @@ from vit_suite.views.draw import Draw
 from vit_suite.views.resample import full_precision
 
 CPU_CHUNK = 1 << 20
-"""Elements of views and blocks worked on at a time on a CPU (4 MiB). Views/s of 32 px in `blocks` and in `gmml` at 2^16 .. 2^20, one
-core of a busy machine: 3,799 and 6,806; 6,110 and 9,693; 8,660 and 11,815; 11,366 and 14,981; 12,638 and 16,747."""
+"""Elements of views and blocks worked on at a time on a CPU (4 MiB). Views/s of 32 px in `blocks` and in `gmml` at 2^16
+.. 2^20, one core of a busy machine: 3,799 and 6,806; 6,110 and 9,693; 8,660 and 11,815; 11,366 and 14,981; 12,638 and
+16,747."""
 DEVICE_CHUNK = 1 << 27
 """The same on a GPU (512 MiB), where it only bounds memory."""
 REACH = 7
@@ -71,9 +75,11 @@ def paste(x: Tensor, mask: Tensor, content: Tensor) -> Tensor:
 
 
 def blur_matrix(axis: Axis, start: Tensor, stop: Tensor, taps: Tensor) -> Tensor:
-    """(n, size, size) Gaussian along an axis that sees pixels from start to before stop (n,) only, reflected at both ends.
+    """(n, size, size) Gaussian along an axis that sees pixels from start to before stop (n,) only, reflected at both
+    ends.
 
-    taps: (n, 15) weights. Rows outside of the block mean nothing. One tap at a time: a sum in fixed order repeats on a GPU.
+    taps: (n, 15) weights. Rows outside of the block mean nothing. One tap at a time: a sum in fixed order repeats on a
+    GPU.
     """
     pixels = torch.arange(axis.size, device=start.device, dtype=start.dtype)
     first, last = start.unsqueeze(-1), (stop - 1).unsqueeze(-1)
@@ -91,7 +97,8 @@ def blur_matrix(axis: Axis, start: Tensor, stop: Tensor, taps: Tensor) -> Tensor
 def blurred(x: Tensor, plane: Plane, uniform: Tensor) -> Tensor:
     """x (n, C, H, W) with one block blurred, each view by its own Gaussian. uniform: (n, 6) block, kernel, sigma.
 
-    The kernel has 2 * (k // 2) + 1 taps, k a whole number from 3 to 15; sigma is 0.1 to 5.1 pixels; weights add up to 1.
+    The kernel has 2 * (k // 2) + 1 taps, k a whole number from 3 to 15; sigma is 0.1 to 5.1 pixels; weights add up to
+    1.
     """
     count, channels, height, width = x.shape
     radius, sigma = (integers(uniform[:, ONE], 3, 16) / 2).floor(), uniform[:, ONE + 1] * 5 + 0.1
@@ -104,8 +111,8 @@ def blurred(x: Tensor, plane: Plane, uniform: Tensor) -> Tensor:
     return torch.matmul(down.unsqueeze(1), middle.view(count, channels, height, width))
 
 
-def recoloured(x: Tensor, uniform: Tensor) -> Tensor:
-    """x (n, C, H, W), each channel times 0.5 to 1.5 and plus -0.5 to 0.5, in normalised units. uniform: (n, 2 C)."""
+def recolored(x: Tensor, uniform: Tensor) -> Tensor:
+    """x (n, C, H, W), each channel times 0.5 to 1.5 and plus -0.5 to 0.5, in normalized units. uniform: (n, 2 C)."""
     gain, shift = uniform.view(len(x), 2, -1, 1, 1).unbind(1)
     return x * (gain + 0.5) + (shift - 0.5)
 
@@ -138,16 +145,16 @@ class _Views:
         step = max(1, (CPU_CHUNK if self.device.type == "cpu" else DEVICE_CHUNK) // each)
         return [slice(first, min(first + step, len(self.clean))) for first in range(0, len(self.clean), step)]
 
-    def recolour(self, share: float) -> None:
-        """Recolours one block of a view with that probability."""
+    def recolor(self, share: float) -> None:
+        """Recolors one block of a view with that probability."""
         if share == 0:
             return
         plane = plane_of_one(*self.shape[-2:])
-        uniform = self.numbers("colour", 1 + ONE + 2 * self.shape[2])
+        uniform = self.numbers("color", 1 + ONE + 2 * self.shape[2])
         for part in self.parts(1):
             mask = mask_of_one(plane, uniform[part, 1 : 1 + ONE]) & (uniform[part, :1, None] < share)
             x = self.images[part]
-            self.images[part] = paste(x, mask, recoloured(x, uniform[part, 1 + ONE :]))
+            self.images[part] = paste(x, mask, recolored(x, uniform[part, 1 + ONE :]))
             self.changed[part] |= mask
 
     def result(self) -> Corrupted:
@@ -156,27 +163,30 @@ class _Views:
 
 
 def _blocks(cfg: SiTConfig, views: _Views) -> Corrupted:
-    """Version 1: grey, blur, noise, another image."""
+    """Version 1: gray, blur, noise, another image."""
     height, width = size = views.shape[-2:]
     one, many = plane_of_one(*size), plane_of_many(*size, tuple(cfg.block_side))
     areas = [share * height * width for share in (cfg.drop_area, cfg.replace_area)]
     slots = [slots_of_sum(many, area) for area in areas]
-    grey, blur = views.numbers("grey", ONE), views.numbers("blur", BLUR)
+    gray, blur = views.numbers("gray", ONE), views.numbers("blur", BLUR)
     budgets, place = views.numbers("area", 2), views.numbers("window")
     noise, other = (views.numbers(name, count, ONE) for name, count in zip(("noise", "other"), slots, strict=True))
     windows = views.noise()
     place = integers(place, 0, len(windows)).long()
     for part in views.parts(max(slots)):
         x = views.clean[part]
-        masks = [mask_of_one(one, grey[part]), mask_of_one(one, blur[part, :ONE]),
-                 mask_of_sum(many, noise[part], budgets[part, 0] * areas[0]),
-                 mask_of_sum(many, other[part], budgets[part, 1] * areas[1])]
+        masks = [
+            mask_of_one(one, gray[part]),
+            mask_of_one(one, blur[part, :ONE]),
+            mask_of_sum(many, noise[part], budgets[part, 0] * areas[0]),
+            mask_of_sum(many, other[part], budgets[part, 1] * areas[1]),
+        ]
         x = paste(x, masks[0], x.mean(1, keepdim=True))
         x = paste(x, masks[1], blurred(x, one, blur[part]))
         x = paste(x, masks[2], windows[place[part]].view_as(x))
         views.images[part] = paste(x, masks[3], views.clean[views.partner[part]])
         views.changed[part] = masks[0] | masks[1] | masks[2] | masks[3]
-    views.recolour(cfg.colour)
+    views.recolor(cfg.color)
     return views.result()
 
 
@@ -192,7 +202,9 @@ def _gmml(cfg: SiTConfig, views: _Views) -> Corrupted:
     for index, kind in enumerate(cfg.drop_type):
         if kind == "noise":
             noisy |= integers(choice[:, 1], 0, len(cfg.drop_type)) == index
-    least, most = (torch.where(replaced, min(least, cfg.replace_area), min(least, cfg.drop_area)) for least in (0.5, 1.0))
+    least, most = (
+        torch.where(replaced, min(least, cfg.replace_area), min(least, cfg.drop_area)) for least in (0.5, 1.0)
+    )
     budget = (least + choice[:, 2] * (most - least)) * height * width
     windows = views.noise()
     place = integers(place, 0, len(windows)).long()
@@ -203,7 +215,7 @@ def _gmml(cfg: SiTConfig, views: _Views) -> Corrupted:
         content = torch.where(replaced[part].view(-1, 1, 1, 1), views.clean[views.partner[part]], dropped)
         views.images[part] = paste(x, mask, content)
         views.changed[part] = mask
-    views.recolour(cfg.colour)
+    views.recolor(cfg.color)
     return views.result()
 
 
@@ -234,20 +246,26 @@ def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int
     if cfg.corruption == "blocks" and cfg.block_side[0] > cfg.block_side[1]:
         raise UserError(f"method.block_side: expected [least, most], least first; got {cfg.block_side}.")
     if cfg.corruption == "mask" and (height % patch_size or width % patch_size):
-        raise UserError(f"method.corruption: mask hides whole patches, but {height}x{width} is not divisible by {patch_size}.")
+        raise UserError(
+            f"method.corruption: mask hides whole patches, but {height}x{width} is not divisible by {patch_size}."
+        )
     if cfg.corruption != "gmml":
         return
     if cfg.align > int(GMML_SIDE * side):
-        raise UserError(f"method.align: expected at most {int(GMML_SIDE * side)}, 30% of a view of {side} pixels, got {cfg.align}.")
+        raise UserError(
+            f"method.align: expected at most {int(GMML_SIDE * side)}, 30% of a view of {side} pixels, got {cfg.align}."
+        )
     most = reached(plane_of_gmml(height, width, cfg.align))
     for key in ("drop_area", "replace_area"):
         if getattr(cfg, key) > most:
-            raise UserError(f"method.{key}: blocks of method.align {cfg.align} reach {most:.0%} of a view of {height}x{width} pixels, "
-                            f"not {getattr(cfg, key):.0%}.")
+            raise UserError(
+                f"method.{key}: blocks of method.align {cfg.align} reach {most:.0%} of a view of {height}x{width}"
+                f" pixels, not {getattr(cfg, key):.0%}."
+            )
 
 
 def corrupt(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
-    """Corrupted copies of normalised fp32 views (V, B, C, H, W), every view by draws of its own, on the views' device.
+    """Corrupted copies of normalized fp32 views (V, B, C, H, W), every view by draws of its own, on the views' device.
 
     draw: rows of the global batch that the B images are. patch_size: side of a patch in pixels (`mask` only).
     """
@@ -256,7 +274,9 @@ def corrupt(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corru
     height, width = views.shape[-2:]
     validate_corruption(cfg, height, width, patch_size)
     if cfg.corruption == "none":
-        return Corrupted(views, torch.zeros(*views.shape[:2], height, width, dtype=torch.bool, device=views.device), None)
+        return Corrupted(
+            views, torch.zeros(*views.shape[:2], height, width, dtype=torch.bool, device=views.device), None
+        )
     with full_precision(views.device):
         if cfg.corruption == "mask":
             return _mask(cfg, views, draw, patch_size)

@@ -1,4 +1,5 @@
-"""Which random numbers a micro-batch takes: drawn on the CPU for the GLOBAL batch of a step and cut to the rows of a rank.
+"""Which random numbers a micro-batch takes: drawn on the CPU for the GLOBAL batch of a step and cut to the rows of a
+rank.
 
 So 1 rank and N ranks, whole and accumulated batches, and a resumed run see the same views, corruptions and mixtures.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draw:
-    """The place of a micro-batch: `rows` of the `total` images of optimiser step `step` of an epoch."""
+    """The place of a micro-batch: `rows` of the `total` images of optimizer step `step` of an epoch."""
 
     seed: int
     epoch: int
@@ -35,10 +36,11 @@ class Draw:
         return torch.rand(self.total, *shape, generator=self.generator(purpose))[self.rows]
 
     def partners(self, device: torch.device | str = "cpu") -> Tensor:
-        """(B,) the row that each of this micro-batch's rows is paired with: its neighbour, or the next one if their number is odd.
+        """(B,) the row that each of this micro-batch's rows is paired with: its neighbour, or the next one if their
+        number is odd.
 
-        The order of an epoch is random, so a neighbour is a random other image. Pairs never straddle ranks, so any number of ranks
-        pairs alike as long as each has an even number of rows. A single row is its own partner.
+        The order of an epoch is random, so a neighbour is a random other image. Pairs never straddle ranks, so any
+        number of ranks pairs alike as long as each has an even number of rows. A single row is its own partner.
         """
         count = self.rows.stop - self.rows.start
         index = torch.arange(count, device=device)

@@ -1,4 +1,4 @@
-"""The deterministic view that features are measured on: shorter side to 256/224 of the crop, centre crop, normalise.
+"""The deterministic view that features are measured on: shorter side to 256/224 of the crop, center crop, normalize.
 
 Source: DINO eval_knn.py (Resize(256), CenterCrop(224)), its proportion kept for other sizes.
 """
@@ -10,18 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vit_suite.views.multicrop import normalise_
+from vit_suite.views.multicrop import normalize_
 from vit_suite.views.resample import Size, as_pair, resize
 
 MARGIN = 256 / 224
 """Shorter side after the resize over the side of the crop."""
 
 
-def _centre(images: Tensor, size: tuple[int, int]) -> Tensor:
+def _center(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, h, w) fp32 in 0..1 from (B, C, H, W) of one size."""
     (height, width), (h, w) = images.shape[-2:], size
     if (height, width) != (h, w):
-        # The side that limits reaches its target exactly; the other follows, cut to whole pixels as torchvision's Resize does.
+        # The side that limits reaches its target exactly; the other follows, cut to whole pixels as torchvision's
+        # Resize does.
         down, across = round(h * MARGIN), round(w * MARGIN)
         if down / height >= across / width:
             resized = (down, max(across, int(down * width / height)))
@@ -34,12 +35,13 @@ def _centre(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def eval_view(images: Tensor | Sequence[Tensor], size: Size, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, C, h, w) fp32, normalised, on the images' device.
+    """(B, C, h, w) fp32, normalized, on the images' device.
 
-    images: uint8 or float in 0..1, (B, C, H, W), or a list of (C, H_i, W_i). Images that already have `size` are only normalised.
+    images: uint8 or float in 0..1, (B, C, H, W), or a list of (C, H_i, W_i). Images that already have `size` are only
+    normalized.
     size: side, or (h, w), in pixels. mean, std: C floats in 0..1.
     """
     pair = as_pair(size)
     if isinstance(images, Tensor):
-        return normalise_(_centre(images, pair), mean, std)
-    return normalise_(torch.cat([_centre(image[None], pair) for image in images]), mean, std)
+        return normalize_(_center(images, pair), mean, std)
+    return normalize_(torch.cat([_center(image[None], pair) for image in images]), mean, std)

@@ -1,7 +1,9 @@
-"""Mixup (Zhang et al. 2017, arXiv 1710.09412), CutMix (Yun et al. 2019, arXiv 1905.04899) and smoothed labels, timm's batch mode.
+"""Mixup (Zhang et al. 2017, arXiv 1710.09412), CutMix (Yun et al. 2019, arXiv 1905.04899) and smoothed labels, timm's
+batch mode.
 
-One lambda and one rectangle an optimiser step, as timm draws them a batch. Deviation: an image is mixed with its neighbour
-(`Draw.partners`), where timm takes the batch in reverse: neighbours are on one rank, so any number of ranks mixes alike.
+One lambda and one rectangle an optimizer step, as timm draws them a batch. Deviation: an image is mixed with its
+neighbour (`Draw.partners`), where timm takes the batch in reverse: neighbours are on one rank, so any number of ranks
+mixes alike.
 
 Axes: B images, C channels, K classes.
 """
@@ -23,8 +25,8 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def cut_box(height: int, width: int, lam: float, y: float, x: float) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) in pixels of CutMix's rectangle: sides sqrt(1 - lam) of the image's, centred at shares y, x of the
-    image, cut off at its edges."""
+    """(top, bottom, left, right) in pixels of CutMix's rectangle: sides sqrt(1 - lam) of the image's, centerd at shares
+    y, x of the image, cut off at its edges."""
     tall, wide = (int(side * (1 - lam) ** 0.5) for side in (height, width))
     middle, across = int(height * y), int(width * x)
     top, bottom = (min(max(edge, 0), height) for edge in (middle - tall // 2, middle + (tall + 1) // 2))

@@ -1,7 +1,8 @@
-"""Random crops of a batch, drawn per sample, made in batches: DINO's multi-crop, SiT's two views, one view for supervised training.
+"""Random crops of a batch, drawn per sample, made in batches: DINO's multi-crop, SiT's two views, one view for
+supervised training.
 
-Order of a view as in DINO (arXiv 2104.14294 section 3.2; main_dino.py DataAugmentationDINO): crop-resize, flip, jitter, grey, blur,
-solarise, normalise. Which random numbers: draw.py.
+Order of a view as in DINO (arXiv 2104.14294 section 3.2; main_dino.py DataAugmentationDINO): crop-resize, flip, jitter,
+gray, blur, solarize, normalize. Which random numbers: draw.py.
 
 Axes: B images, V = G + L views (global, then local), C channels.
 """
@@ -20,15 +21,15 @@ from vit_suite.config import CropConfig, ViewsConfig
 from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
 from vit_suite.hardware import send
-from vit_suite.views import colour
+from vit_suite.views import color
 from vit_suite.views.draw import Draw
 from vit_suite.views.resample import crop_resize_views
 
 ATTEMPTS = 10
-"""Tries of torchvision's RandomResizedCrop before it takes the centre."""
+"""Tries of torchvision's RandomResizedCrop before it takes the center."""
 DRAWS = 2 * ATTEMPTS + 16
-"""Uniform numbers a view consumes: area and ratio of each attempt, place (2), flip, jitter, its factors (4) and order (4), grey,
-blur, sigma, solarise."""
+"""Uniform numbers a view consumes: area and ratio of each attempt, place (2), flip, jitter, its factors (4) and order
+(4), gray, blur, sigma, solarize."""
 
 
 @dataclass
@@ -45,27 +46,33 @@ class ViewParameters:
     """(B, V, 4) brightness, contrast, saturation factors, hue shift in turns."""
     order: Tensor
     """(B, V, 4) int64 order of those four operations."""
-    grey: Tensor
+    gray: Tensor
     """(B, V) bool."""
     blur: Tensor
     """(B, V) bool."""
     sigma: Tensor
     """(B, V) standard deviation of the blur in pixels of the view."""
-    solarise: Tensor
+    solarize: Tensor
     """(B, V) bool."""
 
     def views(self, part: slice) -> ViewParameters:
         """Those of some views, flattened view by view: first axis V * B, except boxes and flip, which stay (B, V)."""
         chosen = {field.name: getattr(self, field.name)[:, part] for field in fields(self)}
-        return ViewParameters(**{key: value if key in ("boxes", "flip") else value.transpose(0, 1).flatten(0, 1)
-                                 for key, value in chosen.items()})
+        return ViewParameters(
+            **{
+                key: value if key in ("boxes", "flip") else value.transpose(0, 1).flatten(0, 1)
+                for key, value in chosen.items()
+            }
+        )
 
 
 def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ratio: Sequence[float]) -> Tensor:
     """Whole-pixel boxes (..., 4) by the rule of torchvision's RandomResizedCrop, from uniform (..., 22) numbers.
 
-    height, width: (...) of the images. scale: (..., 2) least and most area as a share of the image. ratio: least and most width
-    over height. The first of 10 (area, log ratio) pairs that fits is taken, else the largest centred box within the ratio.
+    height, width: (...) of the images. scale: (..., 2) least and most area as a share of the image. ratio: least and
+    most width
+    over height. The first of 10 (area, log ratio) pairs that fits is taken, else the largest centerd box within the
+    ratio.
     """
     uniform, height, width = uniform.double(), height.double(), width.double()
     low, high = scale.double().unbind(-1)
@@ -87,7 +94,8 @@ def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ra
 
 
 def _per_view(cfg: CropConfig, values: Sequence[float]) -> Tensor:
-    """(V,) of a setting with a value for each global crop and, where there are local ones, a last one for all of them."""
+    """(V,) of a setting with a value for each global crop and, where there are local ones, a last one for all of
+    them."""
     return torch.tensor([*values[: cfg.global_crops], *values[-1:] * cfg.local_crops], dtype=torch.float32)
 
 
@@ -112,10 +120,10 @@ def draw_views(cfg: CropConfig, sizes: Tensor, draw: Draw) -> ViewParameters:
         jitter=rest[..., 1] < cfg.jitter,
         factors=low + rest[..., 2:6] * (high - low),
         order=rest[..., 6:10].argsort(-1),
-        grey=rest[..., 10] < cfg.grey,
+        gray=rest[..., 10] < cfg.gray,
         blur=rest[..., 11] < _per_view(cfg, cfg.blur),
         sigma=cfg.blur_sigma[0] + rest[..., 12] * (cfg.blur_sigma[1] - cfg.blur_sigma[0]),
-        solarise=rest[..., 13] < _per_view(cfg, cfg.solarise),
+        solarize=rest[..., 13] < _per_view(cfg, cfg.solarize),
     )
 
 
@@ -127,7 +135,7 @@ def image_sizes(images: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 class MultiCrop:
-    """The views of every image of a batch, augmented and normalised, on the images' device.
+    """The views of every image of a batch, augmented and normalized, on the images' device.
 
     mean, std: C floats in 0..1.
     """
@@ -155,23 +163,25 @@ class MultiCrop:
     def _group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
         views = crop_resize_views(images, drawn.boxes, drawn.flip, size)
         x = views.flatten(0, 1)  # (V * B, C, S, S)
-        recolour_(x, drawn)
-        normalise_(x, self.mean, self.std)
+        recolor_(x, drawn)
+        normalize_(x, self.mean, self.std)
         return list(views.unbind(0))
 
 
-def recolour_(x: Tensor, drawn: ViewParameters) -> None:
-    """Jitter, grey, blur and solarise x (N, C, S, S) in 0..1, in place; `drawn` has first axes N."""
-    colour.jitter_(x, drawn.factors, drawn.order, drawn.jitter)
-    colour.greyscale_(x, drawn.grey)
-    colour.blur_(x, drawn.sigma, drawn.blur)
-    colour.solarise_(x, drawn.solarise)
+def recolor_(x: Tensor, drawn: ViewParameters) -> None:
+    """Jitter, gray, blur and solarize x (N, C, S, S) in 0..1, in place; `drawn` has first axes N."""
+    color.jitter_(x, drawn.factors, drawn.order, drawn.jitter)
+    color.grayscale_(x, drawn.gray)
+    color.blur_(x, drawn.sigma, drawn.blur)
+    color.solarize_(x, drawn.solarize)
 
 
-def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std per channel of (N, C, H, W), in place."""
     if len(mean) != x.shape[1] or len(std) != x.shape[1]:
-        raise UserError(f"the images have {x.shape[1]} channels but data.mean has {len(mean)} and data.std {len(std)} values.")
+        raise UserError(
+            f"the images have {x.shape[1]} channels but data.mean has {len(mean)} and data.std {len(std)} values."
+        )
     gain = torch.tensor([1 / value for value in std])
     shift = -torch.tensor(list(mean)) * gain
     gain, shift = (send(values.view(-1, 1, 1), x.device) for values in (gain, shift))
@@ -181,7 +191,8 @@ def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
 class ViewsInWorkers:
     """The views of a micro-batch, made in the decoding worker that read it: a picklable `transform` of the file loader.
 
-    views: `(images, draw) -> list of views`. total: images of a global batch. Draws as on the device, so both make the same views.
+    views: `(images, draw) -> list of views`. total: images of a global batch. Draws as on the device, so both make the
+    same views.
     """
 
     def __init__(self, views: Callable[[Sequence[Tensor], Draw], list[Tensor]], seed: int, total: int) -> None:
@@ -216,23 +227,28 @@ def validate_views(cfg: CropConfig) -> None:
         raise UserError(f"views.local_crops: expected 0 or more, got {cfg.local_crops}.")
     for kind in kinds:
         if getattr(cfg, f"{kind}_size") < 1:
-            raise UserError(f"views.{kind}_size: expected a side of at least 1 pixel, got {getattr(cfg, f'{kind}_size')}.")
+            raise UserError(
+                f"views.{kind}_size: expected a side of at least 1 pixel, got {getattr(cfg, f'{kind}_size')}."
+            )
         _span(cfg, f"{kind}_scale", 1.0)
     for key in ("ratio", "blur_sigma"):
         _span(cfg, key, float("inf"))
-    for key in ("flip", "jitter", "grey"):
+    for key in ("flip", "jitter", "gray"):
         _share(cfg, key, 0, 1, None)
-    for key in ("blur", "solarise"):
+    for key in ("blur", "solarize"):
         _share(cfg, key, 0, 1, 3 if isinstance(cfg, ViewsConfig) else cfg.global_crops)
     _share(cfg, "jitter_strength", 0, float("inf"), 4)
     if cfg.jitter_strength[3] > 0.5:
-        raise UserError(f"views.jitter_strength: the hue change (fourth) is in turns, at most 0.5; got {cfg.jitter_strength}.")
+        raise UserError(
+            f"views.jitter_strength: the hue change (fourth) is in turns, at most 0.5; got {cfg.jitter_strength}."
+        )
     if cfg.backend not in ("auto", "device", "workers"):
         raise UserError(f"views.backend: expected auto, device or workers, got {cfg.backend!r}.")
 
 
 def pick_backend(cfg: CropConfig, device_type: str, ragged: bool) -> Literal["device", "workers"]:
-    """Where views are made: cfg.backend, or for `auto` the faster. ragged: the images are of many sizes, decoded from files.
+    """Where views are made: cfg.backend, or for `auto` the faster. ragged: the images are of many sizes, decoded from
+    files.
 
     scripts/bench_views.py, one core with AVX-512 of a busy machine, images/s (in brackets beside DINO's PIL code):
 
@@ -241,9 +257,9 @@ def pick_backend(cfg: CropConfig, device_type: str, ragged: bool) -> Literal["de
     | 32 px in memory, 2 x 32 + 8 x 16 | 246 | 3,657 (14.9x; 18.0x in another run) | 225 (0.9x) |
     | 500x375 photographs, 2 x 224 + 8 x 96 | 48.4 | 131 (2.7x) | 103 (2.1x) |
 
-    Either way a whole micro-batch is made at once. Photographs cost a CPU the same in both places, so the decoding workers, which run
-    on every core beside the training process, make their views. A GPU makes its own (there not measured): by these figures 16 worker
-    cores give 1,500 images/s, before decoding.
+    Either way a whole micro-batch is made at once. Photographs cost a CPU the same in both places, so the decoding
+    workers, which run on every core beside the training process, make their views. A GPU makes its own (there not
+    measured): by these figures 16 worker cores give 1,500 images/s, before decoding.
     """
     if cfg.backend != "auto":
         return cfg.backend

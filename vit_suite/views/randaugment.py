@@ -1,15 +1,17 @@
 """RandAugment of a batch (Cubuk et al. 2020, arXiv 1909.13719), by torchvision's operations, in two sets:
 
-- `increasing`, timm's `rand-mM-mstdS-inc1`, with which DeiT trains: 15 operations, all of which change more with more strength.
-- `original`, the TensorFlow code's, with which Beyer et al. (arXiv 2205.01580) train: Cutout besides; at full strength posterising
-  keeps 4 bits, solarising keeps everything, and brightness, contrast, colour and sharpness only ever rise.
+- `increasing`, timm's `rand-mM-mstdS-inc1`, with which DeiT trains: 15 operations, all of which change more with more
+  strength.
+- `original`, the TensorFlow code's, with which Beyer et al. (arXiv 2205.01580) train: Cutout besides; at full strength
+  posterizing keeps 4 bits, solarizing keeps everything, and brightness, contrast, color and sharpness only ever rise.
 
-Ranges, and the mean colour behind moved images, are timm's. Deviations, of both sets:
+Ranges, and the mean color behind moved images, are timm's. Deviations, of both sets:
 
-- Images that drew the same operation and direction are worked on together, since torchvision's operations take one strength a call.
-  So the noise on the strength is drawn for each such group of a step, not for each image; over steps it has timm's distribution.
-- Values stay float between operations (equalise works on 256 levels), where Pillow rounds to 8 bits after each.
-- Posterising keeps a bit at least; timm's keeps none at full strength, which newer Pillows refuse.
+- Images that drew the same operation and direction are worked on together, since torchvision's operations take one
+  strength a call. So the noise on the strength is drawn for each such group of a step, not for each image; over steps
+  it has timm's distribution.
+- Values stay float between operations (equalize works on 256 levels), where Pillow rounds to 8 bits after each.
+- Posterizing keeps a bit at least; timm's keeps none at full strength, which newer Pillows refuse.
 - Moved images are interpolated bilinearly; timm picks bilinear or bicubic at random, TensorFlow the nearest pixel.
 
 Axes: N images that share an operation, B images of the micro-batch, C channels (1 or 3), side S.
@@ -40,9 +42,12 @@ CUTOUT = 80 / 224
 
 
 class _NoWait(TorchFunctionMode):
-    """Sends what `torch.tensor` is to make on a GPU instead of waiting for it: torchvision makes matrices and kernels so, one a call."""
+    """Sends what `torch.tensor` is to make on a GPU instead of waiting for it: torchvision makes matrices and kernels
+    so, one a call."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.tensor and kwargs.get("device") is not None:
             return send(torch.tensor(*args, **kwargs | {"device": "cpu"}), kwargs["device"])
@@ -53,7 +58,7 @@ class Context(NamedTuple):
     """What some operations need besides the images and the strength."""
 
     fill: list[float]
-    """Colour of C values in 0..1 behind what moves."""
+    """Color of C values in 0..1 behind what moves."""
     place: Tensor
     """(N, 2) uniform numbers in 0..1: where Cutout's square is."""
 
@@ -62,25 +67,28 @@ Operation = Callable[[Tensor, float, Context], Tensor]
 """(x (N, C, S, S) in 0..1, strength 0..1 or, with a direction, -1..1, context) -> the same shape."""
 
 
-def _moved(x: Tensor, fill: list[float], angle: float = 0.0, shift: Sequence[float] = (0, 0), shear: Sequence[float] = (0, 0)) -> Tensor:
-    """Turned (degrees, about the centre), shifted (pixels) or sheared (tangents, about the top left corner, as Pillow does)."""
+def _moved(
+    x: Tensor, fill: list[float], angle: float = 0.0, shift: Sequence[float] = (0, 0), shear: Sequence[float] = (0, 0)
+) -> Tensor:
+    """Turned (degrees, about the center), shifted (pixels) or sheared (tangents, about the top left corner, as Pillow
+    does)."""
     degrees = [math.degrees(math.atan(tangent)) for tangent in shear]
     center = [0.0, 0.0] if any(shear) else None
     return functional.affine(x, angle, list(shift), 1.0, degrees, InterpolationMode.BILINEAR, fill, center)
 
 
-def _solarise(x: Tensor, least: int) -> Tensor:
+def _solarize(x: Tensor, least: int) -> Tensor:
     """Invert levels from `least` (0..256) on: at 256 none, which torchvision does not take."""
     return functional.solarize(x, least / 255) if least < 256 else x
 
 
-def _solarise_add(x: Tensor, add: int) -> Tensor:
+def _solarize_add(x: Tensor, add: int) -> Tensor:
     """Brighten the dark half of the range by `add` / 255."""
     return torch.where(x < 128 / 255, (x + add / 255).clamp(max=1), x)
 
 
 def _cutout(x: Tensor, level: float, place: Tensor) -> Tensor:
-    """Squares of middle grey, cut off at the edges."""
+    """Squares of middle gray, cut off at the edges."""
     half = level * CUTOUT / 2
     near = [((torch.arange(side, device=x.device) + 0.5) / side - at.unsqueeze(1)).abs() <= half
             for side, at in zip(x.shape[-2:], place.unbind(1), strict=True)]  # fmt: skip
@@ -88,7 +96,7 @@ def _cutout(x: Tensor, level: float, place: Tensor) -> Tensor:
 
 
 def _both_ways(level: float) -> float:
-    """Factor of a blend with the flat, grey or blurred image: 1 changes nothing, -1..1 reaches 0.1..1.9."""
+    """Factor of a blend with the flat, gray or blurred image: 1 changes nothing, -1..1 reaches 0.1..1.9."""
     return max(0.1, 1 + 0.9 * level)
 
 
@@ -109,7 +117,7 @@ FLAT: dict[str, Operation] = {
     "autocontrast": lambda x, level, _: functional.autocontrast(x),
     "equalize": lambda x, level, _: functional.equalize(x),
     "invert": lambda x, level, _: functional.invert(x),
-    "solarize_add": lambda x, level, _: _solarise_add(x, int(110 * level)),
+    "solarize_add": lambda x, level, _: _solarize_add(x, int(110 * level)),
 }
 MOVES: dict[str, Operation] = {
     "rotate": lambda x, level, context: _moved(x, context.fill, angle=-30 * level),
@@ -132,7 +140,7 @@ SETS = {
         FLAT
         | {
             "posterize": lambda x, level, _: functional.posterize(x, max(1, 4 - int(4 * level))),
-            "solarize": lambda x, level, _: _solarise(x, 256 - int(256 * level)),
+            "solarize": lambda x, level, _: _solarize(x, 256 - int(256 * level)),
         },
         MOVES | _blends(_both_ways),
     ),
@@ -141,7 +149,7 @@ SETS = {
         | _blends(_upwards)
         | {
             "posterize": lambda x, level, _: functional.posterize(x, int(4 * level)),
-            "solarize": lambda x, level, _: _solarise(x, int(256 * level)),
+            "solarize": lambda x, level, _: _solarize(x, int(256 * level)),
             "cutout": lambda x, level, context: _cutout(x, level, context.place),
         },
         MOVES,
@@ -150,8 +158,8 @@ SETS = {
 
 
 def randaugment_(x: Tensor, draw: Draw, cfg: SupervisedViewsConfig, fill: Sequence[float]) -> Tensor:
-    """`cfg.randaugment` operations on each image of x (B, C, S, S) fp32 in 0..1, in place; each drawn evenly from `cfg.randaugment_set`
-    and applied with `cfg.randaugment_probability`. fill: C values in 0..1."""
+    """`cfg.randaugment` operations on each image of x (B, C, S, S) fp32 in 0..1, in place; each drawn evenly from
+    `cfg.randaugment_set` and applied with `cfg.randaugment_probability`. fill: C values in 0..1."""
     plain, directed = SETS[cfg.randaugment_set]
     operations = [*plain.values(), *directed.values()]
     uniform = draw.uniform(cfg.randaugment, 5, purpose="randaugment")  # operation, direction, whether at all, place (2)
@@ -167,5 +175,7 @@ def randaugment_(x: Tensor, draw: Draw, cfg: SupervisedViewsConfig, fill: Sequen
                 level = levels[layer][code // 2][code % 2]
                 context = Context(list(fill), send(drawn[members, 3:], x.device))
                 rows = send(members, x.device)
-                x.index_copy_(0, rows, operations[code // 2](x.index_select(0, rows), -level if code % 2 else level, context))
+                x.index_copy_(
+                    0, rows, operations[code // 2](x.index_select(0, rows), -level if code % 2 else level, context)
+                )
     return x

@@ -1,14 +1,16 @@
 """Crop, resize and flip a batch, every image by its own box: two batched products with antialiased weights.
 
-A separable resize is linear along each axis, so a crop, a resize and a mirror of one image are `Wy @ image @ Wx.T`, and a batch
-with one box a sample is two `bmm`. The weights are Pillow's (Resample.c): the Catmull-Rom kernel (a = -0.5), stretched by the
-scale factor when it shrinks, normalised over the taps that fall inside the crop box (a crop followed by a resize sees nothing
-outside). As in Pillow the horizontal pass comes first and its result is clamped before the vertical pass: skipping that clamp
-moves pixels beside hard edges by up to 10 / 255.
+A separable resize is linear along each axis, so a crop, a resize and a mirror of one image are `Wy @ image @ Wx.T`, and
+a batch with one box a sample is two `bmm`. The weights are Pillow's (Resample.c): the Catmull-Rom kernel (a = -0.5),
+stretched by the scale factor when it shrinks, normalized over the taps that fall inside the crop box (a crop followed
+by a resize sees nothing outside). As in Pillow the horizontal pass comes first and its result is clamped before the
+vertical pass: skipping that clamp moves pixels beside hard edges by up to 10 / 255.
 
 Deviation: Pillow rounds to 8 bits after each pass, here values stay float; the tests hold the two within 2 / 255.
-Products run in fp32, autocast off: bf16 has 8 bits of mantissa and would cost more than that tolerance. Pillow 13 runs the
-vertical pass first for some shapes (seen where the height shrinks and the width grows); here, as in torchvision, it comes second.
+Products run in fp32, autocast off: bf16 has 8 bits of mantissa and would cost more than that tolerance. Pillow 13 runs
+the
+vertical pass first for some shapes (seen where the height shrinks and the width grows); here, as in torchvision, it
+comes second.
 
 Axes: B images, V boxes an image, C channels, H x W pixels of the image, h x w of the output.
 """
@@ -30,8 +32,8 @@ Method = Literal["auto", "dense", "single"]
 Size = int | tuple[int, int] | list[int]
 
 CPU_CHUNK = 1 << 19
-"""Elements of weights and intermediates that a chunk of images may hold on a CPU (2 MiB of fp32). Microseconds an image of 32 px
-(2 x 32 + 8 x 16, one core) at 2^16 .. 2^20: 249, 143, 100, 85, 88. Below, calls cost more than arithmetic."""
+"""Elements of weights and intermediates that a chunk of images may hold on a CPU (2 MiB of fp32). Microseconds an image
+of 32 px (2 x 32 + 8 x 16, one core) at 2^16 .. 2^20: 249, 143, 100, 85, 88. Below, calls cost more than arithmetic."""
 DEVICE_CHUNK = 1 << 28
 """The same on a GPU (1 GiB), where it only bounds memory."""
 BUCKET = 128
@@ -46,8 +48,8 @@ def as_pair(size: Size) -> tuple[int, int]:
 def kernel_(distance: Tensor, kernel: Kernel) -> Tensor:
     """The kernel at signed distances, in place.
 
-    With p2 = max(2 - |d|, 0) and p1 = max(1 - |d|, 0) both cubic pieces of Catmull-Rom are one expression without branches,
-    -p2^2 (1 - p2) / 2 + p1^2 (1 - 2 p1), a third of the passes over memory that two `where` take.
+    With p2 = max(2 - |d|, 0) and p1 = max(1 - |d|, 0) both cubic pieces of Catmull-Rom are one expression without
+    branches, -p2^2 (1 - p2) / 2 + p1^2 (1 - 2 p1), a third of the passes over memory that two `where` take.
     """
     if kernel == "bilinear":
         return distance.abs_().neg_().add_(1).clamp_(min=0)
@@ -59,9 +61,11 @@ def kernel_(distance: Tensor, kernel: Kernel) -> Tensor:
     return outer.addcmul_(square, inner.mul_(-2).add_(1))
 
 
-def axis_weights(start: Tensor, length: Tensor, out: int, size: int, flip: Tensor | None = None,
-                 kernel: Kernel = "bicubic") -> Tensor:
-    """Weights (..., out, size) that resample the span [start, start + length) of an axis of `size` pixels to `out` pixels.
+def axis_weights(
+    start: Tensor, length: Tensor, out: int, size: int, flip: Tensor | None = None, kernel: Kernel = "bicubic"
+) -> Tensor:
+    """Weights (..., out, size) that resample the span [start, start + length) of an axis of `size` pixels to `out`
+    pixels.
 
     start, length: (...) in pixels. flip: (...) bool, mirrors the output. Rows sum to 1; taps outside the span are 0.
     """
@@ -92,10 +96,13 @@ def _dense(images: Tensor, boxes: Tensor, flip: Tensor | None, size: tuple[int, 
     mirror = None if flip is None else flip.transpose(0, 1)
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))
-        # (b, H, C, W): the first product then leaves (b, H, C * w), which is what the second one contracts, without a transpose.
+        # (b, H, C, W): the first product then leaves (b, H, C * w), which is what the second one contracts, without a
+        # transpose.
         pixels = images[part].permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
         rows = pixels.reshape(-1, height * channels, width)
-        across = axis_weights(left[:, part], wide[:, part], w, width, None if mirror is None else mirror[:, part], kernel)
+        across = axis_weights(
+            left[:, part], wide[:, part], w, width, None if mirror is None else mirror[:, part], kernel
+        )
         if images.dtype == torch.uint8:
             across.mul_(1 / 255)
         down = axis_weights(top[:, part], tall[:, part], h, height, None, kernel)
@@ -107,7 +114,8 @@ def _dense(images: Tensor, boxes: Tensor, flip: Tensor | None, size: tuple[int, 
 
 
 def resize(images: Tensor, size: tuple[int, int], kernel: Kernel = "bicubic") -> Tensor:
-    """Antialiased resize of whole images (B, C, H, W) by PyTorch's own sparse kernels, clamped between the passes as Pillow does.
+    """Antialiased resize of whole images (B, C, H, W) by PyTorch's own sparse kernels, clamped between the passes as
+    Pillow does.
 
     uint8 stays uint8 on a CPU (PyTorch resizes 8 bits there only); everything else becomes float in 0..1.
     """
@@ -115,11 +123,15 @@ def resize(images: Tensor, size: tuple[int, int], kernel: Kernel = "bicubic") ->
         return functional.interpolate(images, size=size, mode=kernel, antialias=True, align_corners=False)
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     for step in ((images.shape[-2], size[1]), size):
-        images = functional.interpolate(images, size=step, mode=kernel, antialias=True, align_corners=False).clamp_(0, 1)
+        images = functional.interpolate(images, size=step, mode=kernel, antialias=True, align_corners=False).clamp_(
+            0, 1
+        )
     return images
 
 
-def _single(image: Tensor, boxes: list[list[int]], flip: list[bool], size: tuple[int, int], kernel: Kernel, out: Tensor) -> None:
+def _single(
+    image: Tensor, boxes: list[list[int]], flip: list[bool], size: tuple[int, int], kernel: Kernel, out: Tensor
+) -> None:
     """Writes the crops of one image (C, H, W) to out (V, C, h, w)."""
     for view, (top, left, tall, wide) in enumerate(boxes):
         crop = image[None, :, top : top + tall, left : left + wide]
@@ -129,7 +141,9 @@ def _single(image: Tensor, boxes: list[list[int]], flip: list[bool], size: tuple
         torch.mul(crop, 1 / 255 if crop.dtype == torch.uint8 else 1.0, out=out[view])
 
 
-def _one_by_one(images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size: tuple[int, int], kernel: Kernel) -> Tensor:
+def _one_by_one(
+    images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size: tuple[int, int], kernel: Kernel
+) -> Tensor:
     """(V, B, C, h, w) image by image; boxes hold whole pixels."""
     views = boxes.shape[1]
     out = torch.empty(views, len(images), images[0].shape[0], *size, device=images[0].device)
@@ -139,7 +153,9 @@ def _one_by_one(images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, si
     return out
 
 
-def _buckets(images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size: tuple[int, int], kernel: Kernel) -> Tensor:
+def _buckets(
+    images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size: tuple[int, int], kernel: Kernel
+) -> Tensor:
     """(V, B, C, h, w) of ragged images: padded to a few common sizes, one dense call each."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
@@ -158,10 +174,10 @@ def _buckets(images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size:
 
 
 SPARSE_AREA = 48 * 48
-"""Pixels of an image above which a CPU resizes image by image. Microseconds an image for 2 global and 8 local crops, dense
-products beside sparse image by image, one core with AVX-512 of a busy machine: 32 px (to 32 and 16) 134 / 334, 48 px (to 48 and
-24) 327 / 364, 64 px 479 / 417, 96 px 1,120 / 566, 500x375 (to 224 and 96) 43,100 / 6,190. Dense work grows with the image's area
-times the output's side, and almost all of its weights are zeros."""
+"""Pixels of an image above which a CPU resizes image by image. Microseconds an image for 2 global and 8 local crops,
+dense products beside sparse image by image, one core with AVX-512 of a busy machine: 32 px (to 32 and 16) 134 / 334, 48
+px (to 48 and 24) 327 / 364, 64 px 479 / 417, 96 px 1,120 / 566, 500x375 (to 224 and 96) 43,100 / 6,190. Dense work
+grows with the image's area times the output's side, and almost all of its weights are zeros."""
 
 
 def _sparse_is_faster(images: Tensor | Sequence[Tensor], boxes: Tensor) -> bool:
@@ -172,14 +188,22 @@ def _sparse_is_faster(images: Tensor | Sequence[Tensor], boxes: Tensor) -> bool:
     return max(image.shape[-2] * image.shape[-1] for image in several) > SPARSE_AREA
 
 
-def crop_resize_views(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size: Size,
-                      kernel: Kernel = "bicubic", method: Method = "auto") -> Tensor:
+def crop_resize_views(
+    images: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    flip: Tensor | None,
+    size: Size,
+    kernel: Kernel = "bicubic",
+    method: Method = "auto",
+) -> Tensor:
     """V crops of every image, resized (antialiased) and mirrored: (V, B, C, h, w) fp32 in 0..1 on the images' device.
 
     images: uint8, or float in 0..1, (B, C, H, W); or a list of such (C, H_i, W_i).
     boxes: (B, V, 4) of top, left, height, width in pixels, inside the image; whole (int) or fractional (float).
-    flip: (B, V) bool or None. Boxes and flips may be on the CPU while the images are on a GPU; they are sent without a wait.
-    method: `dense` products (on a list: padded groups), or `single` images through `interpolate` (CPU, whole boxes only); auto
+    flip: (B, V) bool or None. Boxes and flips may be on the CPU while the images are on a GPU; they are sent without a
+    wait.
+    method: `dense` products (on a list: padded groups), or `single` images through `interpolate` (CPU, whole boxes
+    only); auto
     takes the faster as measured: see SPARSE_AREA.
     """
     pair = as_pair(size)
@@ -196,10 +220,18 @@ def crop_resize_views(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Te
         return (_dense if isinstance(images, Tensor) else _buckets)(images, boxes, flip, pair, kernel)
 
 
-def crop_resize(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size: Size, kernel: Kernel = "bicubic",
-                method: Method = "auto") -> Tensor:
+def crop_resize(
+    images: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    flip: Tensor | None,
+    size: Size,
+    kernel: Kernel = "bicubic",
+    method: Method = "auto",
+) -> Tensor:
     """One crop an image: boxes (B, 4), flip (B,) or None -> (B, C, h, w); the rest as in `crop_resize_views`."""
-    return crop_resize_views(images, boxes.unsqueeze(1), None if flip is None else flip.unsqueeze(1), size, kernel, method)[0]
+    return crop_resize_views(
+        images, boxes.unsqueeze(1), None if flip is None else flip.unsqueeze(1), size, kernel, method
+    )[0]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

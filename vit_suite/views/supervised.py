@@ -1,4 +1,5 @@
-"""The one view of supervised training, made in batches: crop, flip, RandAugment, colour, normalise, erase (timm's order).
+"""The one view of supervised training, made in batches: crop, flip, RandAugment, color, normalize, erase (timm's
+order).
 
 Axes: B images, C channels, side S.
 """
@@ -15,18 +16,27 @@ from vit_suite.config import SupervisedViewsConfig
 from vit_suite.errors import UserError
 from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
-from vit_suite.views.multicrop import ATTEMPTS, draw_boxes, draw_views, image_sizes, normalise_, recolour_, validate_views
+from vit_suite.views.multicrop import (
+    ATTEMPTS,
+    draw_boxes,
+    draw_views,
+    image_sizes,
+    normalize_,
+    recolor_,
+    validate_views,
+)
 from vit_suite.views.randaugment import randaugment_
 from vit_suite.views.resample import crop_resize_views
 
 BORDER = 1 / 8
-"""Width of the black border of a padded crop, as a share of the image's side: 4 pixels of 32, as in every CIFAR recipe."""
+"""Width of the black border of a padded crop, as a share of the image's side: 4 pixels of 32, as in every CIFAR
+recipe."""
 ERASE_RATIO = (0.3, 1 / 0.3)
 """Width over height of an erased rectangle, [least, most] (Zhong et al. 2017, arXiv 1708.04896)."""
 
 
 class SupervisedViews:
-    """`views(images, draw)`: [(B, C, S, S)], augmented and normalised, on the images' device; picklable.
+    """`views(images, draw)`: [(B, C, S, S)], augmented and normalized, on the images' device; picklable.
 
     mean, std: C floats in 0..1.
     """
@@ -34,9 +44,13 @@ class SupervisedViews:
     def __init__(self, cfg: SupervisedViewsConfig, mean: Sequence[float], std: Sequence[float]) -> None:
         validate_views(cfg)
         if not 0 < cfg.erase_area[0] <= cfg.erase_area[1]:
-            raise UserError(f"views.erase_area: expected [least, most], both above 0, least first; got {cfg.erase_area}.")
+            raise UserError(
+                f"views.erase_area: expected [least, most], both above 0, least first; got {cfg.erase_area}."
+            )
         if cfg.randaugment and len(mean) not in (1, 3):
-            raise UserError(f"views.randaugment works on 1 or 3 channels, not {len(mean)}: turn it off with --views.randaugment 0.")
+            raise UserError(
+                f"views.randaugment works on 1 or 3 channels, not {len(mean)}: turn it off with --views.randaugment 0."
+            )
         self.cfg = cfg
         self.mean, self.std = list(mean), list(std)
 
@@ -51,8 +65,8 @@ class SupervisedViews:
         x = crop_resize_views(images, boxes, drawn.flip, cfg.global_size)[0]
         if cfg.randaugment:
             randaugment_(x, draw, cfg, self.mean)
-        recolour_(x, drawn.views(slice(None)))
-        normalise_(x, self.mean, self.std)
+        recolor_(x, drawn.views(slice(None)))
+        normalize_(x, self.mean, self.std)
         return [erase_(x, draw, cfg.erase, cfg.erase_area) if cfg.erase else x]
 
 
@@ -76,9 +90,11 @@ def shifted_boxes(sizes: Tensor, uniform: Tensor) -> Tensor:
 
 
 def erase_(x: Tensor, draw: Draw, probability: float, area: Sequence[float]) -> Tensor:
-    """Put N(0, 1) noise into a rectangle of x (B, C, S, S), normalised, in place, with `probability` an image (timm, mode pixel).
+    """Put N(0, 1) noise into a rectangle of x (B, C, S, S), normalized, in place, with `probability` an image (timm,
+    mode pixel).
 
-    area: [least, most] share of the view. Deviation from timm: the images of a step take their noise from one field of S x S
+    area: [least, most] share of the view. Deviation from timm: the images of a step take their noise from one field of
+    S x S
     pixels, each at its own rectangle. So all ranks draw the same without drawing the noise of the global batch.
     """
     count, channels, height, width = x.shape

@@ -1,7 +1,8 @@
 """Backbones on disk: what `--checkpoint` accepts, and what a run writes.
 
-A backbone file is `backbone.safetensors` (timm key names) whose metadata, repeated in `backbone.json` for people, rebuilds the network:
-an evaluation never guesses an architecture, and never runs code from a file (`weights_only=True`).
+A backbone file is `backbone.safetensors` (timm key names) whose metadata, repeated in `backbone.json` for people,
+rebuilds the network: an evaluation never guesses an architecture, and never runs code from a file
+(`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class LoadedBackbone:
 
     backbone: Backbone
     mean: list[float]
-    """Channel means in 0..1 that its images are normalised with."""
+    """Channel means in 0..1 that its images are normalized with."""
     std: list[float]
     image_size: list[int]
     """[height, width] in pixels that it was trained at: the crop of an evaluation."""
@@ -50,7 +51,9 @@ class LoadedBackbone:
             torch.manual_seed(seed)
             fresh = Backbone(BackboneConfig(**{**asdict(self.backbone.cfg), "pretrained": False}))
         digest = weights_sha256(fresh.vit.state_dict())
-        return LoadedBackbone(fresh.eval(), self.mean, self.std, self.image_size, digest, f"untrained:{self.source}", dict(self.meta))
+        return LoadedBackbone(
+            fresh.eval(), self.mean, self.std, self.image_size, digest, f"untrained:{self.source}", dict(self.meta)
+        )
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
@@ -64,7 +67,8 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def save_backbone(backbone: Backbone, folder: str | Path, mean: list[float], std: list[float], **meta: object) -> str:
-    """Write `backbone.safetensors` and `backbone.json` into `folder`, each atomically; returns the sha256 of the weights.
+    """Write `backbone.safetensors` and `backbone.json` into `folder`, each atomically; returns the sha256 of the
+    weights.
 
     The metadata is inside the safetensors file too, so either write alone leaves a pair that loads.
     """
@@ -81,17 +85,20 @@ def save_backbone(backbone: Backbone, folder: str | Path, mean: list[float], std
     }
     folder = Path(folder)
     write_atomically(
-        folder / "backbone.safetensors", lambda path: save_file(state, path, metadata={"vit_suite": json.dumps(description)})
+        folder / "backbone.safetensors",
+        lambda path: save_file(state, path, metadata={"vit_suite": json.dumps(description)}),
     )
     write_atomically(folder / "backbone.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
     return digest
 
 
 def load_backbone(checkpoint: str | Path) -> LoadedBackbone:
-    """The backbone of a run directory, a Lightning `.ckpt`, a `.safetensors`, a DINO-release `.pth`, or `timm:NAME`, in eval mode.
+    """The backbone of a run directory, a Lightning `.ckpt`, a `.safetensors`, a DINO-release `.pth`, or `timm:NAME`, in
+    eval mode.
 
     Raises:
-        UserError: there is no such file, it is truncated or no checkpoint, or its keys do not fit the architecture it names.
+        UserError: there is no such file, it is truncated or no checkpoint, or its keys do not fit the architecture it
+        names.
     """
     text = str(checkpoint)
     if text.startswith("timm:"):
@@ -100,7 +107,9 @@ def load_backbone(checkpoint: str | Path) -> LoadedBackbone:
     if path.is_dir():
         path = _in_run_directory(path)
     if not path.is_file():
-        raise UserError(f"checkpoint '{text}' does not exist. Give a run directory, a {', '.join(SUFFIXES)} file, or timm:NAME.")
+        raise UserError(
+            f"checkpoint '{text}' does not exist. Give a run directory, a {', '.join(SUFFIXES)} file, or timm:NAME."
+        )
     if path.suffix == ".safetensors":
         return _from_safetensors(path, text)
     if path.suffix in SUFFIXES:
@@ -130,9 +139,15 @@ def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
             if names:
                 first = names[0]
-                shapes = f" ({tuple(state[first].shape)} in the file, {tuple(own[first].shape)} here)" if what == "of another shape" else ""
+                shapes = (
+                    f" ({tuple(state[first].shape)} in the file, {tuple(own[first].shape)} here)"
+                    if what == "of another shape"
+                    else ""
+                )
                 parts.append(f"{len(names)} {what}, first '{first}'{shapes}")
-        raise UserError(f"checkpoint '{source}' does not fit the architecture ({_describe(backbone)}): {'; '.join(parts)}.")
+        raise UserError(
+            f"checkpoint '{source}' does not fit the architecture ({_describe(backbone)}): {'; '.join(parts)}."
+        )
     backbone.vit.load_state_dict(state)
 
 
@@ -179,14 +194,20 @@ def _from_safetensors(path: Path, source: str) -> LoadedBackbone:
 def _from_pickle(path: Path, source: str) -> LoadedBackbone:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for the ways a file can be broken
+    except (
+        Exception
+    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for the ways a file can be broken
         cause = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"checkpoint '{source}' is truncated, or no checkpoint of plain tensors ({cause}).") from error
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint '{source}' holds a {type(content).__name__}, not weights.")
     if "pytorch-lightning_version" in content:
         return _from_lightning(content, source)
-    for key in ("teacher", "model", "state_dict"):  # how releases wrap their weights; the teacher is what DINO evaluates
+    for key in (
+        "teacher",
+        "model",
+        "state_dict",
+    ):  # how releases wrap their weights; the teacher is what DINO evaluates
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
@@ -196,18 +217,32 @@ def _from_pickle(path: Path, source: str) -> LoadedBackbone:
 def _from_lightning(content: Mapping, source: str) -> LoadedBackbone:
     description = content.get("vit_suite")
     if not description:
-        raise UserError(f"checkpoint '{source}' is a Lightning checkpoint of another project: it holds no vit-suite backbone.")
+        raise UserError(
+            f"checkpoint '{source}' is a Lightning checkpoint of another project: it holds no vit-suite backbone."
+        )
     prefix = description["prefix"]
-    state = {name.removeprefix(prefix): tensor for name, tensor in content["state_dict"].items() if name.startswith(prefix)}
+    state = {
+        name.removeprefix(prefix): tensor for name, tensor in content["state_dict"].items() if name.startswith(prefix)
+    }
     backbone = _build({**description["backbone"], "drop_path": 0.0}, source)
     fill(backbone, state, source)
-    extra = {"mean": description["mean"], "std": description["std"], "epoch": content.get("epoch"), "step": content.get("global_step")}
+    extra = {
+        "mean": description["mean"],
+        "std": description["std"],
+        "epoch": content.get("epoch"),
+        "step": content.get("global_step"),
+    }
     return _finish(backbone, extra, source)
 
 
 def _from_plain_state(state: Mapping, source: str) -> LoadedBackbone:
-    """A bare ViT state dict, as DINO releases it: the dimensions are read off the shapes; heads have 64 dimensions, as in every release."""
-    tensors = {re.sub(r"^(module\.)?(backbone\.)?", "", str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
+    """A bare ViT state dict, as DINO releases it: the dimensions are read off the shapes; heads have 64 dimensions, as
+    in every release."""
+    tensors = {
+        re.sub(r"^(module\.)?(backbone\.)?", "", str(name)): value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
     tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     absent = [name for name in needed if name not in tensors]
@@ -216,7 +251,10 @@ def _from_plain_state(state: Mapping, source: str) -> LoadedBackbone:
     patch = tensors["patch_embed.proj.weight"]
     dim, channels, side = patch.shape[0], patch.shape[1], patch.shape[-1]
     if dim % 64:
-        raise UserError(f"checkpoint '{source}' does not say how many heads it has, and its width {dim} is no multiple of a release's 64.")
+        raise UserError(
+            f"checkpoint '{source}' does not say how many heads it has, and its width {dim} is no multiple of a"
+            " release's 64."
+        )
     grid = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
     cfg = BackboneConfig(
         name="vit",
@@ -248,4 +286,6 @@ def _pretrained(name: str, source: str) -> Backbone:
     except UserError:
         raise
     except Exception as error:  # hub clients raise many types when there is no network or no weights
-        raise UserError(f"'{source}': timm could not provide the weights ({str(error).splitlines()[0][:160]}).") from error
+        raise UserError(
+            f"'{source}': timm could not provide the weights ({str(error).splitlines()[0][:160]})."
+        ) from error

@@ -16,14 +16,16 @@ NAME = "head.safetensors"
 
 
 def save_head(head: nn.Linear, classes: list[str], folder: str | Path, backbone_sha256: str) -> None:
-    """Write weight (K, D) and bias (K,), with the names of the K classes and the sha256 of the backbone they belong to."""
+    """Write weight (K, D) and bias (K,), with the names of the K classes and the sha256 of the backbone they belong
+    to."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
     description = json.dumps({"classes": classes, "backbone_sha256": backbone_sha256})
     write_atomically(Path(folder) / NAME, lambda path: save_file(state, path, metadata={"vit_suite": description}))
 
 
 def load_head(folder: str | Path) -> tuple[nn.Linear, list[str], str]:
-    """(head, names of its classes, sha256 of its backbone) from a run directory. UserError when there is none or it is damaged."""
+    """(head, names of its classes, sha256 of its backbone) from a run directory. UserError when there is none or it is
+    damaged."""
     path = Path(folder) / NAME
     if not path.is_file():
         raise UserError(f"'{folder}' holds no {NAME}: it is no supervised or fine-tuning run.")

@@ -1,7 +1,9 @@
-"""What a training writes while it runs: last.ckpt, best.ckpt, kept epochs, and the backbone for everyone else; where it stops for a signal.
+"""What a training writes while it runs: last.ckpt, best.ckpt, kept epochs, and the backbone for everyone else; where it
+stops for a signal.
 
-Own callback instead of Lightning's ModelCheckpoint, because several of those with equal triggers clash, and because their atomic save
-goes through the system's temporary folder: where that is another file system, as on most clusters, a kill leaves half a file.
+Own callback instead of Lightning's ModelCheckpoint, because several of those with equal triggers clash, and because
+their atomic save goes through the system's temporary folder: where that is another file system, as on most clusters, a
+kill leaves half a file.
 """
 
 from __future__ import annotations
@@ -27,16 +29,22 @@ class Keeper(Checkpoint):
     """Writes `FOLDER/checkpoints/{last,best,epoch_NNNN}.ckpt` and `FOLDER/backbone.{safetensors,json}`, of a supervised
     method `FOLDER/head.safetensors` too.
 
-    `best` follows the logged metric `monitor` (higher is better; None: there is no best) at the ends of epochs that logged it.
-    `meta` goes into backbone.json.
-    Lightning calls a `Checkpoint` after all other callbacks, so scores of the same epoch are there.
+    `best` follows the logged metric `monitor` (higher is better; None: there is no best) at the ends of epochs that
+    logged it. `meta` goes into backbone.json. Lightning calls a `Checkpoint` after all other callbacks, so scores of
+    the same epoch are there.
 
-    A signal that any rank has noted in `signals` stops all of them after the same step: `Stopped` is raised before the next one, when
-    the metrics of the last are logged. In the last step of an epoch it waits for the epoch's score, which a resumed run does not make up.
+    A signal that any rank has noted in `signals` stops all of them after the same step: `Stopped` is raised before the
+    next one, when the metrics of the last are logged. In the last step of an epoch it waits for the epoch's score,
+    which a resumed run does not make up.
     """
 
     def __init__(
-        self, folder: str | Path, cfg: CheckpointConfig, monitor: str | None = None, signals: Signals | None = None, **meta: object
+        self,
+        folder: str | Path,
+        cfg: CheckpointConfig,
+        monitor: str | None = None,
+        signals: Signals | None = None,
+        **meta: object,
     ):
         self.folder, self.cfg, self.monitor, self.signals, self.meta = Path(folder), cfg, monitor, signals, meta
         self.best: float | None = None
@@ -58,11 +66,13 @@ class Keeper(Checkpoint):
         most, least = distributed.largest([step, -step], module.device)()
         if most != -least:
             raise RuntimeError(
-                f"ranks resume from different steps, {-least} to {most}: is run.output on a file system that all machines share?"
+                f"ranks resume from different steps, {-least} to {most}: is run.output on a file system that all"
+                " machines share?"
             )
         if self.signals:
             self.signals.listen()  # here, because Lightning puts its own handlers in place just before
-            # Its word to the other ranks of a SIGTERM, which its handler no longer hears, would make GPUs wait before every batch.
+            # Its word to the other ranks of a SIGTERM, which its handler no longer hears, would make GPUs wait before
+            # every batch.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
@@ -78,7 +88,9 @@ class Keeper(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         stepped, self.seen_step = trainer.global_step != self.seen_step, trainer.global_step
-        if not stepped:  # between the micro-batches of a step, whose gradients no checkpoint holds: neither save nor stop here
+        if (
+            not stepped
+        ):  # between the micro-batches of a step, whose gradients no checkpoint holds: neither save nor stop here
             trainer.should_stop = False
             return
         self._agree(module.device)
@@ -89,13 +101,16 @@ class Keeper(Checkpoint):
             self.save(trainer, "last")
 
     def _agree(self, device: torch.device) -> None:
-        """Settle `signal` and `late` among the ranks: saving is collective, but signals come at different moments and clocks differ.
+        """Settle `signal` and `late` among the ranks: saving is collective, but signals come at different moments and
+        clocks differ.
 
-        Every step, since a warning may come seconds before the end; one rank asks nobody. GPUs act on the answer of the step before, so
-        that none waits for it.
+        Every step, since a warning may come seconds before the end; one rank asks nobody. GPUs act on the answer of the
+        step before, so that none waits for it.
         """
         elapsed = bool(self.cfg.every_minutes) and time.monotonic() - self.saved_at >= 60 * self.cfg.every_minutes
-        answer = distributed.largest([self.signals.noted if self.signals else 0, elapsed and distributed.rank() == 0], device)
+        answer = distributed.largest(
+            [self.signals.noted if self.signals else 0, elapsed and distributed.rank() == 0], device
+        )
         if device.type == "cuda" and distributed.active():
             answer, self._answer = self._answer, answer
         self.signal, self.late = answer() if answer else (0, False)
@@ -125,8 +140,11 @@ class Keeper(Checkpoint):
         self.export(trainer, module)
 
     def save(self, trainer: pl.Trainer, name: str) -> None:
-        """Write a checkpoint beside its final place and move it there in one step; never one whose weights are not finite."""
-        sums = torch.stack([distributed.own_part(parameter).float().sum() for parameter in trainer.lightning_module.parameters()])
+        """Write a checkpoint beside its final place and move it there in one step; never one whose weights are not
+        finite."""
+        sums = torch.stack(
+            [distributed.own_part(parameter).float().sum() for parameter in trainer.lightning_module.parameters()]
+        )
         if not torch.isfinite(distributed.mean_over_ranks(sums)).all():  # of all ranks, which stop or go on together
             raise RuntimeError(
                 f"the weights are not finite at step {trainer.global_step}; {name}.ckpt stays as it was. "
@@ -134,19 +152,24 @@ class Keeper(Checkpoint):
             )
         path = self.folder / "checkpoints" / f"{name}.ckpt"
         partial = path.with_name(path.name + PARTIAL)
-        trainer.save_checkpoint(partial, weights_only=False)  # False: optimiser and loops too
+        trainer.save_checkpoint(partial, weights_only=False)  # False: optimizer and loops too
         if trainer.is_global_zero:
             put_in_place(partial, path)
         if name == "last":
             self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
-            self._answer = None  # to a question of before: a clock that has just been reset, or a signal that is asked for again
+            self._answer = (
+                None  # to a question of before: a clock that has just been reset, or a signal that is asked for again
+            )
 
     def export(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write the backbone that is evaluated (the teacher's for DINO), and its head where there is one. All ranks call this."""
+        """Write the backbone that is evaluated (the teacher's for DINO), and its head where there is one. All ranks
+        call this."""
         module = module.whole()
         if trainer.is_global_zero:
             at = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-            digest = save_backbone(module.evaluation_backbone(), self.folder, module.mean, module.std, **at, **self.meta)
+            digest = save_backbone(
+                module.evaluation_backbone(), self.folder, module.mean, module.std, **at, **self.meta
+            )
             head = module.evaluation_head()
             if head is not None:
                 save_head(head, module.classes, self.folder, digest)

@@ -1,15 +1,17 @@
-"""Colour augmentation of a batch, every sample with its own factors: jitter, greyscale, Gaussian blur, solarisation.
+"""Color augmentation of a batch, every sample with its own factors: jitter, grayscale, Gaussian blur, solarization.
 
-Semantics are torchvision's on float images (transforms.v2.functional), values in 0..1 and clamped after every step; jitter runs
-its four steps in a random order per sample, as ColorJitter does per call. Blur is Pillow's, which DINO's release uses.
-All operations work in place on x (N, C, H, W), contiguous fp32.
+Semantics are torchvision's on float images (transforms.v2.functional), values in 0..1 and clamped after every step;
+jitter runs its four steps in a random order per sample, as ColorJitter does per call. Blur is Pillow's, which DINO's
+release uses. All operations work in place on x (N, C, H, W), contiguous fp32.
 
-Which samples an operation touches is known on the host, where the parameters are drawn, so rows are gathered by index lists
+Which samples an operation touches is known on the host, where the parameters are drawn, so rows are gathered by index
+lists
 built there: a GPU never has to tell the host how many samples were chosen.
 
-Channels: brightness, contrast, blur and solarisation work on any number (contrast pulls towards the mean grey for RGB, towards
-the mean of all channels otherwise). Saturation, hue and greyscale are defined for RGB only and leave other images as they are,
-as torchvision does for one channel.
+Channels: brightness, contrast, blur and solarization work on any number (contrast pulls towards the mean gray for RGB,
+towards
+the mean of all channels otherwise). Saturation, hue and grayscale are defined for RGB only and leave other images as
+they are, as torchvision does for one channel.
 
 Axes: N samples, C channels, P pixels of a plane.
 """
@@ -27,19 +29,19 @@ from vit_suite.hardware import send
 from vit_suite.views.resample import full_precision
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in grey (torchvision; ITU-R BT.601)."""
+"""Weights of red, green and blue in gray (torchvision; ITU-R BT.601)."""
 CPU_CHUNK = 1 << 18
-"""Elements worked on at a time on a CPU (1 MiB): the dozens of passes over a chunk stay in cache, and calls do not outweigh them.
-Jitter of 2 x 32 + 8 x 16, microseconds an image at 2^15 .. 2^19: 128, 89, 76, 80, 87."""
+"""Elements worked on at a time on a CPU (1 MiB): the dozens of passes over a chunk stay in cache, and calls do not
+outweigh them. Jitter of 2 x 32 + 8 x 16, microseconds an image at 2^15 .. 2^19: 128, 89, 76, 80, 87."""
 BLUR_TAPS_SIDE = 88
-"""Side up to which a CPU blurs by products. Microseconds a view, products / sums of shifted copies, one core with AVX-512:
-32 px 15 / 133, 64 px 75 / 160, 80 px 132 / 181, 96 px 233 / 204, 224 px 2,654 / 890."""
+"""Side up to which a CPU blurs by products. Microseconds a view, products / sums of shifted copies, one core with
+AVX-512: 32 px 15 / 133, 64 px 75 / 160, 80 px 132 / 181, 96 px 233 / 204, 224 px 2,654 / 890."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Columns of the jitter factors, and the numbers in its orders."""
 
 
-def grey_plane(x: Tensor) -> Tensor:
-    """(N, 1, P) grey of RGB (N, 3, P)."""
+def gray_plane(x: Tensor) -> Tensor:
+    """(N, 1, P) gray of RGB (N, 3, P)."""
     red, green, blue = x.unbind(1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(1)
 
@@ -50,31 +52,32 @@ def brightness_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast_(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend of x (N, C, P) with its mean grey: factor 0 is flat, 1 the image."""
+    """Blend of x (N, C, P) with its mean gray: factor 0 is flat, 1 the image."""
     mean = x.mean(-1)  # (N, C)
-    level = grey_plane(mean.unsqueeze(-1)).flatten() if x.shape[1] == 3 else mean.mean(1)
+    level = gray_plane(mean.unsqueeze(-1)).flatten() if x.shape[1] == 3 else mean.mean(1)
     level *= 1 - factor
-    # Two passes with one broadcast operand each: PyTorch's CPU loops do not vectorise addcmul with two, which is 5 times slower.
+    # Two passes with one broadcast operand each: PyTorch's CPU loops do not vectorise addcmul with two, which is 5
+    # times slower.
     return x.mul_(factor.view(-1, 1, 1)).add_(level.view(-1, 1, 1)).clamp_(0, 1)
 
 
 def saturation_(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend of x (N, 3, P) with its grey: factor 0 is grey, 1 the image. Nothing for other channel counts."""
+    """Blend of x (N, 3, P) with its gray: factor 0 is gray, 1 the image. Nothing for other channel counts."""
     if x.shape[1] != 3:
         return x
     factor = factor.view(-1, 1, 1)
-    grey = grey_plane(x).mul_(1 - factor)
-    return x.mul_(factor).add_(grey).clamp_(0, 1)
+    gray = gray_plane(x).mul_(1 - factor)
+    return x.mul_(factor).add_(gray).clamp_(0, 1)
 
 
 def hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue of x (N, 3, P) by shift (N,) in turns, -0.5..0.5, at constant HSV value and saturation. RGB only.
 
     HSV and back without its six sectors: on a CPU a `where` costs as much as ten arithmetic passes.
-    With u = (rgb - min) / chroma, one of u is 0 and one is 1, and hue in sixths of a turn, -3..3, has the sign of s = u_g - u_b
-    and the magnitude 1.5 + (|s| - 1.5) (2 u_r - 1), bilinear and right on each of its three sectors (u_r = 1, |s| = 1, u_r = 0).
-    Back: a channel is value - chroma * clip(2 - 6 d, 0, 1), where d is the distance on the circle, in turns, from the hue to the
-    channel's opposite (cyan 1/2, magenta -1/6, yellow 1/6).
+    With u = (rgb - min) / chroma, one of u is 0 and one is 1, and hue in sixths of a turn, -3..3, has the sign of s =
+    u_g - u_b and the magnitude 1.5 + (|s| - 1.5) (2 u_r - 1), bilinear and right on each of its three sectors (u_r = 1,
+    |s| = 1, u_r = 0). Back: a channel is value - chroma * clip(2 - 6 d, 0, 1), where d is the distance on the circle,
+    in turns, from the hue to the channel's opposite (cyan 1/2, magenta -1/6, yellow 1/6).
     """
     if x.shape[1] != 3:
         return x
@@ -87,7 +90,9 @@ def hue_(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.sub(red, least, out=least).mul_(inverse).mul_(2).sub_(1)
     hue.mul_(torch.abs(side, out=inverse).sub_(1.5)).add_(1.5).copysign_(side).mul_(1 / 6).add_(shift.view(-1, 1))
     distance = torch.empty_like(x)
-    for channel, opposite in enumerate((1 / 2, -1 / 6, 1 / 6)):  # plain numbers: a small tensor made on a GPU would wait for it
+    for channel, opposite in enumerate(
+        (1 / 2, -1 / 6, 1 / 6)
+    ):  # plain numbers: a small tensor made on a GPU would wait for it
         torch.sub(hue, opposite, out=distance[:, channel])
     distance.sub_(distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(value.unsqueeze(1), chroma.unsqueeze(1), distance, value=-1, out=x)
@@ -100,7 +105,8 @@ def _steps(order: Tensor, apply: Tensor, merge: bool) -> Iterator[tuple[Tensor, 
     """Which rows take which operations in turn. order (N, 4), apply (N,) bool, both on the CPU.
 
     `merge` False (CPU): rows of one order go through all four steps while they are in the cache: at most 24 groups.
-    `merge` True (GPU): round by round, rows that take the same operation together: 16 larger groups and so fewer kernels.
+    `merge` True (GPU): round by round, rows that take the same operation together: 16 larger groups and so fewer
+    kernels.
     """
     rows = apply.nonzero().squeeze(1)
     order = order.index_select(0, rows)
@@ -128,10 +134,12 @@ def _blocks(rows: Tensor, each: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def jitter_(x: Tensor, factors: Tensor, order: Tensor, apply: Tensor) -> Tensor:
-    """Colour jitter of the samples in `apply`.
+    """Color jitter of the samples in `apply`.
 
-    x: (N, C, H, W) in 0..1. factors: (N, 4) brightness, contrast, saturation factors and hue shift in turns. order: (N, 4) the
-    operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order they run. apply: (N,) bool. All but x on the CPU.
+    x: (N, C, H, W) in 0..1. factors: (N, 4) brightness, contrast, saturation factors and hue shift in turns. order: (N,
+    4) the
+    operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order they run. apply: (N,) bool. All but x on the
+    CPU.
     """
     flat = x.view(len(x), x.shape[1], -1)
     for rows, operations in _steps(order, apply, merge=x.device.type != "cpu"):
@@ -146,18 +154,18 @@ def jitter_(x: Tensor, factors: Tensor, order: Tensor, apply: Tensor) -> Tensor:
     return x
 
 
-def greyscale_(x: Tensor, apply: Tensor) -> Tensor:
-    """Grey in all three channels for the samples in `apply` (N,) bool on the CPU; nothing for other channel counts."""
+def grayscale_(x: Tensor, apply: Tensor) -> Tensor:
+    """Gray in all three channels for the samples in `apply` (N,) bool on the CPU; nothing for other channel counts."""
     if x.shape[1] != 3:
         return x
     flat = x.view(len(x), 3, -1)
     for block in _blocks(apply.nonzero().squeeze(1), flat[0].numel(), x.device):
         rows = send(block, x.device)
-        flat.index_copy_(0, rows, grey_plane(flat.index_select(0, rows)).expand(-1, 3, -1))
+        flat.index_copy_(0, rows, gray_plane(flat.index_select(0, rows)).expand(-1, 3, -1))
     return x
 
 
-def solarise_(x: Tensor, apply: Tensor) -> Tensor:
+def solarize_(x: Tensor, apply: Tensor) -> Tensor:
     """Inverts values of one half and above (Pillow: 128 of 255) in the samples of `apply` (N,) bool on the CPU."""
     for block in _blocks(apply.nonzero().squeeze(1), x[0].numel(), x.device):
         rows = send(block, x.device)
@@ -168,7 +176,8 @@ def solarise_(x: Tensor, apply: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _taps_to_matrix(radius: int, size: int, device: torch.device) -> Tensor:
-    """(radius + 1, size * size): how often pixel p is read at distance d for output q, pixels off the edge read as the edge."""
+    """(radius + 1, size * size): how often pixel p is read at distance d for output q, pixels off the edge read as the
+    edge."""
     matrix = torch.zeros(radius + 1, size, size)
     for place in range(size):
         for offset in range(-radius, radius + 1):
@@ -177,14 +186,16 @@ def _taps_to_matrix(radius: int, size: int, device: torch.device) -> Tensor:
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """Radius (fractional, pixels) of the box whose three runs are Pillow's Gaussian of sigma (BoxBlur.c; Gwosdek et al. 2011)."""
+    """Radius (fractional, pixels) of the box whose three runs are Pillow's Gaussian of sigma (BoxBlur.c; Gwosdek et al.
+    2011)."""
     variance = sigma.double().square() / 3
     whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()
     return whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
 
 
 def box_taps(sigma: Tensor) -> Tensor:
-    """(N, reach + 1) weights at distances 0, 1 .. reach of that box for sigma (N,): whole pixels, and a fraction at its ends."""
+    """(N, reach + 1) weights at distances 0, 1 .. reach of that box for sigma (N,): whole pixels, and a fraction at its
+    ends."""
     radius = box_radius(sigma).unsqueeze(-1)
     distance = torch.arange(int(radius.max()) + 2)
     return ((radius + 1 - distance).clamp_(0, 1) / (2 * radius + 1)).float()
@@ -193,10 +204,10 @@ def box_taps(sigma: Tensor) -> Tensor:
 def blur_(x: Tensor, sigma: Tensor, apply: Tensor) -> Tensor:
     """Gaussian blur of the samples in `apply` (N,) bool; sigma (N,) in pixels, above 0; both on the CPU.
 
-    As Pillow's GaussianBlur, which DINO's release calls: three box blurs, each repeating the edge pixel off the edge. They keep
-    the Gaussian's variance even below half a pixel, where a sampled Gaussian hardly blurs (33 / 255 apart at sigma 0.3).
-    Small views, and all on a GPU, by two batched products with (S, S) matrices; views above BLUR_TAPS_SIDE on a CPU sample by
-    sample as a sum of shifted copies.
+    As Pillow's GaussianBlur, which DINO's release calls: three box blurs, each repeating the edge pixel off the edge.
+    They keep the Gaussian's variance even below half a pixel, where a sampled Gaussian hardly blurs (33 / 255 apart at
+    sigma 0.3). Small views, and all on a GPU, by two batched products with (S, S) matrices; views above BLUR_TAPS_SIDE
+    on a CPU sample by sample as a sum of shifted copies.
     """
     rows = apply.nonzero().squeeze(1)
     if not len(rows):
