@@ -3,4 +3,5 @@
 set -euo pipefail
 . "$(dirname "$0")/env.sh" test
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 .venv/bin/python -m pytest "$@"
