@@ -13,6 +13,7 @@ ROAD = [
     "files",
     "signals",
     "config",
+    "recipes",
     "options",
     "parsing",
     "distributed",

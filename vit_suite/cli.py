@@ -13,8 +13,9 @@ import os
 import sys
 from collections import namedtuple
 
-Command = namedtuple("Command", "help config run")
-"""One line of help; "module:Class" of the options; "module:function" that takes an object of that class."""
+Command = namedtuple("Command", "help config run words", defaults=[""])
+"""One line of help; "module:Class" of the options; "module:function" that takes an object of that class; the option
+that bare words before the first `--` belong to (`recipes show NAME`), if the command takes such."""
 
 COMMANDS = {
     "demo": Command(
@@ -62,6 +63,12 @@ COMMANDS = {
         "vit_suite.config:LaunchConfig",
         "vit_suite.commands.launch:run",
     ),
+    "recipes": Command(
+        "List the recipes in the package, or print one",
+        "vit_suite.config:RecipesConfig",
+        "vit_suite.commands.recipes:run",
+        "words",
+    ),
 }
 
 
@@ -90,6 +97,8 @@ def _run(argv: list[str]) -> int:
     try:
         command = _find(argv[0])
         config_class, words = _load(command.config), argv[1:]
+        if command.words and words and not words[0].startswith("-"):
+            words = [f"--{command.words}", *words]
         if "--help" in words or "-h" in words:
             return _say(command_help(argv[0], config_class, [word for word in words if word not in ("--help", "-h")]))
         from vit_suite.parsing import dump_config, load_config

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError, nearest
 from vit_suite.options import REQUIRED, Option, Schema, join
+from vit_suite.recipes import config_file
 
 
 class Given(NamedTuple):
@@ -37,7 +38,7 @@ def load_config(
         files, given = [], read_mapping(overrides)
     else:
         files, given = read_arguments(overrides)
-    layers = [read_yaml(file) for file in ([] if path is None else [path]) + files]
+    layers = [read_yaml(config_file(file)) for file in ([] if path is None else [os.fspath(path)]) + files]
     merged = {key: item for layer in [*layers, given] for key, item in layer.items()}
     return resolve(cls, merged)
 

@@ -14,6 +14,7 @@ from vit_suite.config.limits import Range
 from vit_suite.config.localize import LocalizeConfig
 from vit_suite.config.pretrain import METHODS, OPTIMS, VIEWS, PretrainConfig
 from vit_suite.config.profile import ProfileConfig
+from vit_suite.config.recipes import RecipesConfig
 from vit_suite.config.shared import (
     BackboneConfig,
     CheckpointConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "PretrainConfig",
     "ProfileConfig",
     "Range",
+    "RecipesConfig",
     "RunOptions",
     "ScoreConfig",
     "SiTConfig",
