@@ -36,6 +36,9 @@ class BackboneConfig:
     and column (Beyer et al. 2022). For `vit`."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each branch (ViT), or after each sum, with none at the end (Vaswani et al. 2017). For `vit`."""
+    norm_eps: Positive | None = None
+    """Added to the variance in every LayerNorm; timm's own for a timm name, 1e-6 for `vit`. Hugging Face's ViT has
+    1e-12, DINOv3 1e-5."""
     causal: bool = False
     """A patch attends to itself and earlier ones, in raster order; CLS and registers to everything (set by method.order
     causal)."""

@@ -112,12 +112,13 @@ def _explicit(cfg: BackboneConfig) -> dict:
         "mlp_ratio": 4.0 if cfg.mlp_ratio is None else cfg.mlp_ratio,
         "reg_tokens": cfg.registers or 0,
         "class_token": cfg.class_token,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=cfg.norm_eps or 1e-6),
     } | ({"block_fn": PostNormBlock, "final_norm": False} if cfg.norm == "post" else {})
 
 
 def _overrides(cfg: BackboneConfig) -> dict:
     """timm arguments of the dimensions that the user set beside a timm name."""
-    for option in ("class_token", "positions", "norm"):
+    for option in ("class_token", "positions", "norm", "norm_eps"):
         if getattr(cfg, option) != getattr(BackboneConfig, option):
             raise UserError(f"backbone.{option} is for backbone.name 'vit'; '{cfg.name}' has its own.")
     given = {
