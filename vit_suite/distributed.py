@@ -121,6 +121,16 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return tensor / dist.get_world_size()
 
 
+@torch.no_grad()
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The largest value over all ranks, place by place, of a tensor of one shape (no gradient)."""
+    if not active():
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def largest(values: list[int], device: torch.device) -> Callable[[], list[int]]:
     """Begin to find, place by place, the largest of all ranks' `values` (all ranks call this at the same moment of
     their training).

@@ -51,7 +51,7 @@ def recipe(cfg: DemoConfig) -> PretrainConfig:
             freeze_last_layer_epochs=0,
             teacher_temperature=0.04,
             momentum_teacher=0.99,
-            koleo_weight=0.1,
+            koleo_weight=0.05,
         ),
         backbone=BackboneConfig(patch_size=PATCH, dim=96, depth=3, heads=3, drop_path=0.0),
         data=DataConfig(

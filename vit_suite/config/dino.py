@@ -47,6 +47,6 @@ class DINOConfig:
     (facebookresearch/dino issue 269). The gradients stay the same. 1 takes least memory; not given: all crops together,
     which is fastest."""
     koleo_weight: NotNegative = 0.0
-    """Weight of DINOv2's KoLeo term on the student's CLS tokens of the global crops (DINOv2: 0.1); 0 is DINO.
-    Neighbours are sought among the images of all ranks (DINOv2: of a rank), so that any number of ranks trains
+    """Weight of DINOv2's KoLeo term, the sum over the student's CLS tokens of the two global crops (DINOv2: 0.1); 0 is
+    DINO. Neighbours are sought among the images of all ranks (DINOv2: of a rank), so that any number of ranks trains
     alike."""

@@ -1,10 +1,13 @@
 """KoLeo: spread features evenly over the sphere (Sablayrolles et al. 2018, arXiv 1806.03198; used by DINOv2, arXiv
-2304.07193)."""
+2304.07193; facebookresearch/dinov2 dinov2/loss/koleo_loss.py)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+EPS = 1e-8
+"""The official code adds it twice: to every component of the difference (PairwiseDistance), and to the distance."""
 
 
 def koleo_loss(features: Tensor, own: slice = slice(None)) -> Tensor:
@@ -15,18 +18,18 @@ def koleo_loss(features: Tensor, own: slice = slice(None)) -> Tensor:
             loss -= log(min over j != i of |x_i - x_j|) / own rows
 
     Args:
-        features: (N, D), one view of the N images of all ranks, with gradient; at least 2. DINOv2 compares those of a
-            rank alone, so that its loss depends on the number of ranks.
+        features: (N, D), one view of the N images of all ranks, with gradient; at least 2. Deliberate difference:
+            DINOv2 compares those of a rank alone, so that its loss depends on the number of ranks.
         own: the rows of this rank. The mean over ranks is the loss of one rank with all rows.
 
     Returns:
         Scalar. A collapse of two rows onto each other costs most; evenly spread rows cost least.
     """
     with torch.autocast(features.device.type, enabled=False):
-        unit = torch.nn.functional.normalize(features.float(), dim=-1)
+        unit = torch.nn.functional.normalize(features.float(), dim=-1, eps=EPS)
         rows = unit[own]
         with torch.no_grad():  # which row is nearest is not differentiated, as in DINOv2
             similarities = rows @ unit.T
             similarities.diagonal(own.start or 0).fill_(-1.0)
             nearest = similarities.argmax(dim=-1)
-        return -((rows - unit[nearest]).norm(dim=-1) + 1e-8).log().mean()
+        return -((rows - unit[nearest] + EPS).norm(dim=-1) + EPS).log().mean()

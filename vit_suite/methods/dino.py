@@ -208,7 +208,7 @@ class DINO(Method):
             for view in views
             if view < GLOBAL_CROPS
         ]
-        koleo = sum(spread, start=distillation.new_zeros(())) / GLOBAL_CROPS
+        koleo = sum(spread, start=distillation.new_zeros(()))  # the sum over both crops, as DINOv2 weighs it
         return {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
 
     def losses_in_groups(self, crops: list[Tensor], target: Tensor) -> dict[str, Tensor]:
