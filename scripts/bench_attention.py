@@ -29,8 +29,7 @@ from vit_suite.attention.export import export_attention
 from vit_suite.attention.maps import look
 from vit_suite.config import BackboneConfig
 from vit_suite.data.shapes import ShapesSource
-from vit_suite.evaluation.features import cores
-from vit_suite.hardware import autocast, pick_precision
+from vit_suite.hardware import autocast, cores, pick_precision
 from vit_suite.models.backbone import Backbone
 from vit_suite.reports.results import table
 

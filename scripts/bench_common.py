@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vit_suite.evaluation.features import cores
+from vit_suite.hardware import cores
 from vit_suite.reports.results import table
 
 PERCENT = ("spread", "of matmul rate")

@@ -21,9 +21,8 @@ from bench_knn import TEMPERATURE, features
 from bench_step import CASES, CPU, ours
 from PIL import Image, ImageDraw
 
-from vit_suite.evaluation.features import cores
 from vit_suite.evaluation.knn import knn_classify
-from vit_suite.hardware import pick_precision
+from vit_suite.hardware import cores, pick_precision
 
 BASE = CASES["tiny"] | {"batch": 16, "local": 2}
 AXES = {

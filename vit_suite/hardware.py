@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import Literal
 
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from vit_suite import distributed
 from vit_suite.errors import UserError
+
+
+def cores() -> int:
+    """CPU cores this process may use: a limit of SLURM or of a container counts, not the machine's number."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(accelerator: Literal["auto", "cpu", "gpu"] = "auto") -> torch.device:

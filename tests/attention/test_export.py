@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_suite.attention import export, export_draw, export_worker
+from vit_suite.attention import export, export_draw, export_worker, grids
 from vit_suite.attention.coco import annotation
 from vit_suite.attention.export import export_attention, view_size
-from vit_suite.attention.export_worker import cut
+from vit_suite.attention.grids import cut
 from vit_suite.attention.guided import guided_filter
 from vit_suite.attention.manifest import read_manifest
 from vit_suite.attention.maps import look, mass_mask, max_map, mean_map, upsample
@@ -204,7 +204,7 @@ def test_waiting_pictures_and_attention_stay_within_bounds(tmp_path, monkeypatch
     assert sorted(held) == [[32 + 8 * i] for i in range(12)]
     assert len(files_of(tmp_path / "out")) == 13
 
-    monkeypatch.setattr(export_worker, "ATTENTION_BYTES", 2 * 4 * 2 * 17**2)  # two images of 16 patches
+    monkeypatch.setattr(grids, "ATTENTION_BYTES", 2 * 4 * 2 * 17**2)  # two images of 16 patches
     same = sizes_in(tmp_path / "same", [(32, 32)] * 5)
     held.clear()
     export_attention(Backbone(), same, tmp_path / "out2", mean=MEAN, std=STD, formats=["npz"], batch_size=100)

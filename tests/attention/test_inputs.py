@@ -58,7 +58,7 @@ def test_a_data_set_is_split_and_index():
     source = open_test(DataConfig(name="shapes", image_size=16, test_length=12))
     pictures = open_pictures(source, None, 3)
     assert list(pictures.names[:2]) == ["test/00", "test/01"] and pictures.names[11] == "test/11"
-    assert pictures.paths[3] == source.path(3) and (pictures.load(3) == source.load(3).numpy()).all()
+    assert pictures.path(3) == source.path(3) and (pictures.load(3) == source.load(3).numpy()).all()
 
 
 def frames(count, height=24, width=32):

@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from vit_suite.config import DataConfig
+from vit_suite.data.decode import Quarantine
 from vit_suite.data.registry import open_split
+from vit_suite.data.resident import make_resident
+from vit_suite.data.source import FileSource
 from vit_suite.errors import UserError
 
 
@@ -44,3 +47,30 @@ def tar(path, members, form=tarfile.USTAR_FORMAT):
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
     return path
+
+
+def make_files(folder, count=23, bad=(), sizes=((8, 8),)):
+    """Image i holds the value i everywhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", sizes[i % len(sizes)], (i, i, i)).save(folder / f"{i:03d}.png")
+        if i in bad:
+            (folder / f"{i:03d}.png").write_bytes(b"" if i % 2 else b"not an image")
+    return FileSource(
+        "set", "train", folder, [f"{i:03d}.png" for i in range(count)], 3, ["a", "b"], [i % 2 for i in range(count)]
+    )
+
+
+def resident(source):
+    return make_resident(source, True, 1.0, Quarantine(limit=1.0))
+
+
+def ids(batches):
+    return [batch[2].tolist() for batch in batches]
+
+
+def folder_set(root, count=12, size=(8, 8)):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            make_files(root / split / name, count, sizes=(size,))
+    return root

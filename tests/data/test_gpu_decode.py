@@ -14,7 +14,7 @@ from vit_suite import DINO
 from vit_suite.commands.pretrain import check_decode
 from vit_suite.config import BackboneConfig, DataConfig, DINOConfig, PretrainConfig, ViewsConfig
 from vit_suite.data.decode import Quarantine
-from vit_suite.data.gpu_decode import check_decoder, decode_jpegs, is_plain, read
+from vit_suite.data.gpu_decode import check_decoder, decode_jpegs, is_plain, read_file
 from vit_suite.data.loader import FileLoader
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import EpochPlan
@@ -70,7 +70,7 @@ def test_who_decodes_what(source):
     kinds = {
         name.split("-")[1]
         for name in map(bytes.decode, source.paths)
-        if read(source, source.paths.tolist().index(name.encode())).ndim == 1
+        if read_file(source, source.paths.tolist().index(name.encode())).ndim == 1
     }
     assert kinds == set(PLAIN)
     content = source.content(0)
@@ -85,7 +85,7 @@ def test_who_decodes_what(source):
     assert not is_plain(cmyk[:adobe] + cmyk[adobe + 2 + int.from_bytes(cmyk[adobe + 2 : adobe + 4]) :])
     assert source.subset([1]).content(0) == source.content(1)
     array = ArraySource("array", "train", np.zeros((1, 3, 4, 4), np.uint8), 3, [], None)
-    assert array.content(0) is None and read(array, 0).shape == (3, 4, 4)
+    assert array.content(0) is None and read_file(array, 0).shape == (3, 4, 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -119,7 +119,7 @@ def test_files_of_one_length_stay_files(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_files_are_replaced_and_listed_as_ever(source, tmp_path, workers):
     spoilt = damage(source)
-    assert [read(source, index).ndim for index in spoilt["decoder"]] == [1]
+    assert [read_file(source, index).ndim for index in spoilt["decoder"]] == [1]
     found = {}
     for decode_on in (None, CPU):
         file = tmp_path / f"{decode_on}.txt"
@@ -145,7 +145,7 @@ def test_a_refusal_is_found_one_by_one(source, monkeypatch):
         "decode_jpeg",
         lambda files, *args, **kwargs: calls.append(len(files)) or decode(files, *args, **kwargs),
     )
-    files = [read(source, index) for index in (2, 7, 9)]
+    files = [read_file(source, index) for index in (2, 7, 9)]
     found = decode_jpegs(files, CPU)
     assert calls == [3, 1, 1, 1] and [pixels is None for pixels in found] == [False, True, False]
     assert torch.equal(found[0], source.load(2)) and decode_jpegs([], CPU) == []
@@ -157,7 +157,7 @@ def test_no_memory_is_no_refusal(source, monkeypatch):
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", full)
     with pytest.raises(torch.OutOfMemoryError):
-        decode_jpegs([read(source, 0)], CPU)
+        decode_jpegs([read_file(source, 0)], CPU)
 
 
 def test_training_is_that_of_the_workers_decoder(source, tmp_path):

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import nn
 
 from vit_suite.data.decode import DecodeError
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import extract_features, frozen, prefetch, raw_pixel_features
+from vit_suite.evaluation.features import extract_features, frozen, raw_pixel_features
 from vit_suite.views.evaluate import eval_view
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -125,25 +123,3 @@ def test_raw_pixels():
     result = raw_pixel_features(source, 8, MEAN, STD, batch_size=2)
     pixels = (torch.stack(source.pictures) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(result.features, nn.functional.normalize(pixels.flatten(1), dim=1))
-
-
-def test_prefetch_keeps_order_and_its_distance():
-    running, most, lock = 0, 0, threading.Lock()
-
-    def work(item):
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        return item * item
-
-    taken = []
-    for value in prefetch(work, range(50), ahead=5, workers=3):
-        with lock:
-            running -= 1
-        taken.append(value)
-    assert taken == [i * i for i in range(50)]
-    assert most <= 6
-
-    with pytest.raises(ZeroDivisionError):
-        list(prefetch(lambda item: 1 // item, [1, 0, 1], ahead=2))

@@ -28,14 +28,15 @@ from vit_suite import distributed
 from vit_suite.attention.export_draw import FORMATS, MAPS, UPSAMPLING, Drawing
 from vit_suite.attention.export_inputs import FRAMES, Pictures, cut_frames, is_video, need_av, open_pictures
 from vit_suite.attention.export_merge import merge
-from vit_suite.attention.export_worker import Limits, Worker, cut, view_size
+from vit_suite.attention.export_worker import Limits, Worker
+from vit_suite.attention.grids import cut, view_size
 from vit_suite.attention.manifest import NAME, discard_parts, part
 from vit_suite.attention.maps import require_cls
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
-from vit_suite.evaluation.features import cores, frozen
-from vit_suite.hardware import pick_precision
+from vit_suite.evaluation.features import frozen
+from vit_suite.hardware import cores, pick_precision
 
 __all__ = ["FORMATS", "MAPS", "UPSAMPLING", "ExportSummary", "export_attention", "view_size"]
 

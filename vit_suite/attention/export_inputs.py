@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from vit_suite.attention.png import write_png
-from vit_suite.data.decode import decode, is_image
+from vit_suite.data.decode import is_image
 from vit_suite.data.files import found_in, walk_images
-from vit_suite.data.source import ImageSource
+from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.errors import UserError
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
@@ -33,10 +33,16 @@ class Pictures:
     """Output names without endings, relative to the output folder."""
     files: Sequence[str]
     """Names with endings, relative to the images folder."""
-    paths: Sequence[str]
-    """As messages and the manifest show them."""
-    load: Callable[[int], np.ndarray]
-    """Number -> uint8 (C, H, W), or DecodeError."""
+    source: ImageSource
+    """The images themselves."""
+
+    def path(self, index: int) -> str:
+        """The file, as messages and the manifest show it."""
+        return self.source.path(index)
+
+    def load(self, index: int) -> np.ndarray:
+        """uint8 (C, H, W). DecodeError when the file holds no image."""
+        return self.source.load(index).numpy()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -71,7 +77,7 @@ def open_pictures(images: str | os.PathLike | ImageSource, output: Path, channel
 
 
 def _of_files(names: Sequence[str], files: Sequence[str], paths: Sequence[str], channels: int) -> Pictures:
-    return Pictures(names, files, paths, lambda index: decode(paths[index], channels))
+    return Pictures(names, files, FileSource("the images", "", "", paths, channels))
 
 
 def _of_source(source: ImageSource) -> Pictures:
@@ -79,9 +85,7 @@ def _of_source(source: ImageSource) -> Pictures:
         raise UserError(f"{source.title} holds no images")
     digits = len(str(len(source) - 1))
     names = [f"{source.split}/{index:0{digits}}" for index in range(len(source))]
-    return Pictures(
-        names, names, [source.path(index) for index in range(len(source))], lambda index: source.load(index).numpy()
-    )
+    return Pictures(names, names, source)
 
 
 def read_list(file: Path) -> list[str]:

@@ -18,8 +18,8 @@ from vit_suite.attention.export_draw import ANIMATED, Drawing, column, files_of,
 from vit_suite.attention.export_inputs import Pictures
 from vit_suite.attention.manifest import NAME, OK, Records, discard_parts, write_manifest
 from vit_suite.data.decode import DecodeError, Quarantine
+from vit_suite.data.reading import prefetch
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import prefetch
 
 COCO = "coco.json"
 FULL = 0.995
@@ -75,7 +75,7 @@ def _counted(row: dict[str, Any], summary: Any) -> dict[str, Any]:
 def _rows(drawing: Drawing, pictures: Pictures, records: Records, heads: int) -> Iterator[dict[str, Any]]:
     """Lines of the manifest, picture by picture."""
     for record in records:
-        image = {"image": pictures.paths[record["index"]]}
+        image = {"image": pictures.path(record["index"])}
         if "error" in record:
             yield image | {"status": record["error"]}
             continue

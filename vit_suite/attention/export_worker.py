@@ -18,22 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from vit_suite.attention import grids
 from vit_suite.attention.export_draw import Drawing, draw
 from vit_suite.attention.export_inputs import Pictures
+from vit_suite.attention.grids import attention_bytes, in_batches, view_of, view_size
 from vit_suite.attention.maps import artifacts, look, max_map, mean_map, without_artifacts
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.reading import read
 from vit_suite.hardware import autocast
 from vit_suite.views.multicrop import normalize_
 
 WAITING_BYTES = 64 * 2**20
 """Decoded pictures of a block that wait for others of their grid; beyond it the fullest group runs as it is."""
-ATTENTION_BYTES = 256 * 2**20
-"""Attention matrices (B, h, T, T) in float32 of a batch: T = 4096 takes 64 MiB a head and image. A single image may
-exceed it."""
-AT_ONCE_BYTES = 4 * ATTENTION_BYTES
-"""The same of all batches that run at a time."""
+AT_ONCE_BYTES = 4 * grids.ATTENTION_BYTES
+"""Limit of the attention matrices of all batches that run at a time."""
 COARSE = 16
 """Fewer patches than these show little."""
 
@@ -57,27 +56,9 @@ class _Job:
     view: Tensor
     """uint8 (C, gh * patch, gw * patch), what the backbone sees before normalization."""
 
-
-def cut(images: int, batch_size: int) -> list[range]:
-    """Blocks of neighbouring images: up to 4 batches each, one where that leaves fewer than 32 blocks, part of one
-    where it leaves fewer than 8: ranks and threads should all have work."""
-    size = batch_size * min(4, images // (32 * batch_size)) or min(batch_size, -(-images // 8))
-    return [range(start, min(start + size, images)) for start in range(0, images, size)]
-
-
-def view_size(size: Sequence[int], patch: int, resize: int | None, max_tokens: int) -> tuple[int, int]:
-    """(height, width) in pixels that the backbone sees of an image of `size`: multiples of `patch`, at most
-    `max_tokens` patches."""
-    height, width = size
-    if resize is not None:
-        factor = resize / min(height, width)
-        height, width = height * factor, width * factor
-    rows, columns = (max(1, int(side / patch + 0.5)) for side in (height, width))
-    if rows * columns > max_tokens:
-        factor = (max_tokens / (rows * columns)) ** 0.5
-        rows = max(1, min(max_tokens, int(rows * factor)))
-        columns = max(1, min(int(columns * factor), max_tokens // rows))
-    return rows * patch, columns * patch
+    @property
+    def bytes(self) -> int:
+        return self.picture.nbytes
 
 
 class Worker:
@@ -141,7 +122,7 @@ class Worker:
         return draw(
             self.drawing,
             self.pictures.names[job.index],
-            self.pictures.paths[job.index],
+            self.pictures.path(job.index),
             job.picture,
             heads,
             small,
@@ -159,42 +140,30 @@ class Worker:
         return {"index": job.index, "height": height, "width": width, **counts}
 
     def _batches(self, indices: range, records: list[dict]) -> Iterator[list[_Job]]:
-        """Jobs of one view size together: as many as batch_size and the attention's memory allow, sooner when too many
-        pictures wait.
+        """Jobs of these pictures in batches of one grid; files that do not decode go to `records`."""
 
-        Files that do not decode go to `records`.
-        """
-        waiting: dict[tuple[int, int], list[_Job]] = {}
-        held = 0
-        for index in indices:
-            try:
-                job = self._load(index)
-            except DecodeError as error:
-                records.append({"index": index, "path": error.path, "error": error.reason})
+        def most(size: tuple[int, int]) -> int:
+            return min(self.limits.batch_size, grids.ATTENTION_BYTES // self._bytes(size))
+
+        return in_batches(self._jobs(indices, records), most, WAITING_BYTES)
+
+    def _jobs(self, indices: range, records: list[dict]) -> Iterator[_Job]:
+        for index, job in read(self.pictures.source, indices, workers=0, block=1, then=self._job):
+            if isinstance(job, DecodeError):
+                records.append({"index": index, "path": job.path, "error": job.reason})
                 self._count(1)
-                continue
-            size = tuple(job.view.shape[1:])
-            waiting.setdefault(size, []).append(job)
-            held += job.picture.nbytes
-            full = len(waiting[size]) >= max(1, min(self.limits.batch_size, ATTENTION_BYTES // self._bytes(size)))
-            if full or held > WAITING_BYTES:
-                batch = waiting.pop(size if full else max(waiting, key=lambda key: len(waiting[key])))
-                held -= sum(one.picture.nbytes for one in batch)
-                yield batch
-        yield from waiting.values()
+            else:
+                yield job
+
+    def _job(self, index: int, image: Tensor) -> _Job:
+        picture = np.array(image.numpy(), order="C")
+        view = view_of(torch.from_numpy(picture), self.backbone.patch_size, self.limits.resize, self.limits.max_tokens)
+        return _Job(index, picture, view)
 
     def _bytes(self, size: Sequence[int]) -> int:
         """Of one image's attention matrices: a block's, and with rollout the mean of each block's."""
-        tokens = self.backbone.prefix_tokens + size[0] * size[1] // self.backbone.patch_size**2
-        return 4 * tokens**2 * (self.backbone.heads + (self.backbone.depth if self.rollout else 0))
-
-    def _load(self, index: int) -> _Job:
-        picture = self.pictures.load(index)
-        size = view_size(picture.shape[1:], self.backbone.patch_size, self.limits.resize, self.limits.max_tokens)
-        view = torch.from_numpy(np.array(picture, order="C"))
-        if tuple(view.shape[1:]) != size:
-            view = functional.interpolate(view[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
-        return _Job(index, picture, view)
+        matrices = self.backbone.heads + (self.backbone.depth if self.rollout else 0)
+        return attention_bytes(self.backbone, size, matrices)
 
     def _maps(self, batch: list[_Job]) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """For each job all heads (h, gh, gw), the maps that are drawn (n, gh, gw), and for the npz what was clipped."""

@@ -10,24 +10,25 @@ Axes: B images of a pass, N images, M maps, T thresholds, gh x gw patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vit_suite import distributed
+from vit_suite.attention import grids
 from vit_suite.attention.discovery import DISCOVERERS, last_keys
-from vit_suite.attention.export_worker import ATTENTION_BYTES, cut, view_size
+from vit_suite.attention.grids import attention_bytes, cut, in_batches, view_of
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, require_cls
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.reading import read
 from vit_suite.data.source import ImageSource
 from vit_suite.data.truth import Truths
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import prefetch
 from vit_suite.evaluation.localization import Baselines, Found, baselines, center_overlaps, covered, on_object, overlap
 from vit_suite.hardware import autocast, pick_precision
 from vit_suite.models.backbone import Backbone
@@ -138,54 +139,24 @@ class Localizer:
         `batch_size` and the blocks' attention matrices allow; the others are counted."""
         from tqdm import tqdm
 
-        patch, blocks = (
-            backbone.patch_size,
-            cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()],
-        )
+        blocks = cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()]
         indices = [index for block in blocks for index in block]
-        jobs = zip(indices, prefetch(lambda index: self._load(index, patch), indices, ahead=32), strict=True)
+        jobs = read(self.source, indices, ahead=32, block=1, then=partial(self._job, backbone.patch_size))
         shown = self.progress and distributed.rank() == 0
         jobs = iter(tqdm(jobs, total=len(indices), desc="localize", unit="image", leave=False, disable=not shown))
-        for block in blocks:
-            waiting: dict[tuple[int, ...], list[_Job]] = {}
-            held = 0
-            for index, job in islice(jobs, len(block)):
-                if isinstance(job, DecodeError):
-                    own.failures[index] = job
-                elif job is None:
-                    own.empty += 1
-                else:
-                    group = waiting.setdefault(tuple(job.view.shape), [])
-                    group.append(job)
-                    held += job.bytes
-                    tokens = backbone.prefix_tokens + job.view.shape[1] * job.view.shape[2] // patch**2
-                    full = len(group) >= max(
-                        1, min(self.batch_size, ATTENTION_BYTES // (4 * backbone.heads * tokens**2))
-                    )
-                    if full or held > WAITING_BYTES:
-                        batch = waiting.pop(
-                            tuple(job.view.shape) if full else max(waiting, key=lambda size: len(waiting[size]))
-                        )
-                        held -= sum(one.bytes for one in batch)
-                        yield batch
-            yield from waiting.values()
 
-    def _load(self, index: int, patch: int) -> _Job | DecodeError | None:
+        def most(size: tuple[int, int]) -> int:
+            return min(self.batch_size, grids.ATTENTION_BYTES // attention_bytes(backbone, size, backbone.heads))
+
+        for block in blocks:
+            yield from in_batches(own.counted(islice(jobs, len(block))), most, WAITING_BYTES)
+
+    def _job(self, patch: int, index: int, image: Tensor) -> _Job | None:
         """None for an image without an object."""
-        try:
-            image = self.source.load(index)
-        except DecodeError as error:
-            return error
         truth = self.truths.load(index)
         if not (len(truth) if truth.is_floating_point() else bool((truth == 1).any())):
             return None
-        own = tuple(image.shape[1:])
-        size = view_size(own, patch, self.shorter, self.max_tokens)
-        if own != size:
-            image = functional.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[
-                0
-            ]
-        return _Job(index, image, truth, own)
+        return _Job(index, view_of(image, patch, self.shorter, self.max_tokens), truth, tuple(image.shape[1:]))
 
 
 def without_model(truths: Truths, sizes: Mapping[int, tuple[int, int]]) -> Baselines:
@@ -210,6 +181,16 @@ class _Share:
     failures: dict[int, DecodeError]
     parts: dict[str, list[tuple[Tensor, Tensor]]]
     """By method: (overlaps, hits) of each image, in the order of `sizes`."""
+
+    def counted(self, jobs: Iterable[tuple[int, _Job | DecodeError | None]]) -> Iterator[_Job]:
+        """The images to look at; those that do not decode or show no object are counted here."""
+        for index, job in jobs:
+            if isinstance(job, DecodeError):
+                self.failures[index] = job
+            elif job is None:
+                self.empty += 1
+            else:
+                yield job
 
 
 class _Job(NamedTuple):

@@ -19,7 +19,7 @@ from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 
 
-def read(source: ImageSource, index: int) -> Tensor:
+def read_file(source: ImageSource, index: int) -> Tensor:
     """Image `index` as the bytes of its file, uint8 (n,), where a GPU can decode it, else as pixels, uint8 (C, H, W).
     Raises as `load`."""
     content = source.content(index) if source.path(index).lower().endswith(JPEG) else None

@@ -1,16 +1,15 @@
-"""Training batches `(images, labels, indices)` from memory or from files, and batches for evaluation.
+"""Training batches `(images, labels, indices)` from memory or from files.
 
 images: uint8 (B, C, H, W), or a list of uint8 (C, H_i, W_i) when sizes differ; labels: int64 (B,), -1 without one;
-indices: int64
-(B,) into the source. What is in a batch is settled in `order.py`.
+indices: int64 (B,) into the source. `order.py` decides which images are in a batch.
 
-A file that does not decode is replaced in training by another image, drawn from (its index, attempt) alone, so that the
-batch keeps its shape and every run replaces it alike; in evaluation it is left out. Both are reported to the quarantine
-by the main process.
+A file that does not decode is replaced by another image, drawn from (its index, attempt) alone: the batch keeps its
+shape, and every run draws the same replacement. The main process reports such files to the quarantine.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -21,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vit_suite.data.decode import DecodeError, Quarantine
-from vit_suite.data.gpu_decode import decode_jpegs, read
+from vit_suite.data.gpu_decode import decode_jpegs, read_file
 from vit_suite.data.order import Batch, EpochLoader, EpochPlan
+from vit_suite.data.reading import MOST_THREADS, try_load
 from vit_suite.data.source import ImageSource, ResidentSource, stable_seed
 from vit_suite.errors import UserError
-from vit_suite.hardware import send
+from vit_suite.hardware import cores, send
 from vit_suite.signals import outlive
 
 Images = Tensor | list[Tensor]
@@ -69,7 +69,7 @@ class FileLoader(EpochLoader):
         self.source, self.quarantine, self.decode_on = source, _quarantine(quarantine, source), decode_on
         self._batches = _Feed(plan)
         self._loader = DataLoader(
-            _Decoder(source, replace=True, transform=transform, read_only=decode_on is not None),
+            _Decoder(source, transform, read_only=decode_on is not None),
             batch_sampler=self._batches,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -111,7 +111,7 @@ class FileLoader(EpochLoader):
             places, decode_jpegs([images[place] for place in places], self.decode_on), strict=True
         ):
             if pixels is None:
-                pixels, index = _Decoder(self.source, replace=True).load(int(indices[place]), failures)
+                pixels, index = _Decoder(self.source).load(int(indices[place]), failures)
                 indices[place], labels[place] = index, self.source.label(index)
             images[place] = pixels
         if failures:
@@ -125,53 +125,6 @@ class FileLoader(EpochLoader):
         self._loader._iterator = None
 
 
-class EvaluationLoader:
-    """Every image once, in order, un-augmented. Bad files are left out.
-
-    Yields `(images, labels, indices)` like the training loaders.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        batch_size: int,
-        workers: int = 0,
-        quarantine: Quarantine | None = None,
-    ) -> None:
-        self.source, self.batch_size = source, batch_size
-        self.quarantine = _quarantine(quarantine, source)
-        self.indices = torch.arange(len(source))
-        self._loader = None
-        if not isinstance(source, ResidentSource):
-            parts = self.indices.split(batch_size) if len(self.indices) else ()
-            batches = [Batch(0, step, 0, slice(0, len(part)), part) for step, part in enumerate(parts)]
-            self._loader = DataLoader(
-                _Decoder(source, replace=False),
-                batch_sampler=batches,
-                collate_fn=_as_it_is,
-                num_workers=workers,
-                worker_init_fn=outlive,
-            )
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Images, Tensor, Tensor]]:
-        if self._loader is None:
-            images, labels = self.source.images, _labels(self.source)
-            for part in self.indices.split(self.batch_size) if len(self.indices) else ():
-                yield (
-                    images.index_select(0, part.to(images.device)),
-                    labels[part].to(images.device),
-                    part.to(images.device),
-                )
-            return
-        for result in self._loader:
-            batch = _checked(result, self.source, self.quarantine)
-            if len(batch[2]):
-                yield batch
-
-
 def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> int:
     """The number of decoding processes `data.workers` stands for: auto = 0 in memory, else this rank's cores, at most
     8."""
@@ -179,10 +132,10 @@ def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> in
         if not isinstance(workers, int) or workers < 0:
             raise UserError(f"data.workers is {workers!r}; expected 'auto' or a number from 0.")
         return 0 if resident else workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = cores()
     if "SLURM_STEP_ID" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:  # what srun gave to this rank alone
-        cores, local_world = int(os.environ["SLURM_CPUS_PER_TASK"]), 1
-    return 0 if resident else max(1, min(8, cores // max(1, local_world)))
+        own, local_world = int(os.environ["SLURM_CPUS_PER_TASK"]), 1
+    return 0 if resident else max(1, min(MOST_THREADS, own // max(1, local_world)))
 
 
 class _Feed:
@@ -208,11 +161,11 @@ class _Decoder:
     def __init__(
         self,
         source: ImageSource,
-        replace: bool,
         transform: Callable[[list[Tensor], Batch], Any] | None = None,
         read_only: bool = False,
     ) -> None:
-        self.source, self.replace, self.transform, self.read_only = source, replace, transform, read_only
+        self.source, self.transform = source, transform
+        self.read = functools.partial(read_file, source) if read_only else source.load
 
     def __len__(self) -> int:
         return len(self.source)
@@ -224,9 +177,8 @@ class _Decoder:
         try:
             for index in batch.indices.tolist():
                 image, index = self.load(index, failures)
-                if image is not None:
-                    images.append(image)
-                    indices.append(index)
+                images.append(image)
+                indices.append(index)
             result: Any = self.transform(images, batch) if self.transform is not None else _stack(images)
         except UserError as error:
             return [], torch.empty(0), torch.empty(0), failures, error
@@ -234,17 +186,15 @@ class _Decoder:
         labels = self.source.labels
         return result, torch.full_like(chosen, -1) if labels is None else labels[chosen], chosen, failures, None
 
-    def load(self, index: int, failures: list[DecodeError]) -> tuple[Tensor | None, int]:
-        """Image `index`, or what takes its place, and the index of that."""
+    def load(self, index: int, failures: list[DecodeError]) -> tuple[Tensor, int]:
+        """Image `index`, or the one that takes its place, and the index of that one."""
         place = index
         for attempt in range(ATTEMPTS):
-            try:
-                return (read(self.source, index) if self.read_only else self.source.load(index)), index
-            except DecodeError as error:
-                failures.append(error)
-                if not self.replace:
-                    return None, index
-                index = stable_seed("replacement", place, attempt) % len(self.source)
+            found = try_load(self.read, index)
+            if not isinstance(found, DecodeError):
+                return found, index
+            failures.append(found)
+            index = stable_seed("replacement", place, attempt) % len(self.source)
         last = f"{failures[-1].path} ({failures[-1].reason})"
         raise UserError(f"{ATTEMPTS} images of {self.source.title} in a row do not decode; the last is {last}.")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import Quarantine
-from vit_suite.data.loader import EvaluationLoader, FileLoader, ResidentLoader, auto_workers
+from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
 from vit_suite.data.order import Batch, EpochPlan
 from vit_suite.data.registry import dataset_info, open_split, open_test, open_train, statistics
 from vit_suite.data.resident import make_resident, to_device
@@ -105,10 +105,6 @@ class ImageDataModule(pl.LightningDataModule):
             )
         return FileLoader(source, plan, workers, self.quarantine, device.type == "cuda", self.transform, decode_on)
 
-    def test_dataloader(self) -> EvaluationLoader:
-        """Un-augmented batches of the scored split, each image once."""
-        return self.evaluation_loader(self.test_source)
-
     def plan(self) -> EpochPlan:
         """How an epoch is cut into batches for this rank. UserError when the global batch does not fit the set or the
         ranks."""
@@ -184,14 +180,3 @@ class ImageDataModule(pl.LightningDataModule):
         if not size or size >= len(source):
             return source
         return source.subset(stratified(source.labels, len(source), size, self.seed if seed is None else seed))
-
-    def evaluation_loader(self, source: ImageSource, batch_size: int | None = None) -> EvaluationLoader:
-        """Every image of `source` once, in order; files that do not decode are left out and reported."""
-        workers = auto_workers(self.cfg.workers, isinstance(source, ResidentSource))
-        return EvaluationLoader(source, batch_size or min(self.cfg.batch_size, 256), workers, self.quarantine)
-
-    def to(self, device: torch.device | str) -> bool:
-        """Move the resident sets that are open to `device`, where they fit into half of its free memory; whether all
-        did."""
-        held = [source for source in (self._train, self._test) if isinstance(source, ResidentSource)]
-        return all([to_device(source, device) for source in held])

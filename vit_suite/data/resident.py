@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from vit_suite.data.decode import JPEG, DecodeError, Quarantine, convert_channels, image_size
+from vit_suite.data.reading import MOST_THREADS, read, try_load
 from vit_suite.data.source import ArraySource, FileSource, ImageSource, ResidentSource, Subset
 from vit_suite.errors import UserError
+from vit_suite.hardware import cores
 
 GIB = 1024**3
 PROBES = 64
@@ -37,11 +35,8 @@ def _probe(source: ImageSource, index: int) -> tuple[int, int] | None:
         source, index = source.base, int(source.indices[index])
     if isinstance(source, FileSource) and (size := image_size(source.path(index))):
         return size
-    try:
-        image = source.load(index)
-        return image.shape[1], image.shape[2]
-    except DecodeError:
-        return None
+    image = try_load(source.load, index)
+    return None if isinstance(image, DecodeError) else (image.shape[1], image.shape[2])
 
 
 def make_resident(
@@ -82,27 +77,19 @@ def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tens
     images = torch.empty((len(source), source.channels, *size), dtype=torch.uint8)
     bad: dict[int, DecodeError] = {}
 
-    def fill(indices: Iterable[int]) -> bool:
-        for index in indices:
-            try:
-                image = source.load(index)
-            except DecodeError as error:
-                bad[index] = error
-                continue
-            if image.shape[1:] != images.shape[2:]:
-                return False
-            images[index] = image
+    def fill(index: int, image: Tensor) -> bool:
+        """Whether the image has the size of the others; it is put in its place in the thread that decoded it."""
+        if image.shape[1:] != images.shape[2:]:
+            return False
+        images[index] = image
         return True
 
-    chunks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
-    threads = _threads(source, size)
-    if threads == 1:
-        agree = all(map(fill, chunks))
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            agree = all(pool.map(fill, chunks))
-    if not agree:
-        return None
+    threads = 0 if (count := _threads(source, size)) == 1 else count
+    for index, fits in read(source, range(len(source)), workers=threads, ahead=512 * threads, block=256, then=fill):
+        if isinstance(fits, DecodeError):
+            bad[index] = fits
+        elif not fits:
+            return None
     if not bad:
         return images, torch.arange(len(source)), []
     good = torch.tensor([i for i in range(len(source)) if i not in bad], dtype=torch.int64)
@@ -114,9 +101,8 @@ def _threads(source: ImageSource, size: tuple[int, int]) -> int:
 
     Measured on 2 cores, 32 px through Pillow: two threads took twice as long as one.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     large = size[0] * size[1] >= SMALL and not source.has_masks
-    return min(8, cores) if large or source.path(0).lower().endswith(JPEG) else 1
+    return min(MOST_THREADS, cores()) if large or source.path(0).lower().endswith(JPEG) else 1
 
 
 def _array(source: ImageSource) -> Tensor | None:

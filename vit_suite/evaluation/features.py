@@ -10,12 +10,9 @@ Axes: N images that decode, D feature width, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,12 +21,11 @@ from torch.nn import functional
 
 from vit_suite import distributed
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.reading import read
 from vit_suite.errors import UserError
 from vit_suite.hardware import autocast, pick_precision
 from vit_suite.views.evaluate import eval_view
 
-BLOCK = 16
-"""Images that a decoding thread takes at a time."""
 TILE = 256
 """Rows that ranks which share a bank take at a time, in turn."""
 
@@ -135,31 +131,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def prefetch(
-    function: Callable[[Any], Any], items: Iterable[Any], ahead: int, workers: int | None = None
-) -> Iterator[Any]:
-    """`map(function, items)` in order, computed by threads, never more than `ahead` results beyond the one that is
-    taken."""
-    iterator = iter(items)
-    with ThreadPoolExecutor(workers or min(8, cores()), thread_name_prefix="decode") as pool:
-        pending: deque = deque()
-        try:
-            for item in iterator:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:  # the consumer stopped early, or an item failed: do not decode what nobody will take
-            for future in pending:
-                future.cancel()
-
-
-def cores() -> int:
-    """CPU cores this process may use (a SLURM or container limit counts, not the machine)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def collect(
     source: Any,
     size: int | Sequence[int],
@@ -206,7 +177,8 @@ def collect(
                 part = part[is_own(torch.arange(len(found)) + len(indices))] if shared else part
                 rows[kept : kept + len(part)] = part
                 kept += len(part)
-            indices, failures = indices + found, failures + failed
+            indices.extend(found)
+            failures.extend(failed)
             bar.update(len(found) + len(failed))
     bar.close()
     quarantine = getattr(source, "quarantine", None)
@@ -263,24 +235,12 @@ def _batches(
             yield list(span), held[span.start : span.stop], []
         return
 
-    def load(block: range) -> list[tuple[int, Tensor | DecodeError]]:
-        return [(index, _loaded(source, index)) for index in block]
-
-    # Blocks, because handing over a small image costs as much as decoding it.
-    blocks = [span[start : start + BLOCK] for span in spans for start in range(0, len(span), BLOCK)]
-    loaded = prefetch(load, blocks, ahead=-(-2 * batch_size // BLOCK), workers=workers)
+    loaded = read(source, chain.from_iterable(spans), workers=workers, ahead=2 * batch_size)
     for span in spans:
-        images = [image for block in islice(loaded, -(-len(span) // BLOCK)) for image in block]
+        images = list(islice(loaded, len(span)))
         good = [(index, image) for index, image in images if not isinstance(image, DecodeError)]
         failed = [image for _, image in images if isinstance(image, DecodeError)]
         yield [index for index, _ in good], _stacked([image for _, image in good]), failed
-
-
-def _loaded(source, index: int) -> Tensor | DecodeError:
-    try:
-        return source.load(index)
-    except DecodeError as error:
-        return error
 
 
 def _stacked(images: list[Tensor]) -> Tensor | list[Tensor]:

@@ -27,9 +27,9 @@ from vit_suite.attention.manifest import NAME, OK, read_manifest
 from vit_suite.attention.palette import TABLES
 from vit_suite.attention.render import as_picture
 from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.reading import prefetch
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import prefetch
 from vit_suite.files import write_atomically
 
 SIDE = 320

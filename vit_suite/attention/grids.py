@@ -1,0 +1,95 @@
+"""The size at which the backbone sees an image, and which images share a forward pass.
+
+Images of one patch grid share a pass. Which ones is settled by the list of images alone, never by ranks or threads,
+because the last bits of a matrix product depend on the batch: so results are the same on any number of either.
+
+Axes: C channels, H x W pixels, gh x gw patches, h heads, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+from torch.nn import functional
+
+ATTENTION_BYTES = 256 * 2**20
+"""Limit of the attention matrices (B, h, T, T) in float32 of a pass: T = 4096 takes 64 MiB a head and image. A single
+image may exceed it."""
+BLOCKS = 32
+"""Blocks that there should be at least, so that ranks and threads all have work; `LEAST` where batches are large."""
+LEAST = 8
+BATCHES = 4
+"""Batches in a block at most: more of them would let more images of one grid meet, but more pictures wait."""
+
+
+class Waiting(Protocol):
+    """A decoded image that waits for others of its grid."""
+
+    @property
+    def view(self) -> Tensor:
+        """uint8 (C, gh * patch, gw * patch), what the backbone sees before normalization."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds while it waits."""
+
+
+Job = TypeVar("Job", bound=Waiting)
+
+
+def cut(images: int, batch_size: int) -> list[range]:
+    """Blocks of neighboring images: up to 4 batches each, one batch where there would be fewer than 32 blocks, and part
+    of one where there would be fewer than 8."""
+    size = batch_size * min(BATCHES, images // (BLOCKS * batch_size)) or min(batch_size, -(-images // LEAST))
+    return [range(start, min(start + size, images)) for start in range(0, images, size)]
+
+
+def view_size(size: Sequence[int], patch: int, shorter: int | None, max_tokens: int) -> tuple[int, int]:
+    """(height, width) in pixels at which the backbone sees an image of `size`: multiples of `patch`, at most
+    `max_tokens` patches. `shorter`: length in pixels of the shorter side; the image's own when None."""
+    height, width = size
+    if shorter is not None:
+        factor = shorter / min(height, width)
+        height, width = height * factor, width * factor
+    rows, columns = (max(1, int(side / patch + 0.5)) for side in (height, width))
+    if rows * columns > max_tokens:
+        factor = (max_tokens / (rows * columns)) ** 0.5
+        rows = max(1, min(max_tokens, int(rows * factor)))
+        columns = max(1, min(int(columns * factor), max_tokens // rows))
+    return rows * patch, columns * patch
+
+
+def view_of(image: Tensor, patch: int, shorter: int | None, max_tokens: int) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, h, w) at its `view_size`; the image itself where it has that size."""
+    size = view_size(image.shape[1:], patch, shorter, max_tokens)
+    if tuple(image.shape[1:]) == size:
+        return image
+    return functional.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def attention_bytes(backbone: Any, size: Sequence[int], matrices: int) -> int:
+    """Bytes of `matrices` attention matrices (T, T) in float32 of one image of `size` (H, W) pixels."""
+    tokens = backbone.prefix_tokens + size[0] * size[1] // backbone.patch_size**2
+    return 4 * tokens**2 * matrices
+
+
+def in_batches(jobs: Iterable[Job], most: Callable[[tuple[int, int]], int], waiting_bytes: int) -> Iterator[list[Job]]:
+    """Jobs grouped by the size of their view, as many together as `most(size)` allows (at least one).
+
+    A group leaves as soon as it is full. When more than `waiting_bytes` wait, the fullest group leaves as it is. The
+    rest leave at the end.
+    """
+    waiting: dict[tuple[int, int], list[Job]] = {}
+    held = 0
+    for job in jobs:
+        size = (job.view.shape[-2], job.view.shape[-1])
+        waiting.setdefault(size, []).append(job)
+        held += job.bytes
+        full = len(waiting[size]) >= max(1, most(size))
+        if full or held > waiting_bytes:
+            batch = waiting.pop(size if full else max(waiting, key=lambda key: len(waiting[key])))
+            held -= sum(one.bytes for one in batch)
+            yield batch
+    yield from waiting.values()
