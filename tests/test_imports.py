@@ -14,6 +14,7 @@ ROAD = [
     "signals",
     "config",
     "recipes",
+    "yaml_tree",
     "options",
     "parsing",
     "distributed",

@@ -259,3 +259,63 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 def test_every_shipped_config_loads_and_dumps(path, tmp_path):
     config = load_config(path)
     assert load_config(write(tmp_path / "c.yaml", dump_config(config))) == config
+
+
+# Values and texts that are beyond the limits
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, key, value",
+    [
+        ("--trainer.max_steps 1_000", "trainer.max_steps", 1000),
+        ("--trainer.max_steps +5", "trainer.max_steps", 5),
+        ("--optim.clip .5", "optim.clip", 0.5),
+        ("--optim.clip 5.", "optim.clip", 5.0),
+        ("--run.overwrite YES", "run.overwrite", True),
+        ("--run.overwrite off", "run.overwrite", False),
+    ],
+)
+def test_spellings_of_a_value(words, key, value):
+    group, name = key.split(".")
+    got = getattr(getattr(load_config(None, words.split()), group), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "word", ["1,5", "0x10", "\u0661\u0662", "\u00b2", "1e", "1__0", "--", "e5", "1e5x", "inf", "1e400", "5 # five", ""]
+)
+def test_what_is_no_number(word):
+    for key in ("optim.lr", "trainer.max_epochs"):
+        assert f"{key}: expected " in error_of(load_config, None, [f"--{key}={word}"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 1000 + "]" * 1000, ":1: nested too deep: expected at most 10 levels"),
+        ("{a: " * 1000 + "1" + "}" * 1000, ":1: nested too deep: expected at most 10 levels"),
+        ("? " * 1000 + "x", ":1: nested too deep: expected at most 10 levels"),
+        ("\n".join(" " * i + "a:" for i in range(1000)), ":11: nested too deep: expected at most 10 levels"),
+        ("a: &x [*x]", ":1: nested too deep: *x stands inside of what it repeats"),
+        ("a: *x", ":1: not valid YAML: found undefined alias 'x'"),
+        ("optim: {lr: !!python/name:os.system x}", ":1: the tag !!python/name:os.system is not for configs"),
+        ("run:\n  name: !mine x", ":2: the tag !mine is not for configs: write the value alone"),
+        ("views: {global_scale: !!set {a, b}}", ":1: the tag !!set is not for configs"),
+        ("a: 1\n" * 300_000, ": is no config: longer than 1,000,000 bytes"),
+    ],
+)
+def test_yaml_beyond_the_limits(tmp_path, text, message):
+    assert error_of(load_config, write(tmp_path / "x.yaml", text)).startswith(f"{tmp_path}/x.yaml{message}")
+
+
+def test_aliases_that_multiply_are_refused_at_once(tmp_path):
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    said = error_of(load_config, write(tmp_path / "x.yaml", "\n".join(levels)))
+    assert "x.yaml:4: has too many values: expected at most 10,000, repeated ones counted" in said
+
+
+def test_core_tags_are_read_as_written(tmp_path):
+    config = load_config(write(tmp_path / "x.yaml", "optim: {lr: !!float 1}\nrun: {name: !!str null}\ndata: !!null x"))
+    assert (config.optim.lr, config.run.name, config.data) == (1.0, "null", PretrainConfig().data)

@@ -18,6 +18,7 @@ from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError, nearest
 from vit_suite.options import REQUIRED, Option, Schema, join
 from vit_suite.recipes import config_file
+from vit_suite.yaml_tree import MOST_BYTES, Node, YAMLProblem, plain, read_tree
 
 
 class Given(NamedTuple):
@@ -149,12 +150,12 @@ def read_mapping(values: Mapping[str, Any], group: str = "") -> dict[str, Given]
 def read_yaml(path: str | os.PathLike) -> dict[str, Given]:
     """Every value of a YAML file by its dotted key, as written. An empty file gives nothing."""
     path = Path(path)
-    root = _compose(path)
+    root = _read_file(path)
     given: dict[str, Given] = {}
-    if root is None or _is_null(root):
+    if root is None or root.is_null:
         return given
-    if root.id != "mapping":
-        raise UserError(f"{path}: expected options as 'key: value' lines, got a {root.id}")
+    if root.kind != "mapping":
+        raise UserError(f"{path}: expected options as 'key: value' lines, got a {root.kind}")
     _collect(root, "", path, given)
     return given
 
@@ -162,66 +163,50 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Given]:
 def read_yaml_list(path: str | os.PathLike) -> list[dict[str, Given]]:
     """The same of each entry of a YAML file that holds a list of options, at least one entry."""
     path = Path(path)
-    root = _compose(path)
-    if root is None or root.id != "sequence" or not root.value:
-        raise UserError(
-            f"{path}: expected a list of options ('- optim.lr: 1e-3'), got"
-            f" {'nothing' if root is None else 'a ' + root.id}"
-        )
+    root = _read_file(path)
+    if root is None or root.kind != "sequence" or not root.items:
+        got = "nothing" if root is None else f"a {root.kind}"
+        raise UserError(f"{path}: expected a list of options ('- optim.lr: 1e-3'), got {got}")
     entries: list[dict[str, Given]] = []
-    for node in root.value:
-        if node.id != "mapping":
-            raise UserError(f"{path}:{node.start_mark.line + 1}: expected options as 'key: value', got a {node.id}")
+    for node in root.items:
+        if node.kind != "mapping":
+            raise UserError(f"{path}:{node.line}: expected options as 'key: value', got a {node.kind}")
         entries.append({})
         _collect(node, "", path, entries[-1])
     return entries
 
 
-def _compose(path: Path) -> Any:
+def _read_file(path: Path) -> Node | None:
     """The tree of a YAML file; None for an empty one."""
-    import yaml
-
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, expected a YAML file")
     try:
-        return yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, expected a YAML file")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is not a file, expected a YAML file")
+        with path.open("rb") as file:
+            return read_tree(file.read(MOST_BYTES + 1))
     except FileNotFoundError:
         siblings = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such config file.{nearest(path.name, siblings)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError:
-        raise UserError(f"{path}: not valid YAML: not a text file") from None
+    except YAMLProblem as problem:
+        raise UserError(f"{path}{f':{problem.line}' if problem.line else ''}: {problem}") from None
 
 
-def _collect(node: Any, group: str, path: Path, given: dict[str, Given]) -> None:
-    """Flatten a YAML mapping into `given`; a key that stands twice would silently lose its first value, so it is an
+def _collect(root: Node, group: str, path: Path, given: dict[str, Given]) -> None:
+    """Flatten a YAML mapping into `given`. A key that stands twice would silently lose its first value, so it is an
     error."""
-    if group.count(".") > 8:
-        raise UserError(f"{path}:{node.start_mark.line + 1}: nested too deep")
     seen = set()
-    for name, value in node.value:
-        where = f"{path}:{name.start_mark.line + 1}"
-        if name.id != "scalar":
-            raise UserError(f"{where}: expected a key, got a {name.id}")
-        key = join(group, name.value)
+    for name, value in root.pairs:
+        where = f"{path}:{name.line}"
+        if name.kind != "scalar":
+            raise UserError(f"{where}: expected a key, got a {name.kind}")
+        key = join(group, name.text)
         if key in seen or key in given:
             raise UserError(f"{where}: key '{key}' stands twice")
         seen.add(key)
-        if value.id == "mapping":
+        if value.kind == "mapping":
             _collect(value, key, path, given)
         else:
-            given[key] = Given(_as_written(value), f"{where}: {key}", f"{where}: unknown key '{key}'.")
-
-
-def _as_written(node: Any) -> Any:
-    if node.id == "sequence":
-        return [_as_written(item) for item in node.value]
-    return None if _is_null(node) else node.value if node.id == "scalar" else {}
-
-
-def _is_null(node: Any) -> bool:
-    return node.tag == "tag:yaml.org,2002:null"
+            given[key] = Given(plain(value), f"{where}: {key}", f"{where}: unknown key '{key}'.")
