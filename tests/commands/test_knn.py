@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import results
+from vit_suite.data import reading
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.weights.checkpoint import load_backbone
 
@@ -222,8 +223,9 @@ def test_a_set_that_would_be_scored_on_itself(knn, photographs):
     refused(knn("--data.test_split", "train"), "scored on the images that it learns from, split 'train'")
 
 
-def test_channels_that_the_backbone_does_not_take(knn, tiny_run):
-    refused(knn("--data.channels", 1), f"data.channels is 1, but the backbone of '{tiny_run}' takes 3")
+def test_options_of_training_are_no_options_of_a_score(knn):
+    for option in ("--data.channels", "--data.batch_size", "--data.order"):  # of training alone
+        refused(knn(option, 1), f"unknown option '{option}'.")
 
 
 def test_output_that_is_a_folder(knn, tmp_path):
@@ -275,3 +277,12 @@ def test_backbone_json_is_for_people_and_not_needed(vit_suite, tiny_run, tmp_pat
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / "backbone.json").write_text(json.dumps({"nonsense": 1}))
     assert load_backbone(run).sha256 == load_backbone(tiny_run).sha256
+
+
+@pytest.mark.parametrize("workers,threads", [(0, set()), (1, {1}), (3, {3})])
+def test_workers_decide_how_many_threads_decode(knn, photographs, monkeypatch, workers, threads):
+    pools, original = set(), reading.ThreadPoolExecutor
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda n, **more: pools.add(n) or original(n, **more))
+    data = ["--data.name", "folder", "--data.root", photographs, "--data.resident", "false"]
+    assert knn("--data.workers", workers, data=data).status == 0
+    assert pools == threads

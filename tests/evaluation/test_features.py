@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from vit_suite import distributed
 from vit_suite.data.decode import DecodeError
 from vit_suite.errors import UserError
 from vit_suite.evaluation.features import extract_features, frozen, raw_pixel_features
@@ -123,3 +124,18 @@ def test_raw_pixels():
     result = raw_pixel_features(source, 8, MEAN, STD, batch_size=2)
     pixels = (torch.stack(source.pictures) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(result.features, nn.functional.normalize(pixels.flatten(1), dim=1))
+
+
+def test_joining_batches_copies_no_list(monkeypatch):
+    """`indices = indices + found` copied all earlier numbers at every batch: 87 s at ImageNet's size."""
+
+    class Watched(list):
+        copied = 0
+
+        def __radd__(self, other):
+            Watched.copied += len(other)
+            return Watched([*other, *self])
+
+    monkeypatch.setattr(distributed, "gather_objects", lambda part: [(Watched(part[0]), part[1], Watched(part[2]))])
+    result = extract_features(Net(), Source(count=40, bad={3}), 8, MEAN, STD, batch_size=1)
+    assert result.indices.tolist() == [i for i in range(40) if i != 3] and Watched.copied == 0

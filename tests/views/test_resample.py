@@ -7,6 +7,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
+from vit_suite.errors import UserError
+from vit_suite.views.evaluate import eval_view
 from vit_suite.views.resample import as_pair, axis_weights, crop_resize, crop_resize_views
 
 MODES = {
@@ -189,3 +191,33 @@ def test_crops_of_a_gpu_are_those_of_a_cpu(ragged):
     torch.testing.assert_close(
         found, crop_resize_views(images, boxes, flip, 64, method="dense"), atol=1 / 2 / 255, rtol=0
     )
+
+
+BAD = {
+    "normalized": (lambda x: (x.float() / 255 - 0.5) / 0.2, "images are float32 with values from -2"),
+    "floats of 0..255": (lambda x: x.float(), "images are float32"),
+    "integers": (lambda x: x.long(), "images are int64"),
+    "not finite": (lambda x: x.float() / 0, "images are float32"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_pixels_that_would_be_clamped_are_refused(kind, ragged):
+    change, words = BAD[kind]
+    images = change(noise(2, 3, 16, 12))
+    images = list(images) if ragged else images
+    boxes = torch.tensor([[[0, 0, 8, 8]]] * 2)
+    for view in (
+        lambda: crop_resize_views(images, boxes, None, 4),
+        lambda: eval_view(images, 8, [0.5] * 3, [0.2] * 3),
+    ):
+        with pytest.raises(UserError, match=f"^{words}.*views take uint8"):
+            view()
+
+
+def test_floats_in_0_to_1_give_what_uint8_gives():
+    images = noise(2, 3, 16, 12)
+    boxes = torch.tensor([[[1, 2, 8, 9]]] * 2)
+    whole, part = (crop_resize_views(x, boxes, None, 4, method="dense") for x in (images, images.float() / 255))
+    torch.testing.assert_close(whole, part, atol=1e-6, rtol=0)

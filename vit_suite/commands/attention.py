@@ -3,13 +3,11 @@ rank or many."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vit_suite import distributed
 from vit_suite.attention.export import ExportSummary, export_attention
 from vit_suite.attention.maps import require_cls
 from vit_suite.commands.logs import speak
-from vit_suite.config import AttentionConfig, DataConfig
+from vit_suite.config import AttentionConfig
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
@@ -59,12 +57,7 @@ def open_data(cfg: AttentionConfig, loaded: LoadedBackbone) -> ImageSource:
     """The scored split of `cfg.data`, with the channels that the backbone takes."""
     if not cfg.data.name:
         raise UserError("no images to look at: give --images FOLDER, or a data set with --data.name")
-    channels = loaded.backbone.cfg.channels
-    if cfg.data.channels not in (channels, DataConfig.channels):
-        raise UserError(
-            f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}."
-        )
-    return open_test(replace(cfg.data, channels=channels), cfg.seed)
+    return open_test(cfg.data.whole(loaded.backbone.cfg.channels), cfg.seed)
 
 
 def sentence(summary: ExportSummary, clip: float | None = None) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from vit_suite.config import DataConfig, ScoreConfig
+from vit_suite.config import ScoreConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
@@ -37,13 +37,7 @@ def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataM
     Of the test split only the list of files and labels is read.
     """
     channels = loaded.backbone.cfg.channels
-    if cfg.data.channels not in (channels, DataConfig.channels):
-        raise UserError(
-            f"data.channels is {cfg.data.channels}, but the backbone of '{cfg.checkpoint}' takes {channels}."
-        )
-    options = replace(
-        cfg.data, channels=channels, batch_size=1
-    )  # the global batch belongs to training; here one image fills it
+    options = replace(cfg.data.whole(channels), batch_size=1)  # no training: one image fills a batch
     if channels not in (1, 3):  # no data set has published statistics for these
         options = replace(options, mean=options.mean or loaded.mean, std=options.std or loaded.std)
     data = ImageDataModule(options, seed=cfg.seed)

@@ -87,6 +87,7 @@ class Scorer:
             "device": device,
             "precision": pick_precision(precision, device),
             "progress": progress,
+            "workers": data.threads,
         }
         self.mean, self.std = data.mean, data.std
         self.representation = ""  # of the backbone that was scored last
@@ -102,9 +103,10 @@ class Scorer:
 
     def pixel_features(self) -> tuple[Features, Features]:
         """Of bank and test: the normalized pixels themselves, which a backbone has to beat."""
-        common, size = (self.image_size, self.mean, self.std), self.options["batch_size"]
-        bank = raw_pixel_features(self.bank, *common, batch_size=size, shared=True)
-        return bank, raw_pixel_features(self.test, *common, batch_size=size)
+        common = (self.image_size, self.mean, self.std)
+        options = {key: self.options[key] for key in ("batch_size", "workers")}
+        bank = raw_pixel_features(self.bank, *common, shared=True, **options)
+        return bank, raw_pixel_features(self.test, *common, **options)
 
     def backbone(self, loaded: LoadedBackbone) -> KNNResult:
         """The vote with a backbone's features."""

@@ -195,7 +195,9 @@ class Prober:
         return batches, len(loader)
 
     def _extract(self, subject: Subject, source: ImageSource) -> Features:
-        return subject.extract(source, self.size, self.device, self.cfg.batch_size, progress=self.speaks)
+        return subject.extract(
+            source, self.size, self.device, self.cfg.batch_size, self.data.threads, progress=self.speaks
+        )
 
     def _test(self, subject: Subject) -> Features:
         return self._extract(subject, self.data.test())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def open_images(cfg: LocalizeConfig, channels: int) -> tuple[ImageSource, Truths
             "nothing to score: give --images DIR --truth DIR_OR_FILE, or a data set with --data.name tiny_imagenet or"
             " shapes."
         )
-    source = open_test(replace(cfg.data, channels=channels), cfg.seed)
+    source = open_test(cfg.data.whole(channels), cfg.seed)
     truths = source_truths(source)
     if truths is None:
         raise UserError(

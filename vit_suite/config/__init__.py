@@ -5,6 +5,7 @@ importing torch (0.2 s instead of 5 s). Nothing below has a second default elsew
 """
 
 from vit_suite.config.attention import AttentionConfig, SnapshotConfig
+from vit_suite.config.data import DataConfig, ImagesConfig, LocalizeDataConfig, ScoreDataConfig
 from vit_suite.config.demo import DemoConfig
 from vit_suite.config.dino import DINOConfig
 from vit_suite.config.evaluate import KNNConfig, LinearConfig, ScoreConfig
@@ -18,7 +19,6 @@ from vit_suite.config.recipes import RecipesConfig
 from vit_suite.config.shared import (
     BackboneConfig,
     CheckpointConfig,
-    DataConfig,
     EvaluateConfig,
     LoggerConfig,
     OptimConfig,
@@ -43,10 +43,12 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "FinetuneViewsConfig",
+    "ImagesConfig",
     "KNNConfig",
     "LaunchConfig",
     "LinearConfig",
     "LocalizeConfig",
+    "LocalizeDataConfig",
     "LoggerConfig",
     "OptimConfig",
     "PretrainConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "RecipesConfig",
     "RunOptions",
     "ScoreConfig",
+    "ScoreDataConfig",
     "SiTConfig",
     "SiTOptimConfig",
     "SiTViewsConfig",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from vit_suite.config.data import ImagesConfig
 from vit_suite.config.limits import Count, Positive, Range, Share, Whole
-from vit_suite.config.shared import DataConfig
 
 
 @dataclass
@@ -20,7 +20,7 @@ class AttentionConfig:
     images: str | None = None
     """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of
     data.name to score."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(name=""))
+    data: ImagesConfig = field(default_factory=lambda: ImagesConfig(name=""))
     output: str = "attention"
     """Folder the files are written to, in the tree of `images` (SPLIT/INDEX for a data set), listed in its
     manifest.csv."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from vit_suite.config.data import ScoreDataConfig
 from vit_suite.config.limits import Count, Positive, Range, Whole
-from vit_suite.config.shared import DataConfig
 
 
 @dataclass
@@ -15,7 +15,7 @@ class ScoreConfig:
 
     checkpoint: str
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
     batch_size: Count = 256
     """Images in a forward pass; for linear also in an optimizer step of the heads."""
     image_size: Count | None = None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vit_suite.config.data import DataConfig
 from vit_suite.config.limits import Count
 from vit_suite.config.shared import (
     BackboneConfig,
     CheckpointConfig,
-    DataConfig,
     EvaluateConfig,
     LoggerConfig,
     RunOptions,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from vit_suite.config.data import LocalizeDataConfig
 from vit_suite.config.limits import Count, Range, Whole
-from vit_suite.config.shared import DataConfig
 
 
 @dataclass
@@ -26,7 +26,7 @@ class LocalizeConfig:
     mask_values: Literal["auto", "index", "gray"] = "auto"
     """What masks hold: index = class numbers, 0 ground, 255 left out (VOC); gray = object above 127; auto = told from
     the file where it is certain."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(name=""))
+    data: LocalizeDataConfig = field(default_factory=lambda: LocalizeDataConfig(name=""))
     method: list[Literal["attention", "lost", "tokencut"]] = field(
         default_factory=lambda: ["attention", "lost", "tokencut"]
     )

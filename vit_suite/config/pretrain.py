@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vit_suite.config.attention import SnapshotConfig
+from vit_suite.config.data import DataConfig
 from vit_suite.config.dino import DINOConfig
 from vit_suite.config.shared import (
     BackboneConfig,
     CheckpointConfig,
-    DataConfig,
     EvaluateConfig,
     LoggerConfig,
     OptimConfig,

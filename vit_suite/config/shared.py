@@ -56,56 +56,6 @@ class BackboneConfig:
 
 
 @dataclass
-class DataConfig:
-    """Which images, from where, and how they are held."""
-
-    name: str = "cifar10"
-    """Data set: cifar10 cifar100 stl10 flowers102 food101 oxford_pets imagenet tiny_imagenet folder flat list shards
-    shapes."""
-    root: str | None = None
-    """Folder of the data (or list file, or pattern of shards); $VIT_SUITE_DATA when not given."""
-    batch_size: Count = 256
-    """GLOBAL batch: images an optimizer step sees, over all ranks and accumulation steps."""
-    workers: Whole | Literal["auto"] = "auto"
-    """Decoding processes a rank; auto = 0 for images held in memory, else the cores of this rank, at most 8."""
-    decode: Literal["cpu", "gpu"] = "cpu"
-    """Where JPEG files are decoded to train on: by the workers, or together on the GPU, where workers only read them
-    (and decode other formats). The GPU's pixels differ a little. For `pretrain` and `finetune`: scores, and all other
-    commands, keep the CPU's. Not tried on a GPU yet."""
-    channels: Count = 3
-    """Channels an image is converted to: 1 (gray), 3 (RGB) or N (files read as they are, which must have N)."""
-    image_size: Count | None = None
-    """Side in pixels of generated images (`shapes`); files keep their own size."""
-    train_split: str = "train"
-    """Split that is trained on and fills the kNN bank."""
-    test_split: str | None = None
-    """Split that is scored; the data set's own (test, else val) when not given."""
-    length: Count | None = None
-    """Use at most this many training images, drawn class by class with run.seed; for `shapes` how many are
-    generated."""
-    test_length: Count | None = None
-    """The same for the scored split."""
-    resident: bool | Literal["auto"] = "auto"
-    """Hold the decoded set in memory as uint8; auto = when all images have one size and fit in data.memory_gb."""
-    memory_gb: NotNegative = 4.0
-    """Limit in GiB for a resident set."""
-    max_corrupt: Share = 0.01
-    """Share of files that may fail to decode (they are listed in quarantine.txt) before the run stops."""
-    mean: list[Share] | None = None
-    """Channel means in 0..1 that views subtract; the data set's published ones (ImageNet's for files) when not
-    given."""
-    std: list[Positive] | None = None
-    """Channel standard deviations in 0..1; as for mean."""
-    order: Literal["shuffle", "shards"] = "shuffle"
-    """Order of an epoch: all images shuffled, or, of shards, a few of them after the other: for disks that are slow at
-    random."""
-    shard_window: Count = 8
-    """Shards whose images are shuffled together under data.order shards."""
-    download: bool = False
-    """Let torchvision download the set where it can."""
-
-
-@dataclass
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, set at every optimizer step."""
 

@@ -151,6 +151,11 @@ class ImageDataModule(pl.LightningDataModule):
         return isinstance(self.train_source, ResidentSource)
 
     @property
+    def threads(self) -> int | None:
+        """Threads that decode images to be scored (`data.workers`); None = the cores, at most 8."""
+        return None if self.cfg.workers == "auto" else int(self.cfg.workers)
+
+    @property
     def classes(self) -> list[str]:
         """Class names; empty for an unlabeled set."""
         return self.train_source.classes

@@ -50,11 +50,17 @@ class Subject:
     std: Sequence[float]
 
     def extract(
-        self, source: Any, size: Sequence[int], device: torch.device, batch_size: int, progress: bool = False
+        self,
+        source: Any,
+        size: Sequence[int],
+        device: torch.device,
+        batch_size: int,
+        workers: int | None = None,
+        progress: bool = False,
     ) -> Features:
-        """Parts (N, P, D) of every image of `source` under the evaluation view, in memory."""
+        """Parts (N, P, D) of every image of `source` under the evaluation view, in memory. workers: as for `read`."""
         desc = f"features of {source.split}" if progress else None
-        return collect(source, size, self.mean, self.std, self.embed, device, batch_size, desc=desc)
+        return collect(source, size, self.mean, self.std, self.embed, device, batch_size, workers, desc)
 
     def bytes(self, images: int) -> int:
         """Memory that the parts of so many images take."""

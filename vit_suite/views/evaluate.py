@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_suite.views.multicrop import normalize_
-from vit_suite.views.resample import Size, as_pair, resize
+from vit_suite.views.resample import Size, as_pair, check_pixels, resize
 
 MARGIN = 256 / 224
 """Shorter side after the resize over the side of the crop."""
@@ -35,13 +35,14 @@ def _center(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def eval_view(images: Tensor | Sequence[Tensor], size: Size, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, C, h, w) fp32, normalized, on the images' device.
+    """(B, C, h, w) fp32, normalized, on the images' device. UserError as `check_pixels`.
 
     images: uint8 or float in 0..1, (B, C, H, W), or a list of (C, H_i, W_i). Images that already have `size` are only
     normalized.
     size: side, or (h, w), in pixels. mean, std: C floats in 0..1.
     """
     pair = as_pair(size)
+    check_pixels(images)
     if isinstance(images, Tensor):
         return normalize_(_center(images, pair), mean, std)
     return normalize_(torch.cat([_center(image[None], pair) for image in images]), mean, std)

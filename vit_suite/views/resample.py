@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vit_suite.errors import UserError
 from vit_suite.hardware import send
 
 Kernel = Literal["bicubic", "bilinear"]
@@ -36,6 +37,8 @@ CPU_CHUNK = 1 << 19
 of 32 px (2 x 32 + 8 x 16, one core) at 2^16 .. 2^20: 249, 143, 100, 85, 88. Below, calls cost more than arithmetic."""
 DEVICE_CHUNK = 1 << 28
 """The same on a GPU (1 GiB), where it only bounds memory."""
+ROUNDING = 1e-3
+"""How far floats may lie outside 0..1: a resize in half precision overshoots by about so much."""
 BUCKET = 128
 """Ragged images are padded to multiples of this side on a GPU: 500x375 photographs fall into two or three groups."""
 
@@ -43,6 +46,23 @@ BUCKET = 128
 def as_pair(size: Size) -> tuple[int, int]:
     """(h, w) of an output size given as one side or as both."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def check_pixels(images: Tensor | Sequence[Tensor]) -> None:
+    """UserError unless every image is uint8, or floating point in 0..1.
+
+    Other values would be clamped without a word: normalized images lose their dark half, and integers of 0..255 turn
+    white. Floats on a GPU cost a wait for their extremes; uint8, which the suite's own loaders give, costs nothing.
+    """
+    for batch in [images] if isinstance(images, Tensor) else images:
+        if batch.dtype == torch.uint8 or not batch.numel():
+            continue
+        least, most = (float(extreme) for extreme in batch.aminmax())
+        if not (batch.is_floating_point() and least >= -ROUNDING and most <= 1 + ROUNDING):
+            raise UserError(
+                f"images are {str(batch.dtype).removeprefix('torch.')} with values from {least:g} to {most:g}; views"
+                " take uint8 (0..255), or floats in 0..1, and normalize them themselves."
+            )
 
 
 def kernel_(distance: Tensor, kernel: Kernel) -> Tensor:
@@ -207,6 +227,7 @@ def crop_resize_views(
     takes the faster as measured: see SPARSE_AREA.
     """
     pair = as_pair(size)
+    check_pixels(images)
     if method == "single" or (method == "auto" and _sparse_is_faster(images, boxes)):
         if boxes.is_floating_point():
             raise ValueError("fractional boxes need the dense products, method='dense'")

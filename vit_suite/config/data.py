@@ -1,0 +1,81 @@
+"""Which images, from where. Each command has the options that change what it does, and no others."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from vit_suite.config.limits import Count, NotNegative, Positive, Share, Whole
+
+
+@dataclass
+class ImagesConfig:
+    """A set to look at, as `attention` does."""
+
+    name: str = "cifar10"
+    """Data set: cifar10 cifar100 stl10 flowers102 food101 oxford_pets imagenet tiny_imagenet folder flat list shards
+    shapes."""
+    root: str | None = None
+    """Folder of the data (or list file, or pattern of shards); $VIT_SUITE_DATA when not given."""
+    image_size: Count | None = None
+    """Side in pixels of generated images (`shapes`); files keep their own size."""
+    test_split: str | None = None
+    """Split that is scored or shown; the data set's own (test, else val) when not given."""
+    test_length: Count | None = None
+    """Use at most this many images of that split, drawn class by class with the seed; for `shapes` how many are
+    generated."""
+    download: bool = False
+    """Let torchvision download the set where it can."""
+
+    def whole(self, channels: int) -> DataConfig:
+        """The same as what the openers of data sets take, with the channels that a backbone has."""
+        return DataConfig(**(asdict(self) | {"channels": channels}))
+
+
+@dataclass
+class LocalizeDataConfig(ImagesConfig):
+    """A set to score where every image counts, as `localize` does."""
+
+    max_corrupt: Share = 0.01
+    """Share of files that may fail to decode (they are listed) before the command stops."""
+
+
+@dataclass
+class ScoreDataConfig(LocalizeDataConfig):
+    """A set whose training split is learned from and whose other split is scored, as `knn` and `linear` do."""
+
+    train_split: str = "train"
+    """Split that is trained on and fills the kNN bank."""
+    length: Count | None = None
+    """Use at most this many training images, drawn class by class with the seed; for `shapes` how many are
+    generated."""
+    workers: Whole | Literal["auto"] = "auto"
+    """Images decoded at a time on a rank: by threads for scores, by processes in training. auto = 0 for images held in
+    memory, else the cores of this rank, at most 8."""
+    resident: bool | Literal["auto"] = "auto"
+    """Hold the decoded set in memory as uint8; auto = when all images have one size and fit in data.memory_gb."""
+    memory_gb: NotNegative = 4.0
+    """Limit in GiB for a resident set."""
+    mean: list[Share] | None = None
+    """Channel means in 0..1 that views subtract; the data set's published ones (ImageNet's for files) when not given.
+    Scores take those of the checkpoint; these are for raw pixels, and for channels that no published ones fit."""
+    std: list[Positive] | None = None
+    """Channel standard deviations in 0..1; as for mean."""
+
+
+@dataclass
+class DataConfig(ScoreDataConfig):
+    """A set to train on, and how its batches are made."""
+
+    batch_size: Count = 256
+    """GLOBAL batch: images an optimizer step sees, over all ranks and accumulation steps."""
+    channels: Count = 3
+    """Channels an image is converted to: 1 (gray), 3 (RGB) or N (files read as they are, which must have N)."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where JPEG files are decoded: by the workers, or together on the GPU, where workers only read them (and decode
+    other formats). The GPU's pixels differ a little. Scores keep the CPU's. Not tried on a GPU yet."""
+    order: Literal["shuffle", "shards"] = "shuffle"
+    """Order of an epoch: all images shuffled, or, of shards, a few of them after the other: for disks that are slow at
+    random."""
+    shard_window: Count = 8
+    """Shards whose images are shuffled together under data.order shards."""
