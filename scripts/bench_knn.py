@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vit_suite.evaluation import search
-from vit_suite.evaluation.knn import knn_classify
+from vit_suite.evaluation.knn import KNNOptions, knn_classify
 from vit_suite.hardware import matmul_rate, native_bf16
 
 CLASSES = 100
@@ -58,7 +58,7 @@ def contenders(options: argparse.Namespace) -> dict[str, Callable[[], float]]:
     def ours(bf16: bool) -> float:
         with mock.patch.object(search, "native_bf16", lambda device: bf16):
             return knn_classify(
-                bank, bank_labels, queries, labels, ks=[k], temperature=TEMPERATURE, classes=CLASSES
+                bank, bank_labels, queries, labels, options=KNNOptions(ks=[k], temperature=TEMPERATURE, classes=CLASSES)
             ).top1[k]
 
     calls = {"ours bf16": lambda: ours(True)} if native_bf16(torch.device("cpu")) else {}

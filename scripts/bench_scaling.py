@@ -21,7 +21,7 @@ from bench_knn import TEMPERATURE, features
 from bench_step import CASES, CPU, ours
 from PIL import Image, ImageDraw
 
-from vit_suite.evaluation.knn import knn_classify
+from vit_suite.evaluation.knn import KNNOptions, knn_classify
 from vit_suite.hardware import cores, pick_precision
 
 BASE = CASES["tiny"] | {"batch": 16, "local": 2}
@@ -43,7 +43,7 @@ def call_of(axis: str, size: int) -> Callable[[], object]:
         return ours(case(size), pick_precision("auto", CPU))
     bank, labels = features(size, 384, 1)
     queries, truth = features(500, 384, 2)
-    return lambda: knn_classify(bank, labels, queries, truth, ks=[20], temperature=TEMPERATURE)
+    return lambda: knn_classify(bank, labels, queries, truth, options=KNNOptions(ks=[20], temperature=TEMPERATURE))
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:

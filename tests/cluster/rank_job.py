@@ -183,11 +183,17 @@ def search(folder: Path, checkpoint: Path) -> None:
     whole, shared = (
         features.extract_features(*common, batch_size=7, precision="fp32", shared=shared) for shared in (False, True)
     )
-    options = {"ks": [3, 50], "return_neighbours": True, "return_scores": True, "rows": shared.rows}
+    options = {"ks": [3, 50], "neighbours": True, "scores": True}
     found = knn.knn_classify(
-        *shared[:2], whole.features[:20], whole.labels[:20], memory=2 * (96 * 50 + 16 * 10 + 12 * 30), **options
+        *shared[:2],
+        whole.features[:20],
+        whole.labels[:20],
+        rows=shared.rows,
+        options=knn.KNNOptions(memory=2 * (96 * 50 + 16 * 10 + 12 * 30), **options),
     )
-    alike = knn.knn_classify(*shared[:2], *whole[:2], leave_one_out=True, **options)
+    alike = knn.knn_classify(
+        *shared[:2], *whole[:2], rows=shared.rows, options=knn.KNNOptions(leave_one_out=True, **options)
+    )
     numbers = [
         whole.features,
         found.neighbours,

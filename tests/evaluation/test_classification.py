@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vit_suite.errors import UserError
-from vit_suite.evaluation.classification import classify, confusion_matrix, score_logits, top_accuracy
+from vit_suite.evaluation.classification import classify, score_logits, top_accuracy
 
 LOGITS = torch.tensor([[9.0, 1, 0, 0, 0, 0, 0], [0, 9, 8, 7, 6, 5, 4], [3, 2, 1, 0, 9, 5, 4]])
 
@@ -34,7 +34,8 @@ def test_top_k():
 
 
 def test_confusion_counts_predictions_by_label():
-    counts = confusion_matrix(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]), 3)
+    logits = torch.eye(3)[[0, 1, 1, 2]]
+    counts = score_logits(logits, torch.tensor([0, 0, 1, 1])).confusion
     assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
 
 

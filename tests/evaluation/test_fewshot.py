@@ -10,7 +10,7 @@ import torch
 from tests.evaluation.test_linear import COLUMNS, ONE, blobs
 from vit_suite.errors import UserError
 from vit_suite.evaluation import fewshot
-from vit_suite.evaluation.fewshot import Spread, draw_shots, few_shot_probe
+from vit_suite.evaluation.fewshot import Shots, Spread, draw_shots, few_shot_probe
 from vit_suite.evaluation.linear import choose, linear_probe, split
 from vit_suite.evaluation.linear_heads import Recipe
 
@@ -57,7 +57,7 @@ def test_heads_see_their_shots_alone(monkeypatch):
         fewshot, "stored", lambda parts, labels, rows, *rest: seen.append(rows) or original(parts, labels, rows, *rest)
     )
     results = few_shot_probe(
-        train, lambda: blobs(60, seed=5), Recipe((0.1, 1.0), 1, steps=5), columns=COLUMNS, shots=[2, 6], draws=3
+        train, lambda: blobs(60, seed=5), Recipe((0.1, 1.0), 1, steps=5), columns=COLUMNS, shots=Shots([2, 6], 3)
     )
     held = set(split(train.labels, 0.1, 0)[1].tolist())
     assert [len(rows) for rows in seen] == [6] * 3 + [18] * 3 + [6] * 3 + [18] * 3  # choosing, then the winners again
@@ -73,7 +73,7 @@ def test_heads_see_their_shots_alone(monkeypatch):
 def test_a_draw_scores_what_a_probe_on_its_images_scores():
     train, test = blobs(90, noise=2.0), blobs(60, noise=2.0, seed=5)
     recipe = Recipe((0.5,), 1, 64, steps=40)
-    results = few_shot_probe(train, lambda: test, recipe, columns={ONE: [[1]]}, shots=[4], draws=2)
+    results = few_shot_probe(train, lambda: test, recipe, columns={ONE: [[1]]}, shots=Shots([4], 2))
     for draw, value in enumerate(results[4].top1.values):
         rows = draw_shots(train.labels, 4, draw)  # with one setting nothing is held out
         alone = train._replace(features=train.features[rows], labels=train.labels[rows], indices=rows)
@@ -85,7 +85,7 @@ def test_a_draw_scores_what_a_probe_on_its_images_scores():
 def test_more_shots_score_higher():
     train, test = blobs(300, noise=3.0), blobs(300, noise=3.0, seed=5)
     results = few_shot_probe(
-        train, lambda: test, Recipe((0.1, 1.0), 1, steps=40), columns=COLUMNS, shots=[1, 30], draws=3
+        train, lambda: test, Recipe((0.1, 1.0), 1, steps=40), columns=COLUMNS, shots=Shots([1, 30], 3)
     )
     assert results[30].top1.mean > results[1].top1.mean + 5 and results[1].top1.std > 0
 
@@ -99,7 +99,5 @@ def test_too_few_besides_the_held_out():
             lambda: blobs(9),
             Recipe((0.1, 1.0), 1),
             columns=COLUMNS,
-            shots=[10],
-            draws=1,
-            names=["a", "b", "c"],
+            shots=Shots([10], 1, ["a", "b", "c"]),
         )

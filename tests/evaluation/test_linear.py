@@ -13,7 +13,7 @@ from vit_suite.config import BackboneConfig
 from vit_suite.data.order import epoch_order
 from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features
-from vit_suite.evaluation.linear import choose, linear_probe, split
+from vit_suite.evaluation.linear import ProbeOptions, choose, linear_probe, split
 from vit_suite.evaluation.linear_heads import HeadScore, Recipe, Setting, Sweep, fit, score, stored
 from vit_suite.evaluation.linear_inputs import (
     PIXELS,
@@ -287,7 +287,9 @@ def test_held_out_images_are_not_trained_on():
     train = Features(
         torch.randn(60, 1, 400, generator=random), torch.randint(0, 2, (60,), generator=random), torch.arange(60), []
     )
-    result = linear_probe(train, train, Recipe((1.0, 2.0), 50, 64), columns={ONE: [[0]]}, holdout=0.5)
+    result = linear_probe(
+        train, train, Recipe((1.0, 2.0), 50, 64), columns={ONE: [[0]]}, options=ProbeOptions(holdout=0.5)
+    )
     assert result.top1 == 100 and all(found.top1 < 80 for found in result.held_out)
 
 

@@ -13,7 +13,7 @@ from vit_suite import distributed
 from vit_suite.errors import UserError
 from vit_suite.evaluation import features, knn
 from vit_suite.evaluation.features import Features, collect, own_rows, pick_rows
-from vit_suite.evaluation.knn import knn_classify
+from vit_suite.evaluation.knn import KNNOptions, knn_classify
 
 from .test_features import MEAN, STD, Source
 
@@ -97,17 +97,19 @@ def test_a_shared_bank_is_searched_as_a_whole(ranks, count):
     labels, queries = torch.arange(45) % 4, bank[:7].flip(1)
     options = {
         "ks": [2, 30, 60],
-        "return_neighbours": True,
-        "return_scores": True,
+        "neighbours": True,
+        "scores": True,
         "memory": 3 * (96 * 45 + 16 * 4 + 12 * 45),
     }
 
     def search(queries, **more):
         rows = own_rows(45)
-        return knn_classify(bank[rows], labels, queries, labels[: len(queries)], rows=rows, **options, **more)
+        return knn_classify(
+            bank[rows], labels, queries, labels[: len(queries)], rows=rows, options=KNNOptions(**options, **more)
+        )
 
     for tested, more in ((queries, {}), (bank, {"leave_one_out": True})):
-        whole = knn_classify(bank, labels, tested, labels[: len(tested)], **options, **more)
+        whole = knn_classify(bank, labels, tested, labels[: len(tested)], options=KNNOptions(**options, **more))
         assert (whole.similarities[:, :-1] == whole.similarities[:, 1:]).any()
         for found in ranks(count, lambda tested=tested, more=more: search(tested, **more)):
             assert found.neighbours.equal(whole.neighbours) and found.similarities.equal(whole.similarities)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from vit_suite.evaluation import search
-from vit_suite.evaluation.knn import knn_classify
+from vit_suite.evaluation.knn import KNNOptions, knn_classify
 from vit_suite.evaluation.search import Bank, plain_products, unit_rows
 
 CPU = torch.device("cpu")
@@ -112,9 +112,11 @@ def test_neither_memory_nor_chunks_nor_shares_change_a_bit(candidates_in, device
         parts = [nearest(rows, bank.to(device), 12, columns, device=device) for rows in queries.split(part)]
         similarities, neighbours = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         assert neighbours.equal(found) and similarities.equal(values)
-    options = {"ks": [12], "return_neighbours": True, "device": device}
+    options = {"ks": [12], "neighbours": True, "device": device}
     for memory in (2**28, 50_000):
-        result = knn_classify(bank, torch.zeros(2000, dtype=torch.long), queries, memory=memory, **options)
+        result = knn_classify(
+            bank, torch.zeros(2000, dtype=torch.long), queries, options=KNNOptions(memory=memory, **options)
+        )
         assert result.neighbours.equal(found) and result.similarities.equal(values)
 
 

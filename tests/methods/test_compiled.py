@@ -22,7 +22,7 @@ from vit_suite.config import (
     ViewsConfig,
 )
 from vit_suite.errors import UserError
-from vit_suite.evaluation.knn import knn_classify
+from vit_suite.evaluation.knn import KNNOptions, knn_classify
 from vit_suite.methods.base import Method
 from vit_suite.methods.compiled import check_compile, compile_blocks
 from vit_suite.views.draw import alone
@@ -123,7 +123,13 @@ def test_a_score_between_epochs_leaves_the_graphs(traced):
     compile_blocks(module)
     losses(module)
     found = len(traced)
-    knn_classify(torch.eye(4), torch.arange(4), torch.eye(4), torch.arange(4), ks=[1], temperature=1.0, classes=4)
+    knn_classify(
+        torch.eye(4),
+        torch.arange(4),
+        torch.eye(4),
+        torch.arange(4),
+        options=KNNOptions(ks=[1], temperature=1.0, classes=4),
+    )
     assert losses(module) and len(traced) == found > 0
 
 

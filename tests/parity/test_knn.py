@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vit_suite.evaluation.knn import knn_classify
+from vit_suite.evaluation.knn import KNNOptions, knn_classify
 
 from .golden import largest_error, load_golden, record
 
@@ -23,12 +23,14 @@ def result(request, golden):
     memory = {"memory": small} if request.param == "many chunks" else {}
     return knn_classify(
         *features,
-        ks=ks,
-        temperature=hyperparameters["T"],
-        classes=hyperparameters["classes"],
-        return_scores=True,
-        return_neighbours=True,
-        **memory,
+        options=KNNOptions(
+            ks=ks,
+            temperature=hyperparameters["T"],
+            classes=hyperparameters["classes"],
+            scores=True,
+            neighbours=True,
+            **memory,
+        ),
     )
 
 

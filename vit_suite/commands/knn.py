@@ -16,7 +16,7 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.data.resident import GIB
 from vit_suite.evaluation.features import Features, extract_features, pick_rows, raw_pixel_features
 from vit_suite.evaluation.fewshot import Spread, draw_shots
-from vit_suite.evaluation.knn import KNNResult, knn_classify
+from vit_suite.evaluation.knn import KNNOptions, KNNResult, knn_classify
 from vit_suite.hardware import pick_precision, rank_device
 from vit_suite.reports.results import append_result, table
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
@@ -118,8 +118,8 @@ class Scorer:
 
     def vote(self, bank: Features, test: Features) -> KNNResult:
         """Of the whole bank."""
-        vote = {"ks": self.ks, "temperature": self.temperature, "device": self.options["device"]}
-        return knn_classify(*bank[:2], *test[:2], rows=bank.rows, **vote)
+        vote = KNNOptions(ks=self.ks, temperature=self.temperature, device=self.options["device"])
+        return knn_classify(*bank[:2], *test[:2], options=vote, rows=bank.rows)
 
     def few_shot(self, features: tuple[Features, Features], shots: Sequence[int], draws: int, seed: int) -> Shots:
         """Votes of banks of few images of each class; features are those of the whole sets. UserError as

@@ -22,8 +22,15 @@ from vit_suite.data.resident import GIB, to_device
 from vit_suite.data.source import ImageSource, ResidentSource
 from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features
-from vit_suite.evaluation.fewshot import ShotResult, Spread, few_shot_probe
-from vit_suite.evaluation.linear import ProbeResult, linear_probe, linear_probe_on_batches, split
+from vit_suite.evaluation.fewshot import ShotResult, Shots, Spread, few_shot_probe
+from vit_suite.evaluation.linear import (
+    FreshBatches,
+    ProbeOptions,
+    ProbeResult,
+    linear_probe,
+    linear_probe_on_batches,
+    split,
+)
 from vit_suite.evaluation.linear_heads import Batches, HeadScore, Setting
 from vit_suite.evaluation.linear_inputs import Feature, Subject, backbone_subject, pixel_subject
 from vit_suite.evaluation.linear_protocols import Protocol, resolve
@@ -105,6 +112,7 @@ class Prober:
             to_device(data.train_source, self.device)
         self.train = data.bank()
         self.classes = max(len(self.train.classes), int(self.train.labels.max()) + 1)
+        self.options = ProbeOptions(cfg.holdout, self.classes, self.device, self.speaks)
         self.choosing = False  # whether images were held out for the last subject
 
     def backbone(self, loaded: LoadedBackbone, features: Sequence[Feature]) -> Result:
@@ -125,13 +133,10 @@ class Prober:
         if self.protocol.augment:
             return self._augmented(subject)
         train = self._extract(subject, self.train)
-        common = {"columns": subject.columns, "holdout": cfg.holdout, "device": self.device}
         if cfg.shots:
-            few = {"shots": cfg.shots, "draws": cfg.draws, "names": self.train.classes, "progress": self.speaks}
-            return few_shot_probe(train, lambda: self._test(subject), recipe, **few, **common)
-        return linear_probe(
-            train, lambda: self._test(subject), recipe, **common, classes=self.classes, progress=self.speaks
-        )
+            shots = Shots(cfg.shots, cfg.draws, self.train.classes)
+            return few_shot_probe(train, lambda: self._test(subject), recipe, subject.columns, shots, self.options)
+        return linear_probe(train, lambda: self._test(subject), recipe, subject.columns, self.options)
 
     def _augmented(self, subject: Subject) -> ProbeResult:
         inner, held = self.train, None
@@ -140,16 +145,8 @@ class Prober:
             inner, held = self.train.subset(rows), self._extract(subject, self.train.subset(held_rows))
         recipe = self.protocol.recipe
         batches, count = self._batches(subject, inner, min(recipe.batch_size, len(inner)))
-        options = {
-            "shape": subject.shape,
-            "classes": self.classes,
-            "images": len(inner),
-            "device": self.device,
-            "progress": self.speaks,
-        }
-        return linear_probe_on_batches(
-            batches, count, held, lambda: self._test(subject), recipe, subject.columns, **options
-        )
+        fresh = FreshBatches(batches, count, subject.shape, len(inner))
+        return linear_probe_on_batches(fresh, held, lambda: self._test(subject), recipe, subject.columns, self.options)
 
     def _batches(self, subject: Subject, source: ImageSource, size: int) -> tuple[Batches, int]:
         """(batches, batches an epoch) of parts of randomly cropped and flipped images (the only colors are the image's

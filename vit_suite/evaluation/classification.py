@@ -1,4 +1,4 @@
-"""Scores of a classifier: top-1, top-5, calibration, confusion; and the callback that takes them during training.
+"""Scores of a classifier (top-1, top-5, calibration, confusion), and the callback that takes them during training.
 
 Axes: N images, K classes.
 """
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from vit_suite.errors import UserError
 from vit_suite.evaluation.calibration import expected_calibration_error, negative_log_likelihood
@@ -31,14 +31,10 @@ class Classification(NamedTuple):
 
 
 def top_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Share in percent of images whose label is among the k largest logits (N, K); all K where there are fewer."""
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return 100 * float((best == labels.unsqueeze(1)).any(1).float().mean())
-
-
-def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """int64 (K, K) counts; rows are labels, columns predictions."""
-    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    """Percent of the images (N,) whose label is among the k largest logits (N, K); among all K when k is larger."""
+    classes = logits.shape[1]
+    share = multiclass_accuracy(logits.double(), labels, classes, average="micro", top_k=min(k, classes))
+    return 100 * float(share)
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> Classification:
@@ -52,7 +48,7 @@ def score_logits(logits: Tensor, labels: Tensor) -> Classification:
         top_accuracy(logits, labels, 5),
         expected_calibration_error(logits, labels),
         negative_log_likelihood(logits, labels),
-        confusion_matrix(logits.argmax(1), labels, classes),
+        multiclass_confusion_matrix(logits.argmax(1), labels, classes),
         len(labels),
     )
 
@@ -60,8 +56,9 @@ def score_logits(logits: Tensor, labels: Tensor) -> Classification:
 def classify(
     module: pl.LightningModule, source: Any, image_size: Iterable[int], batch_size: int, precision: str
 ) -> Classification:
-    """Score the classifier of a supervised `module` on the images of `source` under the evaluation view. All ranks call
-    this and get the scores."""
+    """Score the classifier of a supervised `module` on the images of `source` under the evaluation view.
+
+    All ranks call this, and all get the scores."""
     options = {"batch_size": batch_size, "device": module.device, "precision": precision, "unit": False}
     logits, labels, *_ = extract_features(
         module.classifier(), source, list(image_size), module.mean, module.std, **options

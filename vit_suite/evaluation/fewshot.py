@@ -1,4 +1,4 @@
-"""Few-shot scores: n labeled images of each class, several random draws of them, mean and standard deviation."""
+"""Few-shot scores: n labeled images of each class, drawn several times; mean and standard deviation over the draws."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor
 from vit_suite.data.source import stable_seed
 from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features
-from vit_suite.evaluation.linear import Columns, checked_classes, choose, final_score, moved, split
+from vit_suite.evaluation.linear import Columns, ProbeOptions, checked_classes, choose, final_score, moved, split
 from vit_suite.evaluation.linear_heads import HeadScore, Recipe, Setting, Sweep, fit, score, stored
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Percent, one value a draw."""
+    """A score in percent over several draws."""
 
     values: tuple[float, ...]
+    """One for each draw."""
 
     @property
     def mean(self) -> float:
@@ -28,7 +29,7 @@ class Spread:
 
     @property
     def std(self) -> float:
-        """Of the sample (n - 1); 0 for a single draw."""
+        """Sample standard deviation (n - 1 in the denominator); 0 for a single draw."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
@@ -44,8 +45,8 @@ def draw_shots(
 ) -> Tensor:
     """Sorted indices of `shots` images of each class; labels (N,) from 0.
 
-    Depends on the arguments alone. Draws with fewer shots are part of those with more, so that a curve over shots is
-    smooth.
+    The result depends on the arguments alone. The images of fewer shots are among those of more shots, so a curve over
+    shots is smooth.
 
     Raises:
         UserError: a class of `classes` (or of those in `labels`) has fewer images; the message names the one with the
@@ -64,67 +65,75 @@ def draw_shots(
 
 
 @dataclass(frozen=True)
+class Shots:
+    """Which few images are drawn."""
+
+    counts: Sequence[int]
+    """Images of each class; one score for each count."""
+    draws: int
+    """Random draws for each count."""
+    names: Sequence[str] = ()
+    """Names of the classes."""
+
+
+@dataclass(frozen=True)
 class ShotResult:
-    """Of one number of shots."""
+    """The score for one number of shots."""
 
     setting: Setting
     top1: Spread
     top5: Spread
     held_out: list[HeadScore]
-    """Of every setting, mean over draws; empty where there was nothing to choose."""
+    """Mean over draws for every setting; empty where there was nothing to choose."""
 
 
 def few_shot_probe(
     train: Features,
     test: Callable[[], Features],
     recipe: Recipe,
-    *,
     columns: Columns,
-    shots: Sequence[int],
-    draws: int,
-    names: Sequence[str] = (),
-    holdout: float = 0.1,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
+    shots: Shots,
+    options: ProbeOptions | None = None,
 ) -> dict[int, ShotResult]:
-    """Heads on few labeled images of `train` (parts (N, P, D)), scored on `test`, for each number of shots.
+    """Train heads on few labeled images of `train` (parts (N, P, D)) and score them on `test`: count -> result.
 
-    One setting serves all draws of a number of shots: the best on average on a held-out share of the training images,
-    which the draws
-    do not touch. So those labels choose a setting, and nothing else; with one setting they are not used. `test` is
-    called once, last.
-    names: of the classes. UserError as in `draw_shots` and `linear_probe`.
+    One setting serves all draws of a count: the best on average on held-out training images, which are never drawn. So
+    the labels of those images choose a setting and do nothing else; with a single setting they are not used. `test` is
+    called once, last. UserError as in `draw_shots` and `linear_probe`.
     """
-    parts, labels = moved(train.features, torch.device(device)), train.labels
-    classes = max(checked_classes(labels, None, "training"), len(names))
+    options = options or ProbeOptions()
+    device = torch.device(options.device or "cpu")
+    parts, labels = moved(train.features, device), train.labels
+    classes = max(checked_classes(labels, options.classes, "training"), len(shots.names))
     several = len(columns) * len(recipe.lr) > 1
-    pool, held = split(labels, holdout, recipe.seed) if several else (torch.arange(len(labels)), None)
+    pool, held = split(labels, options.holdout, recipe.seed) if several else (torch.arange(len(labels)), None)
     where = "training images" + " besides those held out" * several
-    chosen = {n: [pool[draw_shots(labels[pool], n, d, recipe.seed, names, where)] for d in range(draws)] for n in shots}
+    chosen = {
+        n: [pool[draw_shots(labels[pool], n, d, recipe.seed, shots.names, where)] for d in range(shots.draws)]
+        for n in shots.counts
+    }
 
     def trained(rows: Tensor, columns: Columns, lrs: tuple[float, ...]) -> Sweep:
         sweep = Sweep(columns, parts.shape[2], classes, replace(recipe, lr=lrs)).to(device)
-        desc = f"{len(rows)} images" if progress else None
+        desc = f"{len(rows)} images" if options.progress else None
         return fit(sweep, *stored(parts, labels, rows, recipe.batch_size, recipe.seed), desc)
 
     winners: dict[int, Setting] = {}
-    tables: dict[int, list[HeadScore]] = {n: [] for n in shots}
-    for n in shots:
+    tables: dict[int, list[HeadScore]] = {n: [] for n in shots.counts}
+    for n in shots.counts:
         winners[n] = Setting(recipe.lr[0], *next(iter(columns)))
         if several:
-            scores = [score(trained(rows, columns, recipe.lr), parts, labels, held) for rows in chosen[n]]
-            tables[n] = [_mean(column) for column in zip(*scores, strict=True)]
+            by_draw = [score(trained(rows, columns, recipe.lr), parts, labels, held) for rows in chosen[n]]
+            tables[n] = [_mean(column) for column in zip(*by_draw, strict=True)]
             winners[n] = choose(tables[n]).setting
     found = test()
     results = {}
-    for n in shots:
-        # Trained again rather than kept: a head takes milliseconds, all heads of all draws may not fit in memory.
-        columns_of_winner = {winners[n].feature: columns[winners[n].feature]}
-        scores = [
-            final_score(trained(rows, columns_of_winner, (winners[n].lr,)), found, winners[n]) for rows in chosen[n]
-        ]
-        spreads = [Spread(tuple(getattr(one, key) for one in scores)) for key in ("top1", "top5")]
-        results[n] = ShotResult(winners[n], *spreads, tables[n])
+    for n, winner in winners.items():
+        # The winner is trained again: a head takes milliseconds, and the heads of all draws may not fit in memory.
+        own = {winner.feature: columns[winner.feature]}
+        scores = [final_score(trained(rows, own, (winner.lr,)), found, winner) for rows in chosen[n]]
+        top1, top5 = Spread(tuple(one.top1 for one in scores)), Spread(tuple(one.top5 for one in scores))
+        results[n] = ShotResult(winner, top1, top5, tables[n])
     return results
 
 

@@ -1,29 +1,28 @@
 """Weighted k-nearest-neighbour classification of frozen features.
 
-The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eval_knn.py computes it: a query's score
-for class c is the sum of exp(similarity / temperature) over those of its k nearest bank rows whose label is c.
-Deliberate deviations:
+The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eval_knn.py computes it: the score of class
+c is the sum of exp(similarity / temperature) over those of a query's k nearest bank rows that have label c.
+Deliberate deviations from eval_knn.py:
 
-- the bank is searched in chunks too, not only the queries, so memory is bounded whatever the sizes; ranks may share it,
-  each searches its rows for all queries, and the nearest of all are merged;
-- a similarity is exact (`evaluation/search.py`), so neighbours and similarities of the same unit rows are the same bit
-  for bit on every machine, with any memory and any number of ranks;
-- votes are scattered by label instead of multiplied by a (k, classes) one-hot, so the number of classes is not a memory
-  problem;
-- the vote runs in float64 after subtracting the largest similarity: the ranking is the same, a small temperature cannot
-  overflow;
-- ties are resolved: between bank rows and between classes the lower index wins; a class without any vote is never a
-  top-5 hit (the official sort leaves both to chance);
-- k larger than the bank is clamped, and reported as clamped; few queries, few classes and few bank rows all work.
+- The bank is searched in chunks, as the queries are, so memory is bounded for any size. Ranks may share the bank: each
+  searches its own rows for all queries, and the nearest of all ranks are merged.
+- Similarities are exact (`evaluation/search.py`). The same unit rows give the same neighbours and similarities, bit for
+  bit, on every machine, with any memory limit and any number of ranks.
+- Votes are added up by label. The official code multiplies by a (k, classes) one-hot, whose size grows with classes.
+- The vote runs in float64 and subtracts the largest similarity first. The ranking stays the same, and a small
+  temperature cannot overflow.
+- Ties are resolved: the lower index wins, between bank rows and between classes. A class without a vote is never a
+  top-5 hit. (The official sort leaves both to chance.)
+- A k larger than the bank becomes the size of the bank, and the result says so.
 
-Axes: N bank rows, M queries, D feature width, C classes, K largest number of neighbours, Q and B rows of a query and a
-bank chunk.
+Axes: N bank rows, M queries, D feature width, C classes, K the largest number of neighbours, Q queries of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -36,44 +35,71 @@ DEFAULT_MEMORY = 256 * 2**20
 """Bytes of working memory."""
 
 _BYTES_PER_PAIR = 12
-"""Of a (query, bank row) pair at the worst moment: product (4), candidates (4), and masks (4)."""
+"""Peak memory of one (query, bank row) pair: product (4), candidates (4), masks (4)."""
+
+
+@dataclass(frozen=True)
+class KNNOptions:
+    """How `knn_classify` searches and votes."""
+
+    ks: int | Iterable[int] = (10, 20, 100, 200)
+    """Numbers of neighbours; one score each, from one search."""
+    temperature: float = 0.07
+    classes: int | None = None
+    """The largest label + 1 when None."""
+    memory: int = DEFAULT_MEMORY
+    """Limit in bytes for the working memory, on top of inputs and results."""
+    leave_one_out: bool = False
+    """The queries ARE the bank, row for row: each query ignores itself."""
+    scores: bool = False
+    """Keep the (M, C) scores of every k in the result."""
+    neighbours: bool = False
+    """Keep the (M, K) neighbours and their similarities in the result."""
+    device: torch.device | str | None = None
+    """Where the search runs; the bank's own device when None."""
 
 
 @dataclass
 class KNNResult:
-    """What `knn_classify` found. Dictionaries are keyed by the k that was asked for.
-
-    top1, top5: percent of the queries whose label has the highest score, or one of the five highest; empty without
-    query labels.
-    predictions: (M,) int64, the class with the highest score.
-    used_k: the k that was used: smaller than the key when the bank holds fewer rows.
-    scores: (M, C) float64, sum of exp(similarity / temperature) by class, only with `return_scores`; infinite where it
-        overflows float64 (temperature below 0.0014), which does not touch predictions.
-    neighbours, similarities: (M, K) int64 bank rows and float32 cosines, most similar first, only with
-    `return_neighbours`.
-    """
+    """What `knn_classify` found. Dictionaries are keyed by the k that was asked for."""
 
     queries: int
     bank: int
     classes: int
     temperature: float
     used_k: dict[int, int]
+    """The k that was used; smaller than the key when the bank has fewer rows."""
     top1: dict[int, float] = field(default_factory=dict)
+    """Percent of the queries whose label has the highest score; empty without query labels."""
     top5: dict[int, float] = field(default_factory=dict)
+    """Percent of the queries whose label is among the five highest scores."""
     predictions: dict[int, Tensor] = field(default_factory=dict)
+    """(M,) int64: the class with the highest score."""
     scores: dict[int, Tensor] = field(default_factory=dict)
+    """(M, C) float64, with `KNNOptions.scores`: sum of exp(similarity / temperature) by class. Infinite where it
+    overflows float64 (temperature below 0.0014); predictions are right even then."""
     neighbours: Tensor | None = None
+    """(M, K) int64 bank rows, most similar first, with `KNNOptions.neighbours`."""
     similarities: Tensor | None = None
+    """(M, K) float32 cosines of the neighbours."""
 
-    @property
-    def clamped(self) -> dict[int, int]:
-        """{asked: used} for every k that is larger than the bank."""
-        return {k: used for k, used in self.used_k.items() if used != k}
 
-    @property
-    def best_k(self) -> int:
-        """The asked k with the highest top-1 (the smallest of equals)."""
-        return max(sorted(self.top1), key=lambda k: self.top1[k])
+class _Found(TypedDict, total=False):
+    """Of one query chunk and one k."""
+
+    prediction: Tensor
+    scores: Tensor
+    hit1: int
+    hit5: int
+
+
+@dataclass
+class _Part:
+    """Of one query chunk."""
+
+    by_k: dict[int, _Found]
+    neighbours: Tensor | None
+    similarities: Tensor | None
 
 
 def knn_classify(
@@ -81,64 +107,53 @@ def knn_classify(
     bank_labels: Tensor,
     queries: Tensor,
     query_labels: Tensor | None = None,
-    *,
-    ks: Iterable[int] = (10, 20, 100, 200),
+    options: KNNOptions | None = None,
     rows: Tensor | None = None,
-    temperature: float = 0.07,
-    classes: int | None = None,
-    memory: int = DEFAULT_MEMORY,
-    leave_one_out: bool = False,
-    return_scores: bool = False,
-    return_neighbours: bool = False,
-    device: torch.device | str | None = None,
-    progress: bool = False,
 ) -> KNNResult:
-    """Classify `queries` (M, D) by a weighted vote of their nearest rows in `bank` (N, D), for every k of `ks` in one
-    search.
+    """Classify `queries` (M, D) by a weighted vote of their nearest rows in `bank` (N, D).
 
-    Rows are L2-normalized here unless they already have unit length. Similarities are exact cosines rounded to float32,
-    whatever autocast or TF32 setting is active. `bank_labels` (N,) and `query_labels` (M,) are integers 0..classes-1;
-    `classes` is the largest label + 1 when not given. `memory` bounds the working memory in bytes, on top of inputs and
-    results. `leave_one_out` is for queries that ARE the bank, row for row: each then ignores itself. Work happens on
-    `device`, the bank's own when not given.
+    Rows are L2-normalized here unless they already have length 1. Similarities are cosines, exact to the rounding to
+    float32, whatever the autocast or TF32 settings. `bank_labels` (N,) and `query_labels` (M,) are integers from 0 to
+    classes - 1.
 
-    `rows` (n,), where ranks share the bank: which of its N rows `bank` (n, D) holds (`features.own_rows`); labels and
-    queries are whole, and every rank calls this and gets the whole result.
+    `rows` (n,) is for ranks that share the bank: `bank` (n, D) then holds these of the N rows (`features.own_rows`),
+    while labels and queries are whole. Every rank makes the call and gets the whole result.
 
-    Raises UserError for empty, mismatched or non-finite inputs, labels outside 0..classes-1 (-1 means unlabeled), k <
-    1, temperature <= 0, and a memory budget too small for a single query. Source: eval_knn.py `knn_classifier` of
-    facebookresearch/dino.
+    Raises UserError for empty, mismatched or non-finite inputs, for labels outside 0..classes-1 (-1 means unlabeled),
+    for k < 1 or temperature <= 0, and for a memory limit too small for one query. Source: `knn_classifier` in
+    eval_knn.py of facebookresearch/dino.
     """
+    options = options or KNNOptions()
     total = len(bank) if rows is None else len(bank_labels)
-    _check_rows(bank, queries, temperature, rows is not None)
-    _check_leave_one_out(leave_one_out, total, len(queries))
-    classes = _check_labels(bank_labels, query_labels, total, len(queries), classes)
-    used = {k: min(k, total - int(leave_one_out)) for k in _check_ks(ks)}
-    size, columns = chunk_sizes(len(queries), total, max(used.values()), classes, memory)
-    device = torch.device(device) if device is not None else bank.device
+    _check_rows(bank, queries, options.temperature, rows is not None)
+    _check_leave_one_out(options.leave_one_out, total, len(queries))
+    classes = _check_labels(bank_labels, query_labels, total, len(queries), options.classes)
+    used = {k: min(k, total - int(options.leave_one_out)) for k in _check_ks(options.ks)}
+    result = KNNResult(len(queries), total, classes, float(options.temperature), used)
+    size, columns = chunk_sizes(len(queries), total, max(used.values()), classes, options.memory)
+    device = torch.device(options.device) if options.device is not None else bank.device
     numbers = torch.arange(total, device=device) if rows is None else rows.to(device)
-    parts: list[dict] = []
+    parts: list[_Part] = []
     with torch.no_grad(), plain_products(device):
         searched = Bank(bank, numbers, max(used.values()), columns, device)
-        for start in _steps(len(queries), size, progress):
+        for start in range(0, len(queries), size):
             chunk = queries[start : start + size].to(device)
-            own = torch.arange(start, start + len(chunk), device=device) if leave_one_out else None
+            own = torch.arange(start, start + len(chunk), device=device) if options.leave_one_out else None
             similarities, neighbours = searched.nearest(chunk, own)
             if rows is not None:
                 similarities, neighbours = _merge(similarities, neighbours, max(used.values()))
             truth = None if query_labels is None else query_labels[start : start + size].to(device)
             labels = bank_labels[neighbours.to(bank_labels.device)].to(device).long()  # (Q, K)
-            part = _vote(similarities, labels, used, temperature, classes, truth, return_scores)
-            if return_neighbours:
-                part |= {"neighbours": neighbours.cpu(), "similarities": similarities.cpu()}
-            parts.append(part)
-    return _gather(KNNResult(len(queries), total, classes, float(temperature), used), parts)
+            found = _vote(similarities, labels, result, truth, options.scores)
+            kept = (neighbours.cpu(), similarities.cpu()) if options.neighbours else (None, None)
+            parts.append(_Part(found, *kept))
+    return _gather(result, parts)
 
 
 def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> tuple[int, int]:
-    """(query rows, bank rows) of a chunk so that similarities, candidates and votes stay within `memory` bytes."""
-    # A query's candidates: about 2 k pairs (query 8, row 8, value 4 bytes), sorted, gathered, laid out. Its votes:
-    # scores, comparisons.
+    """(query rows, bank rows) of a chunk, so that similarities, candidates and votes stay within `memory` bytes."""
+    # Bytes of a query besides its products. Candidates: about 2 k pairs (query 8, row 8, value 4 bytes), which are
+    # sorted, gathered and laid out. Votes: a score (8) and a comparison (8) of each class.
     row = 160 * k + 16 * classes
     least = row + _BYTES_PER_PAIR * min(bank, 256)
     if memory < least:
@@ -146,15 +161,15 @@ def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> t
             f"memory {memory} bytes is too small for one query of this search (k {k}, {classes} classes): give at least"
             f" {least}"
         )
-    # Merging costs as much a bank chunk however short it is, so fewer queries are better than bank chunks of a few k.
-    # More than 1024 queries gain nothing in the matrix product.
+    # Merging a bank chunk costs the same however short it is, so take fewer queries rather than chunks of a few k rows.
+    # More than 1024 queries make the matrix product no faster.
     rows = max(1, min(queries, 1024, memory // (row + _BYTES_PER_PAIR * min(bank, max(4096, 16 * k)))))
     return rows, min(bank, (memory - rows * row) // (rows * _BYTES_PER_PAIR))
 
 
 def _merge(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of what all ranks found, (Q, k) each, of equal values the lower row first; values and rows (Q, at most
-    k) of one rank."""
+    """The k best of what all ranks found, (Q, k) each; of equal values the lower row comes first. `values` and `rows`,
+    (Q, at most k) each, are what this rank found."""
     parts = distributed.gather_objects((values.cpu(), rows.cpu()))
     found, numbers = (torch.cat(column, 1).to(values.device) for column in zip(*parts, strict=True))
     numbers, order = numbers.sort(dim=1)
@@ -163,66 +178,53 @@ def _merge(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _vote(
-    similarities: Tensor,
-    labels: Tensor,
-    used: dict[int, int],
-    temperature: float,
-    classes: int,
-    truth: Tensor | None,
-    return_scores: bool,
-) -> dict:
-    """Predictions, ranks of the truth and (raw) scores of one query chunk for every k; labels (Q, K) are the
-    neighbours'."""
-    exponent = similarities.double() / temperature
-    offset = exponent[:, :1]  # the largest; subtracting it scales a row's scores by a constant
+    similarities: Tensor, labels: Tensor, result: KNNResult, truth: Tensor | None, keep_scores: bool
+) -> dict[int, _Found]:
+    """The vote of one query chunk for every k of `result`. similarities, labels (Q, K): of the neighbours, most similar
+    first; truth (Q,): labels of the queries."""
+    classes = result.classes
+    exponent = similarities.double() / result.temperature
+    offset = exponent[:, :1]  # the largest; subtracting it scales all scores of a query by a constant
     weights = (exponent - offset).exp()
     scores = weights.new_zeros(len(weights), classes)
-    counted, by_size = 0, {}
-    for size in sorted(set(used.values())):
+    counted = 0
+    by_size: dict[int, _Found] = {}
+    for size in sorted(set(result.used_k.values())):
         scores.scatter_add_(1, labels[:, counted:size], weights[:, counted:size])
         counted = size
-        by_size[size] = {"prediction": scores.argmax(1).cpu()}  # argmax returns the first of equals
-        if return_scores:
-            by_size[size]["scores"] = (scores * offset.exp()).cpu()
+        found: _Found = {"prediction": scores.argmax(1).cpu()}  # argmax returns the first of equals
+        if keep_scores:
+            found["scores"] = (scores * offset.exp()).cpu()
         if truth is not None:
             own = scores.gather(1, truth[:, None].long())
             better = (scores > own).sum(1)
             earlier = torch.arange(classes, device=scores.device) < truth[:, None]
             rank = better + ((scores == own) & earlier).sum(1)
-            by_size[size]["hit1"] = int((rank == 0).sum())
-            by_size[size]["hit5"] = int(((rank < 5) & (own[:, 0] > 0)).sum())
-    return {k: by_size[size] for k, size in used.items()}
+            found["hit1"] = int((rank == 0).sum())
+            found["hit5"] = int(((rank < 5) & (own[:, 0] > 0)).sum())
+        by_size[size] = found
+    return {k: by_size[size] for k, size in result.used_k.items()}
 
 
-def _gather(result: KNNResult, parts: list[dict]) -> KNNResult:
+def _gather(result: KNNResult, parts: list[_Part]) -> KNNResult:
     """Join the query chunks into `result`."""
     for k in result.used_k:
-        result.predictions[k] = torch.cat([part[k]["prediction"] for part in parts])
-        if "scores" in parts[0][k]:
-            result.scores[k] = torch.cat([part[k]["scores"] for part in parts])
-        if "hit1" in parts[0][k]:
-            result.top1[k] = 100.0 * sum(part[k]["hit1"] for part in parts) / result.queries
-            result.top5[k] = 100.0 * sum(part[k]["hit5"] for part in parts) / result.queries
-    if "neighbours" in parts[0]:
-        result.neighbours = torch.cat([part["neighbours"] for part in parts])
-        result.similarities = torch.cat([part["similarities"] for part in parts])
+        found = [part.by_k[k] for part in parts]
+        result.predictions[k] = torch.cat([one["prediction"] for one in found])
+        if "scores" in found[0]:
+            result.scores[k] = torch.cat([one["scores"] for one in found])
+        if "hit1" in found[0]:
+            result.top1[k] = 100.0 * sum(one["hit1"] for one in found) / result.queries
+            result.top5[k] = 100.0 * sum(one["hit5"] for one in found) / result.queries
+    kept = [(part.neighbours, part.similarities) for part in parts]
+    neighbours = [rows for rows, _ in kept if rows is not None]
+    similarities = [values for _, values in kept if values is not None]
+    if neighbours:
+        result.neighbours, result.similarities = torch.cat(neighbours), torch.cat(similarities)
     return result
 
 
-def _steps(total: int, step: int, progress: bool):
-    """range(0, total, step), with a progress bar in queries when asked for."""
-    if not progress or distributed.rank() != 0:
-        yield from range(0, total, step)
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="kNN", unit="query", leave=False) as bar:
-        for start in range(0, total, step):
-            yield start
-            bar.update(min(step, total - start))
-
-
-def _check_ks(ks: Iterable[int]) -> list[int]:
+def _check_ks(ks: int | Iterable[int]) -> list[int]:
     asked = sorted({int(k) for k in ([ks] if isinstance(ks, int) else ks)})
     if not asked or asked[0] < 1:
         raise UserError(f"k must be one or more whole numbers from 1 up, not {list(asked)}")
@@ -235,11 +237,9 @@ def _check_rows(bank: Tensor, queries: Tensor, temperature: float, shared: bool)
     for name, rows in (("bank", bank), ("queries", queries)):
         if rows.ndim != 2:
             raise UserError(f"the kNN {name} must be (rows, width), not {tuple(rows.shape)}")
-        broken, count = (
-            sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(4096)),
-            len(rows),
-        )  # in parts: memory
-        if shared and name == "bank":  # what one rank finds, all have to say
+        # In parts, because a mask as large as the bank would cost memory.
+        broken, count = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(4096)), len(rows)
+        if shared and name == "bank":  # an error of one rank is raised on all
             broken, count = map(sum, zip(*distributed.gather_objects((broken, count)), strict=True))
         if count == 0:
             raise UserError(f"the kNN {name} has no rows")

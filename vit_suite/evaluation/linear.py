@@ -1,8 +1,9 @@
-"""Linear evaluation of frozen features: the setting is chosen on held-out TRAINING images, and the winner is scored
-once on test.
+"""Linear evaluation of frozen features. The setting is chosen on held-out TRAINING images; the winner is scored once,
+on test.
 
-DINO's and SiT's published protocols report the best epoch on the test split, DINOv2's the best setting on it. Here
-neither does: heads are scored after their last epoch, and `test` is a function that is called once, after the choice.
+DINO's and SiT's published protocols report the best epoch on the test split, and DINOv2's reports the best setting on
+it. We do neither: heads are scored after their last epoch, and `test` is a function that is called once, after the
+choice.
 
 Axes: N images, P parts, D width of a part.
 """
@@ -28,14 +29,40 @@ PLAIN = Feature("features", 0)
 
 
 @dataclass(frozen=True)
+class ProbeOptions:
+    """How a probe runs, besides the recipe of its heads."""
+
+    holdout: float = 0.1
+    """Share of the training images, class by class, that chooses the winner."""
+    classes: int | None = None
+    """The largest training label + 1 when None."""
+    device: torch.device | str | None = None
+    """Where heads train; the features' own device when None."""
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class FreshBatches:
+    """Training batches that change from epoch to epoch, because their images are augmented."""
+
+    batches: Batches
+    per_epoch: int
+    """Batches of an epoch."""
+    shape: tuple[int, int]
+    """(P, D) of an image's parts."""
+    images: int
+    """Images of an epoch."""
+
+
+@dataclass(frozen=True)
 class ProbeResult:
-    """The winner's score on test, in percent, and what it was chosen from on held-out training images (empty without a
-    choice)."""
+    """The winner's score on test, in percent."""
 
     setting: Setting
     top1: float
     top5: float
     held_out: list[HeadScore]
+    """Scores of every setting on held-out training images; empty where there was nothing to choose."""
     trained_on: int
     """Images that the scored head was trained on."""
 
@@ -44,74 +71,66 @@ def linear_probe(
     train: Features,
     test: Features | Callable[[], Features],
     recipe: Recipe,
-    *,
     columns: Columns | None = None,
-    holdout: float = 0.1,
-    classes: int | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = False,
+    options: ProbeOptions | None = None,
 ) -> ProbeResult:
-    """Choose among learning rates and inputs on a stratified `holdout` share of `train`, train the winner on all of it,
-    score `test`.
+    """Choose among learning rates and inputs on held-out images of `train`, train the winner on all of `train`, score
+    it on `test`.
 
     Args:
-        train, test: features (N, D), or parts (N, P, D) with `columns`, and labels; `test` may be a function that is
-        called once, last.
-        recipe: how heads train; several `recipe.lr`, or several `columns`, are what is chosen from.
+        train, test: labels with features (N, D), or with parts (N, P, D) and `columns`. `test` may be a function, which
+            is called once, last.
+        recipe: how heads train. The choice is between its learning rates and between the `columns`.
         columns: feature -> columns of each of its heads.
-        classes: the largest training label + 1 when not given.
-        device: where heads train; the features' own when not given.
 
     Raises:
         UserError: an image without a label, a test label that is no class of training, no head that converged.
     """
+    options = options or ProbeOptions()
     parts, labels, columns = _as_parts(train, columns)
-    classes = checked_classes(labels, classes, "training")
-    device = torch.device(device) if device is not None else parts.device
+    classes = checked_classes(labels, options.classes, "training")
+    device = torch.device(options.device) if options.device is not None else parts.device
     parts = moved(parts, device)
     held_out: list[HeadScore] = []
     everything = torch.arange(len(parts))
     winner = Setting(recipe.lr[0], *next(iter(columns)))
     if len(columns) * len(recipe.lr) > 1:
-        inner, held = split(labels, holdout, recipe.seed)
+        inner, held = split(labels, options.holdout, recipe.seed)
         sweep = _sweep(columns, parts, classes, recipe, device)
-        fit(sweep, *stored(parts, labels, inner, recipe.batch_size, recipe.seed), "sweep" if progress else None)
+        fit(sweep, *stored(parts, labels, inner, recipe.batch_size, recipe.seed), "sweep" if options.progress else None)
         held_out = score(sweep, parts, labels, held)
         winner = choose(held_out).setting
     final = _sweep({winner.feature: columns[winner.feature]}, parts, classes, replace(recipe, lr=(winner.lr,)), device)
-    fit(final, *stored(parts, labels, everything, recipe.batch_size, recipe.seed), "winner" if progress else None)
+    bar = "winner" if options.progress else None
+    fit(final, *stored(parts, labels, everything, recipe.batch_size, recipe.seed), bar)
     return _result(final_score(final, test, winner), held_out, len(parts))
 
 
 def linear_probe_on_batches(
-    batches: Batches,
-    per_epoch: int,
+    train: FreshBatches,
     held: Features | None,
     test: Callable[[], Features],
     recipe: Recipe,
     columns: Columns,
-    shape: tuple[int, int],
-    classes: int,
-    images: int,
-    device: torch.device,
-    progress: bool = False,
+    options: ProbeOptions,
 ) -> ProbeResult:
-    """The same on batches of parts that change from epoch to epoch (augmented images), `per_epoch` of them.
+    """The same on augmented images; `options` must name `classes` and `device`.
 
-    Every head trains in one pass over the epochs, and the winner on `held` is scored as it stands: training it again on
-    all images would cost as many passes through the backbone again. `held` is None where there is one setting. shape:
-    (P, D). images: of an epoch.
+    All heads train in one pass over the epochs. The winner on `held` is scored as it is: training it again on all
+    images would need all those passes through the backbone again. `held` is None where there is nothing to choose.
     """
-    sweep = Sweep(columns, shape[1], classes, recipe).to(device)
-    fit(sweep, batches, per_epoch, "heads" if progress else None)
+    if options.classes is None or options.device is None:
+        raise ValueError("batches do not say how many classes there are and where heads train: name both in `options`")
+    sweep = Sweep(columns, train.shape[1], options.classes, recipe).to(options.device)
+    fit(sweep, train.batches, train.per_epoch, "heads" if options.progress else None)
     held_out = [] if held is None else score(sweep, held.features, held.labels)
     winner = choose(held_out).setting if held_out else sweep.settings[0]
-    return _result(final_score(sweep, test, winner), held_out, images)
+    return _result(final_score(sweep, test, winner), held_out, train.images)
 
 
 def final_score(sweep: Sweep, test: Features | Callable[[], Features], setting: Setting) -> HeadScore:
-    """The head with `setting` on the test split, which is asked for here and nowhere before. UserError when the head
-    has diverged."""
+    """Score the head with `setting` on the test split. This is the only place that asks for the test images. UserError
+    when the head has diverged."""
     found = test() if callable(test) else test
     checked_classes(found.labels, sweep.classes, "test")
     parts = found.features if found.features.ndim == 3 else found.features.unsqueeze(1)
@@ -171,7 +190,8 @@ def _sweep(columns: Columns, parts: Tensor, classes: int, recipe: Recipe, device
 
 
 def moved(parts: Tensor, device: torch.device) -> Tensor:
-    """On `device` where they take at most half of its free memory; otherwise batches travel one by one."""
+    """`parts` on `device` when they take at most half of its free memory; otherwise where they are, and batches are
+    copied one by one."""
     if device.type == "cuda" and parts.numel() * parts.element_size() > 0.5 * torch.cuda.mem_get_info(device)[0]:
         return parts
     return parts.to(device)

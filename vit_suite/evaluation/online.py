@@ -12,7 +12,7 @@ from PIL import Image
 from vit_suite.config import EvaluateConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.evaluation.features import extract_features
-from vit_suite.evaluation.knn import knn_classify
+from vit_suite.evaluation.knn import KNNOptions, knn_classify
 
 
 class OnlineScore(pl.Callback):
@@ -64,8 +64,8 @@ class OnlineKNN(OnlineScore):
         backbone = module.whole().evaluation_backbone()
         bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, shared=True, **options)
         test = extract_features(backbone, self.test, self.image_size, module.mean, module.std, **options)
-        vote = {"ks": [self.cfg.k], "temperature": self.cfg.temperature, "device": module.device}
-        return {self.metric: knn_classify(*bank[:2], *test[:2], rows=bank.rows, **vote).top1[self.cfg.k]}
+        vote = KNNOptions(ks=[self.cfg.k], temperature=self.cfg.temperature, device=module.device)
+        return {self.metric: knn_classify(*bank[:2], *test[:2], options=vote, rows=bank.rows).top1[self.cfg.k]}
 
 
 def due(trainer: pl.Trainer, every_epochs: int) -> bool:
