@@ -63,6 +63,12 @@ COMMANDS = {
         "vit_suite.config:LaunchConfig",
         "vit_suite.commands.launch:run",
     ),
+    "report": Command(
+        "Write a page on a run, or on several side by side",
+        "vit_suite.config:ReportConfig",
+        "vit_suite.commands.report:run",
+        "runs",
+    ),
     "recipes": Command(
         "List the recipes in the package, or print one",
         "vit_suite.config:RecipesConfig",

@@ -16,6 +16,7 @@ from vit_suite.config.localize import LocalizeConfig
 from vit_suite.config.pretrain import METHODS, OPTIMS, VIEWS, PretrainConfig
 from vit_suite.config.profile import ProfileConfig
 from vit_suite.config.recipes import RecipesConfig
+from vit_suite.config.report import ReportConfig
 from vit_suite.config.shared import (
     BackboneConfig,
     CheckpointConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "ProfileConfig",
     "Range",
     "RecipesConfig",
+    "ReportConfig",
     "RunOptions",
     "ScoreConfig",
     "ScoreDataConfig",

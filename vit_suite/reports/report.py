@@ -1,0 +1,273 @@
+"""The report of one run, or the comparison of several, as one HTML file that works from disk.
+
+What a section shows was measured by the training or the scores that the run directory holds. The one thing that is
+computed here is the map of test embeddings, from the exported backbone.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vit_suite import recipes
+from vit_suite.config import PretrainConfig
+from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import UserError
+from vit_suite.files import write_atomically
+from vit_suite.parsing import load_config
+from vit_suite.reports import page
+from vit_suite.reports.run_files import RunFiles, differences, flat
+from vit_suite.weights.checkpoint import load_backbone
+
+log = logging.getLogger("vit_suite")
+
+OWN = ("run.", "data.root", "logger.")
+"""Options that differ from run to run without meaning anything: left out of differences."""
+
+
+def write_report(folder: str | Path, output: str | Path | None = None, images: int = 500) -> Path:
+    """Write the report of the run in `folder` to `output` (`folder/report.html`); returns its path.
+
+    `images`: how many test images the map of embeddings shows; 0 leaves it out. UserError when `folder` is no run.
+    """
+    run = RunFiles(folder)
+    path = Path(output) if output else run.folder / "report.html"
+    charts = curves([run])
+    points, near, remark = embedding_sections(run, images)
+    script, divs, library = embedded([*charts, *points])
+    maps = "".join(divs[len(charts) :])
+    sections = [
+        ("In short", page.tiles(in_short(run)) + baseline_note(run)),
+        ("Scores, each with its protocol", scores(run)),
+        ("Curves", f'<div class="grid">{"".join(divs[: len(charts)])}</div>'),
+        *((title, page.picture(file)) for title, file in run.pictures()),
+        ("Map of test images", (f'<div class="grid">{maps}</div>' if maps else "") + remark),
+        ("Nearest test images", near),
+        ("Options that differ from the recipe", recipe_differences(run)),
+        ("Where it comes from", provenance(run)),
+    ]
+    subtitle = f"{run.options.get('method.name', '?')} on {run.options.get('data.name', '?')}; {state(run)}"
+    return _write(path, page.page(run.name, subtitle, sections, library, script))
+
+
+def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
+    """Write one page that sets several runs side by side: scores, curves over each other, options that differ."""
+    runs = [RunFiles(folder) for folder in folders]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{name} [{place + 1}]" for place, name in enumerate(names)]
+    script, divs, library = embedded(curves(runs, names))
+    first = runs[0].options
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.options) if not key.startswith(OWN)]
+    differ = [key for key in keys if any(run.options.get(key) != first.get(key) for run in runs)]
+    named = list(zip(names, runs, strict=True))
+    scored = [[name, *row] for name, run in named for row in score_rows(run)]
+    options = [[key, *(run.options.get(key) for run in runs)] for key in differ]
+    sections = [
+        ("Runs", page.table(["run", *COMPARED], [[name, *compared(run)] for name, run in named])),
+        ("Scores", page.table(["run", "score", "value"], scored)),
+        ("Curves", f'<div class="grid">{"".join(divs)}</div>'),
+        ("Options that differ", page.table(["option", *names], options) or "<p>None.</p>"),
+    ]
+    return _write(Path(output), page.page("Comparison", ", ".join(names), sections, library, script))
+
+
+def _write(path: Path, document: str) -> Path:
+    write_atomically(path, lambda temporary: temporary.write_text(document, encoding="utf-8", errors="replace"))
+    return path
+
+
+# Parts of a page
+
+
+def curves(runs: Sequence[RunFiles], names: Sequence[str] | None = None) -> list[Any]:
+    """A chart a metric, with a line for each run that has it."""
+    from vit_suite.reports.curves import curve, ordered
+
+    named = list(zip(names or [run.name for run in runs], runs, strict=True))
+    together = ordered({metric: series for run in runs for metric, series in run.metrics.items()})
+    return [
+        curve(metric, {name: run.metrics[metric] for name, run in named if metric in run.metrics})
+        for metric in together
+    ]
+
+
+def embedded(charts: Sequence[Any]) -> tuple[str, list[str], str]:
+    """(script that draws, a div a chart, the library itself); all empty without charts."""
+    if not charts:
+        return "", [], ""
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+
+    script, divs = components(tuple(charts))
+    return script, list(divs), Resources(mode="inline", components=["bokeh"]).render()
+
+
+def in_short(run: RunFiles) -> dict[str, str]:
+    """The figures that one looks for first."""
+    found: dict[str, str] = {}
+    for metric, name in (("val/top1", "top-1 of the head, %"), ("knn/top1", "kNN top-1, %")):
+        if (last := run.last(metric)) is not None:
+            found[name] = f"{last:.1f}"
+            if (best := run.best(metric)) is not None and best > last:
+                found[f"{name}, best epoch"] = f"{best:.1f}"
+    if (loss := run.last("train/loss")) is not None:
+        found["loss"] = f"{loss:.4g}"
+    entry = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
+    metrics = entry.get("metrics", {})
+    for key, name in (("steps", "optimizer steps"), ("epochs", "epochs"), ("images", "images seen")):
+        if key in metrics:
+            found[name] = f"{metrics[key]:,}"
+    if rate := run.status.get("images_per_second"):
+        found["images/s at the end"] = f"{rate:,.0f}"
+    if seconds := metrics.get("seconds"):
+        found["time of the last start"] = f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return found
+
+
+def baseline_note(run: RunFiles) -> str:
+    """How to read the kNN beside what an untrained network and raw pixels reach, where that is not in the scores."""
+    if any("raw pixels" in str(entry.get("metrics", {})) for entry in run.results) or run.last("knn/top1") is None:
+        return ""
+    folder, data = shlex.quote(str(run.folder)), run.options.get("data.name")
+    command = f"vit-suite knn --checkpoint {folder} --data.name {data} --baselines"
+    return f"<p>To see what an untrained network and raw pixels reach: <code>{page.escape(command)}</code></p>"
+
+
+def state(run: RunFiles) -> str:
+    """Whether the run is done, going, stopped or failed, and at which step."""
+    status = run.status
+    if not status:
+        return "no status"
+    reason = f": {status['reason']}" if status.get("reason") else ""
+    return f"{status.get('state', '?')} at step {status.get('step', '?')} of {status.get('max_steps', '?')}{reason}"
+
+
+def score_rows(run: RunFiles) -> list[list[Any]]:
+    """[task and score, value] of every single number in results.json, in the order of the scores."""
+    return [
+        [f"{entry.get('task', '?')}: {name}", value]
+        for entry in run.results
+        for name, value in flat(entry.get("metrics", {})).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
+def scores(run: RunFiles) -> str:
+    """Every entry of results.json: its numbers, and folded its protocol and command."""
+    parts = []
+    for entry in run.results:
+        numbers = [
+            [name, value]
+            for name, value in flat(entry.get("metrics", {})).items()
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        ]
+        protocol = yaml.safe_dump(entry.get("protocol", {}), sort_keys=False, allow_unicode=True)
+        details = f"{protocol}\nweights sha256 {entry.get('sha256')}\n{entry.get('time')}\n{entry.get('command')}"
+        parts.append(
+            f"<h3>{page.escape(str(entry.get('task', '?')))}</h3>"
+            + page.table(["score", "value"], numbers)
+            + page.folded("protocol, weights, command", page.text(details))
+        )
+    return "".join(parts)
+
+
+def embedding_sections(run: RunFiles, images: int) -> tuple[list[Any], str, str]:
+    """(maps, rows of neighbours, a remark) of test images; empty with the reason where there can be none."""
+    if not images or not (run.folder / "backbone.safetensors").is_file():
+        return [], "", "" if not images else "<p>No backbone was exported yet.</p>"
+    from vit_suite.reports.curves import scatter
+    from vit_suite.reports.embedding import embed, neighbours
+
+    try:
+        cfg = load_config(run.folder / "config.yaml", cls=PretrainConfig)
+        data = ImageDataModule(cfg.data, seed=cfg.run.seed)
+        try:
+            source = data.test(images)
+        except UserError:  # a set without a split of its own to score
+            source = data.bank(images)
+        found = embed(load_backbone(run.folder), source, "fp32")
+    except UserError as error:
+        return [], "", f"<p>No map: {page.escape(str(error))}</p>"
+    titles = {"PCA": f"PCA, {100 * found.explained:.0f}% of the variance"}
+    maps = [
+        scatter(places, found.names, found.labels, found.thumbnails, titles.get(kind, kind))
+        for kind, places in found.places.items()
+    ]
+    captions = [label or name for label, name in zip(found.labels, found.names, strict=True)]
+    rows = [[(found.thumbnails[i], captions[i]) for i in (query, *near)] for query, near in neighbours(found.features)]
+    remark = (
+        f"<p>{len(found.names)} images of {page.escape(source.title)}, colored by class; the mouse shows the image.</p>"
+    )
+    return maps, page.strips(rows) + "<p>The framed image, then those nearest to it by cosine.</p>", remark
+
+
+def recipe_differences(run: RunFiles) -> str:
+    """What the run changed of the recipe that its command names, else of its method's defaults."""
+    name, options = recipe_of(run)
+    try:
+        base = flat_config(load_config(name, options))
+    except UserError as error:
+        return f"<p>The recipe cannot be read: {page.escape(str(error))}</p>"
+    rows = [list(row) for row in differences(run.options, base) if not row[0].startswith(OWN)]
+    said = f"recipe {name}" if name else f"defaults of {run.options.get('method.name', 'the method')}"
+    everything = yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True)
+    return (
+        (page.table(["option", "this run", said], rows) or f"<p>None: the run is the {page.escape(said)}.</p>")
+        + page.folded("all options", page.text(everything))
+    )  # fmt: skip
+
+
+def recipe_of(run: RunFiles) -> tuple[str | None, dict[str, Any]]:
+    """(recipe or config file behind `--config` in the run's command, options that choose its defaults)."""
+    words = shlex.split(command(run)) if command(run) else []
+    if "--config" in words[:-1]:
+        word = words[words.index("--config") + 1]
+        if word.removeprefix("configs/").removesuffix(".yaml") in recipes.names() or Path(word).is_file():
+            return word, {}
+    return None, {"method.name": run.options.get("method.name", "dino")}
+
+
+def flat_config(config: PretrainConfig) -> dict[str, Any]:
+    """A config object as dotted keys, its values as YAML reads them back."""
+    from vit_suite.parsing import dump_config
+
+    return flat(yaml.safe_load(dump_config(config)))
+
+
+def command(run: RunFiles) -> str:
+    """The command that started the run."""
+    entry = next((entry for entry in run.results if entry.get("task") == "pretrain"), {})
+    return str(run.about.get("command") or entry.get("command") or "")
+
+
+def provenance(run: RunFiles) -> str:
+    """Data, hardware, versions, git state, and the one command that repeats the run."""
+    facts = [[name.replace("_", " "), value] for name, value in flat(run.about).items() if name != "command"]
+    return page.table(["", ""], facts) + (page.text(command(run)) if command(run) else "")
+
+
+COMPARED = ("method", "data", "state", "kNN top-1, last", "kNN top-1, best", "head top-1", "loss", "images", "images/s")
+"""Columns of the comparison."""
+
+
+def compared(run: RunFiles) -> list[Any]:
+    """A row of the comparison."""
+    entry = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
+    metrics: Mapping[str, Any] = entry.get("metrics", {})
+    return [
+        run.options.get("method.name"),
+        run.options.get("data.name"),
+        state(run),
+        run.last("knn/top1"),
+        run.best("knn/top1"),
+        run.last("val/top1"),
+        run.last("train/loss"),
+        metrics.get("images"),
+        run.status.get("images_per_second"),
+    ]
