@@ -44,8 +44,6 @@ import torch
 from bench_common import Times, in_turn, publish
 from bench_step import CASES, lightly, official, ours, products
 
-from vit_suite.commands.pretrain import build_parts, build_trainer
-from vit_suite.commands.profile import Recorder, peak_memory
 from vit_suite.config import (
     BackboneConfig,
     DataConfig,
@@ -63,7 +61,10 @@ from vit_suite.config import (
     ViewsConfig,
 )
 from vit_suite.hardware import matmul_rate
-from vit_suite.reports.phases import Phases, now
+from vit_suite.training.parts import build_parts
+from vit_suite.training.phases import Phases, now
+from vit_suite.training.profile import Recorder, peak_memory
+from vit_suite.training.trainer import build_trainer
 
 STEPS = {
     "step vits16": CASES["vits16"] | {"batch": 64},

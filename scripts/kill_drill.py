@@ -41,7 +41,7 @@ TINY = """
 --data.test_length 40 --data.batch_size 16 --views.global_size 32 --optim.lr 5e-3
 --optim.warmup_epochs 1 --trainer.max_epochs 8
 --trainer.log_every 1 --trainer.progress false --trainer.accelerator cpu --trainer.precision fp32 --trainer.threads 1
---evaluate.every_epochs 2 --checkpoint.every_steps 1
+--evaluate.every_epochs 2 --saving.every_steps 1
 """.split()
 METHODS = {
     "dino": (

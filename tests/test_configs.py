@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vit_suite.commands.pretrain import METHODS
 from vit_suite.models.backbone import Backbone
 from vit_suite.parsing import load_config
+from vit_suite.training.parts import method_class
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -17,9 +17,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(path.parents[1])))
 def test_config(path):
     cfg = load_config(path)
-    sized = {"classes": 10} if cfg.method.name == "supervised" else {}
     with torch.device("meta"):  # shapes without numbers: a ViT-B takes no time
-        method = METHODS[cfg.method.name](cfg.method, cfg.backbone, cfg.views, cfg.optim, **sized)
+        method = method_class(cfg)(cfg.method, cfg.backbone, cfg.views, cfg.optim, classes=10)
     assert method.evaluation_backbone().depth == cfg.backbone.depth
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("command", "source", "expected", "cost"):

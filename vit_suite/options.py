@@ -43,7 +43,7 @@ SYNONYMS = {
     "gpus": "trainer.devices",
     "num_nodes": "trainer.nodes",
     "accumulate_grad_batches": "trainer.accumulate",
-    "saveckp_freq": "checkpoint.keep_every_epochs",
+    "saveckp_freq": "saving.keep_every_epochs",
     "output_dir": "run.output",
     "use_bn_in_head": "method.head_batch_norm",
     "teacher_temp": "method.teacher_temperature",

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_suite.config import PretrainConfig
+from vit_suite.config import VERSION, PretrainConfig
 from vit_suite.errors import UserError, nearest
 from vit_suite.options import REQUIRED, Option, Schema, join
 from vit_suite.recipes import config_file
@@ -60,6 +60,14 @@ def dump_config(config: Any) -> str:
 def resolve(cls: type, given: Mapping[str, Given]) -> Any:
     """An object of the config class `cls` from what was given and its defaults; UserError names whatever does not
     fit."""
+    given = dict(given)
+    if (version := given.get("version")) and not version.argument:
+        del given["version"]
+        if version.value != str(VERSION):
+            raise UserError(
+                f"{version.where} {version.value}: written for other names of the options, and this vit-suite has"
+                f" version {VERSION}: use the vit-suite that wrote it, or rename its options and delete that line."
+            )
     schema = Schema(cls, chosen(given))
     values = {}
     for key in sorted(

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.commands.conftest import words
 from vit_suite import cli
 from vit_suite.cluster.slurm import OVER
-from vit_suite.reports.status import read_status
+from vit_suite.training.status import read_status
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "local_slurm.sh"
 PATIENCE = 600
@@ -28,7 +28,7 @@ PACED = """#!{python}
 # again that has got as far as a checkpoint.
 import os, pathlib, sys, time
 from vit_suite import cli
-from vit_suite.weights.keeper import Keeper
+from vit_suite.training.keeper import Keeper
 
 last = pathlib.Path(sys.argv[-1]).parent / "checkpoints" / "last.ckpt"
 if not ("SLURM_RESTART_COUNT" in os.environ and last.exists()):

@@ -16,7 +16,7 @@ import torch
 from tests.cluster.rank_job import METHODS, TRAINING
 from vit_suite import cli, distributed
 from vit_suite.commands import pretrain
-from vit_suite.commands.stop import DRILL
+from vit_suite.training.stop import DRILL
 
 SUPERVISED = ["--method.name=supervised", "--optim.layer_decay=0.7"]
 RUNS = {

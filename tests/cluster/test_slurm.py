@@ -20,15 +20,15 @@ from tests.cluster.local_slurm import Cluster, missing, rank_pid
 from tests.commands.conftest import column, sha256, words
 from vit_suite import cli
 from vit_suite.cluster.slurm import OVER
-from vit_suite.reports.status import read_status
+from vit_suite.training.status import read_status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 STEPS = 24
 RUN = {
     "trainer__max_epochs": 6,
     "evaluate__every_epochs": 3,
-    "checkpoint__every_epochs": 6,
-    "checkpoint__every_steps": 5,
+    "saving__every_epochs": 6,
+    "saving__every_steps": 5,
 }
 
 
@@ -87,7 +87,7 @@ def test_a_bare_requeue_loses_little(started, tmp_path, capsys):
     cluster.wait(job, "the queue", lambda state: state["JobState"] == "PENDING")
     assert "run: pre-empted, waits to go on (BeginTime" in status(run, capsys)
     assert cluster.finish(job)["Restarts"] == "1"
-    assert resumed_at(cluster.log(job))[0] >= seen - RUN["checkpoint__every_steps"]
+    assert resumed_at(cluster.log(job))[0] >= seen - RUN["saving__every_steps"]
     assert sha256(run) == sha256(started.straight)
 
 
@@ -117,7 +117,7 @@ def test_a_rank_and_then_a_node_that_die(started, tmp_path):
     assert state["JobState"] == "FAILED" and time.monotonic() - killed < 30  # nothing waits for the dead
     job = cluster.launch(run, pause=0.5, **RUN)
     cluster.wait_for_step(job, run, 11)
-    assert resumed_at(cluster.log(job))[0] >= seen - RUN["checkpoint__every_steps"]
+    assert resumed_at(cluster.log(job))[0] >= seen - RUN["saving__every_steps"]
     node = cluster.nodes(job)[1]
     cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     cluster.wait(job, "the queue", lambda state: state["Restarts"] == "1")

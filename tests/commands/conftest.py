@@ -106,7 +106,7 @@ def pretrain(vit_suite, tmp_path):
 def tiny_run(tmp_path_factory) -> Path:
     """A finished run directory; tests read it and leave it as it is."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    assert cli.main(["pretrain", *words(run__output=folder, checkpoint__keep_every_epochs=1)]) == 0
+    assert cli.main(["pretrain", *words(run__output=folder, saving__keep_every_epochs=1)]) == 0
     return folder
 
 

@@ -66,7 +66,7 @@ def test_command_line(refused, extra, message):
         ("optim:\n  lrr: 3", ":2: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
         ("optimm:\n  lr: 3", ":2: unknown key 'optimm.lr'. Did you mean 'optim.lr'?"),
         ("views:\n  jitter: often", ":2: views.jitter: expected float (0 to 1), got 'often'"),
-        ("checkpoint: {every_steps: [1, 2]}", ":1: checkpoint.every_steps: expected int (at least 1), got "),
+        ("saving: {every_steps: [1, 2]}", ":1: saving.every_steps: expected int (at least 1), got "),
         ("method:\n  name: dino\n  out_dimm: 3", ":3: unknown key 'method.out_dimm'. Did you mean 'method.out_dim'?"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import results, sha256
-from tests.commands.test_rundir import stop_after
+from tests.training.test_rundir import stop_after
 from vit_suite.parsing import load_config
 from vit_suite.weights.checkpoint import load_backbone
 from vit_suite.weights.head import load_head
@@ -74,7 +74,7 @@ def test_recipe_and_what_is_recorded(finetune, tiny_run, tmp_path):
     assert finetune(tiny_run, trainer__max_epochs=1, backbone__drop_path=0.2, backbone__checkpointing=True).status == 0
     cfg = load_config(tmp_path / "tuned" / "config.yaml")
     assert (cfg.optim.layer_decay, cfg.optim.lr, cfg.method.ema, cfg.method.name) == (0.75, 5e-4, 0.0, "supervised")
-    assert cfg.method.start == str(tiny_run)
+    assert cfg.start == str(tiny_run)
     assert (cfg.backbone.drop_path, cfg.backbone.checkpointing) == (0.2, True)
     assert (cfg.backbone.dim, cfg.backbone.depth, cfg.views.global_size) == (24, 2, 32)
 
@@ -140,7 +140,7 @@ def test_from_a_run_that_was_fine_tuned_with_other_classes(finetune, tiny_run, t
             "backbone.pretrained asks for timm's weights, but training starts from '{run}'",
         ),
         (["--data.channels", "1"], "data.channels is 1, but the backbone of '{run}' takes 3."),
-        (["--method.start", "other"], "--checkpoint is '{run}' and method.start 'other': give the first alone."),
+        (["--start", "other"], "unknown option '--start'."),
         (["--method.name", "dino"], "--method.name: expected supervised, got 'dino'"),
         (["--views.global_size", "30"], "is not divisible by the patch size 8"),
     ],
@@ -164,7 +164,4 @@ def test_no_checkpoint(finetune, vit_suite, tmp_path):
 def test_another_checkpoint_in_the_same_directory(finetune, tiny_run, tmp_path):
     assert finetune(tiny_run, trainer__max_epochs=1).status == 0
     said = finetune(tiny_run / "backbone.safetensors", trainer__max_epochs=1)
-    assert (
-        said.status == 2
-        and f"holds a run with method.start {tiny_run}, not {tiny_run}/backbone.safetensors" in said.err
-    )
+    assert said.status == 2 and f"holds a run with start {tiny_run}, not {tiny_run}/backbone.safetensors" in said.err

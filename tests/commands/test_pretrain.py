@@ -14,15 +14,15 @@ import torch
 
 from tests.commands.conftest import column, picture, results, rows, save_pictures, sha256, words
 from vit_suite import distributed
-from vit_suite.commands.pretrain import layout
-from vit_suite.commands.stop import DRILL
 from vit_suite.config import TrainerConfig
 from vit_suite.data.files import walk_images
 from vit_suite.errors import UserError
-from vit_suite.evaluation.online import OnlineKNN
 from vit_suite.parsing import load_config
+from vit_suite.training.keeper import Keeper
+from vit_suite.training.scores import OnlineKNN
+from vit_suite.training.stop import DRILL
+from vit_suite.training.trainer import layout
 from vit_suite.weights.checkpoint import load_backbone
-from vit_suite.weights.keeper import Keeper
 
 FLAT = {"data__name": "flat", "data__image_size": None, "data__length": None, "data__test_length": None}
 FOLDER = FLAT | {"data__name": "folder", "data__batch_size": 8, "trainer__max_epochs": 1}
@@ -50,7 +50,7 @@ def test_files_of_a_run(tiny_run):
 
 
 def test_config_reads_back_to_the_options_of_the_run(tiny_run):
-    given = words(run__output=tiny_run, checkpoint__keep_every_epochs=1)
+    given = words(run__output=tiny_run, saving__keep_every_epochs=1)
     assert load_config(tiny_run / "config.yaml") == load_config(None, given)
 
 
@@ -166,7 +166,7 @@ def saved(monkeypatch):
 
 
 def test_every_steps_and_every_epochs(pretrain, saved, tmp_path):
-    options = {"checkpoint__every_steps": 3, "checkpoint__every_epochs": 10, "checkpoint__keep_every_epochs": 2}
+    options = {"saving__every_steps": 3, "saving__every_epochs": 10, "saving__keep_every_epochs": 2}
     assert pretrain(trainer__max_epochs=4, evaluate__every_epochs=0, **options).status == 0
     assert [(name, step) for name, step, _ in saved] == [
         ("last", 3),
@@ -182,7 +182,7 @@ def test_every_steps_and_every_epochs(pretrain, saved, tmp_path):
     assert found == {"last.ckpt", "epoch_0002.ckpt", "epoch_0004.ckpt"}
 
 
-@pytest.mark.parametrize("option", [{"checkpoint__every_minutes": 1e-9}, {"checkpoint__every_steps": 1}])
+@pytest.mark.parametrize("option", [{"saving__every_minutes": 1e-9}, {"saving__every_steps": 1}])
 def test_no_checkpoint_between_micro_batches(pretrain, saved, option):
     assert pretrain(trainer__accumulate=2, trainer__max_epochs=1, evaluate__every_epochs=0, **option).status == 0
     assert [entry for entry in dict.fromkeys(saved)] == [("last", step, 2 * step) for step in (1, 2, 3, 4)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import save_pictures, words
-from vit_suite.reports.phases import PARTS, Phases
+from vit_suite.training.phases import PARTS, Phases
 
 METHODS = {
     "dino": {},
@@ -87,7 +87,7 @@ def test_parts_of_files(profile, tmp_path):
 def test_phases_charge_the_innermost(monkeypatch):
     """1 s outside, 2 s in the loss, 4 s in a network within it: each has its own, and all make 7 s."""
     clock = iter([0.0, 1.0, 2.0, 6.0, 7.0, 7.0])
-    monkeypatch.setattr("vit_suite.reports.phases.now", lambda device: next(clock))
+    monkeypatch.setattr("vit_suite.training.phases.now", lambda device: next(clock))
     phases = Phases(torch.device("cpu"))
     phases.start()
     with phases.part("loss"), phases.part("student forward"):

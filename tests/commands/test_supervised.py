@@ -20,12 +20,12 @@ from tests.commands.conftest import (
     sha256,
     words,
 )
-from tests.commands.test_rundir import stop_after
+from tests.training.test_rundir import stop_after
 from vit_suite.config import DataConfig
 from vit_suite.data.module import ImageDataModule
-from vit_suite.evaluation.classification import OnlineAccuracy
 from vit_suite.evaluation.features import extract_features
-from vit_suite.reports.status import read_status
+from vit_suite.training.scores import OnlineAccuracy
+from vit_suite.training.status import read_status
 from vit_suite.weights.checkpoint import load_backbone
 from vit_suite.weights.head import load_head
 
@@ -93,7 +93,7 @@ def test_confusion_matrix(supervised_run):
 
 @pytest.mark.parametrize("saves", [2, 7])
 def test_resume_after_any_step_ends_with_the_same_weights(supervised, supervised_run, monkeypatch, tmp_path, saves):
-    options = {"checkpoint__every_steps": 1, "trainer__max_epochs": 3}
+    options = {"saving__every_steps": 1, "trainer__max_epochs": 3}
     stop_after(monkeypatch, saves)
     assert supervised(**options).status == 1
     assert supervised(**options).status == 0
@@ -148,7 +148,7 @@ def test_best_follows_the_accuracy(supervised, monkeypatch, tmp_path):
     monkeypatch.setattr(
         "vit_suite.evaluation.classification.top_accuracy", lambda logits, labels, k: next(scores) if k == 1 else 90.0
     )
-    monkeypatch.setattr("vit_suite.commands.pretrain.score_run", lambda *_: {})
+    monkeypatch.setattr("vit_suite.training.run.score_test", lambda *_: {})
     assert supervised(trainer__max_epochs=3).status == 0
     best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["epoch"] == 1 and OnlineAccuracy.metric == "val/top1"

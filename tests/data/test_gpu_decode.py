@@ -11,7 +11,6 @@ import torchvision
 from PIL import Image
 
 from vit_suite import DINO
-from vit_suite.commands.pretrain import check_decode
 from vit_suite.config import BackboneConfig, DataConfig, DINOConfig, PretrainConfig, ViewsConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.gpu_decode import check_decoder, decode_jpegs, is_plain, read_file
@@ -20,6 +19,7 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import EpochPlan
 from vit_suite.data.source import ArraySource, FileSource
 from vit_suite.errors import UserError
+from vit_suite.training.parts import check_decode
 
 CPU = torch.device("cpu")
 SIZES = [(40, 30), (33, 57), (64, 64)]

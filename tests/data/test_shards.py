@@ -27,7 +27,7 @@ from vit_suite.data.reading import read
 from vit_suite.data.registry import open_split, open_test, open_train
 from vit_suite.data.shards import OPEN, ShardSource
 from vit_suite.errors import UserError
-from vit_suite.weights.keeper import Keeper
+from vit_suite.training.keeper import Keeper
 
 from .make import config, fails, picture, tar
 
@@ -133,7 +133,7 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(made, monkeypatch
     options = {f"data__{key}": value for key, value in own.items()} | {
         f"data__{key}": None for key in ("image_size", "length", "test_length")
     }
-    options |= {"checkpoint__every_steps": 1, "evaluate__every_epochs": 0}
+    options |= {"saving__every_steps": 1, "evaluate__every_epochs": 0}
     assert pretrain("straight") == 0 and len(column(tmp_path / "straight", "train/loss")) == 6
     end, seen = Keeper.on_train_batch_end, []
 

@@ -15,14 +15,14 @@ from tests.commands.test_pretrain import FOLDER
 from tests.commands.test_sit import KINDS, SIT
 from tests.commands.test_supervised import SUPERVISED
 from tests.faults.conftest import assert_same, checkpoint, results, sha256, start, wait_for_checkpoint, words
-from vit_suite.commands import rundir
-from vit_suite.commands.drill import Event, parse
-from vit_suite.commands.stop import DRILL
 from vit_suite.errors import UserError
-from vit_suite.reports.status import read_status
-from vit_suite.weights.keeper import Keeper
+from vit_suite.training import rundir
+from vit_suite.training.drill import Event, parse
+from vit_suite.training.keeper import Keeper
+from vit_suite.training.status import read_status
+from vit_suite.training.stop import DRILL
 
-LONG = {"trainer__max_epochs": 12, "checkpoint__every_steps": 1, "evaluate__every_epochs": 4}
+LONG = {"trainer__max_epochs": 12, "saving__every_steps": 1, "evaluate__every_epochs": 4}
 METHODS = {"dino": {}, "sit": SIT | KINDS["v3"], "supervised": SUPERVISED}
 
 
@@ -56,7 +56,7 @@ class Killed(BaseException):
 def test_every_method_goes_on_from_mid_epoch(pretrain, photographs, monkeypatch, tmp_path, method, files):  # noqa: F811
     """Weights, EMA, center, the uncertainties of SiT's losses, optimizer: between two checkpoints, in the second
     epoch."""
-    options = METHODS.get(method, SIT | KINDS["v1"]) | {"trainer__max_epochs": 3, "checkpoint__every_steps": 2}
+    options = METHODS.get(method, SIT | KINDS["v1"]) | {"trainer__max_epochs": 3, "saving__every_steps": 2}
     if files:
         options |= FOLDER | {
             "data__root": photographs,
@@ -155,7 +155,7 @@ def test_overwriting_spares_the_files_of_the_job_that_does_it(pretrain, tmp_path
 @pytest.mark.slow
 def test_drill(vit_suite, pretrain, tmp_path):
     """In the seventh step six are done and four are in the checkpoint, so two are done twice."""
-    options = {"checkpoint__every_steps": 4, "evaluate__every_epochs": 0, "run__overwrite": True}
+    options = {"saving__every_steps": 4, "evaluate__every_epochs": 0, "run__overwrite": True}
     assert pretrain(tmp_path / "straight", **options).status == 0
     said = vit_suite("pretrain", *words(run__output=tmp_path / "run", **options), "--drill", "kill@7,preempt@2")
     assert said.status == 0

@@ -14,11 +14,11 @@ import pytest
 from tests.faults.conftest import assert_same, checkpoint, column, results, start, wait_for_checkpoint, words
 from vit_suite import signals
 from vit_suite.commands import drill
-from vit_suite.commands.stop import DRILL
-from vit_suite.evaluation.online import OnlineKNN
-from vit_suite.reports.status import read_status
 from vit_suite.signals import Signals
-from vit_suite.weights.keeper import Keeper
+from vit_suite.training.keeper import Keeper
+from vit_suite.training.scores import OnlineKNN
+from vit_suite.training.status import read_status
+from vit_suite.training.stop import DRILL
 
 THREE = {"trainer__max_epochs": 3}
 STATUS = {signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -188,7 +188,7 @@ def scontrol(monkeypatch, tmp_path):
 def test_a_warned_job_queues_again(interrupted, scontrol, monkeypatch, tmp_path):
     notes = scontrol(0)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setattr("vit_suite.commands.stop.DRILL", "NO_DRILL")  # which never requeues
+    monkeypatch.setattr("vit_suite.training.stop.DRILL", "NO_DRILL")  # which never requeues
     said = interrupted(signal.SIGUSR1, 2, **THREE)
     assert said.status == 0 and said.err.endswith("checkpoint saved; job 42 is back in the queue\n")
     assert notes.read_text() == "requeue 42\n"
@@ -200,7 +200,7 @@ def test_a_run_of_a_job_array_queues_itself_alone(interrupted, scontrol, monkeyp
     notes = scontrol(1)
     for name, value in (("SLURM_JOB_ID", "45"), ("SLURM_ARRAY_JOB_ID", "42"), ("SLURM_ARRAY_TASK_ID", "3")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("vit_suite.commands.stop.DRILL", "NO_DRILL")
+    monkeypatch.setattr("vit_suite.training.stop.DRILL", "NO_DRILL")
     said = interrupted(signal.SIGUSR1, 2, **THREE)
     assert notes.read_text() == "requeue 42_3\n"
     assert said.status == 75 and "job 42_3 could not be requeued: refused" in said.log  # and SLURM sees a failure
@@ -209,7 +209,7 @@ def test_a_run_of_a_job_array_queues_itself_alone(interrupted, scontrol, monkeyp
 def test_a_cancelled_job_does_not_queue_again(interrupted, scontrol, monkeypatch):
     notes = scontrol(0)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setattr("vit_suite.commands.stop.DRILL", "NO_DRILL")
+    monkeypatch.setattr("vit_suite.training.stop.DRILL", "NO_DRILL")
     assert interrupted(signal.SIGTERM, 2, **THREE).status == 143 and not notes.exists()
 
 
@@ -283,7 +283,7 @@ def test_loader_workers_outlive_the_signals_of_their_main_process():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_process_of_its_own(pretrain, tmp_path, number):
     """Whose loader workers hear the signal too, as they do of Ctrl-C in a terminal and in some clusters."""
-    long = {"checkpoint__every_steps": 1, "evaluate__every_epochs": 0, "data__resident": False, "data__workers": 1}
+    long = {"saving__every_steps": 1, "evaluate__every_epochs": 0, "data__resident": False, "data__workers": 1}
     child = start(tmp_path / "run", trainer__max_epochs=4000, **long)
     wait_for_checkpoint(child, tmp_path / "run")
     found = subprocess.run(

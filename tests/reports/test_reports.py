@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from vit_suite.errors import UserError
-from vit_suite.reports.metrics import MetricsLogger
 from vit_suite.reports.results import append_result, read_results, table
+from vit_suite.training.metrics import MetricsLogger
 
 
 def test_results_grow(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from vit_suite.cluster.script import RECORD
 from vit_suite.cluster.slurm import Entry, queue
 from vit_suite.errors import UserError
-from vit_suite.reports.status import Status, read_status
+from vit_suite.training.status import Status, read_status
 
 
 def report(folder: Path) -> str:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from vit_suite import distributed
 from vit_suite.attention.export import ExportSummary, export_attention
 from vit_suite.attention.maps import require_cls
-from vit_suite.commands.logs import speak
 from vit_suite.config import AttentionConfig
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.hardware import rank_device
+from vit_suite.logs import speak
 from vit_suite.reports.gallery import write_gallery
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 

@@ -61,11 +61,6 @@ def _labeled(source: ImageSource) -> bool:
     return source.labels is not None and bool((source.labels >= 0).any())
 
 
-def view_text(size: list[int]) -> str:
-    """The evaluation view, for results.json."""
-    return f"shorter side to 256/224 of {size}, center crop; images of that size as they are"
-
-
 def representation(backbone: Backbone) -> str:
     """What a backbone answers with, for results.json."""
     what = "CLS token" if backbone.cfg.pool == "cls" else "mean of the patch tokens"

@@ -11,8 +11,6 @@ from vit_suite.attention.export import export_attention
 from vit_suite.attention.localize import Localizer
 from vit_suite.commands.knn import Scorer, accuracies, accuracy_table
 from vit_suite.commands.localize import localize
-from vit_suite.commands.logs import speak
-from vit_suite.commands.pretrain import train
 from vit_suite.config import (
     BackboneConfig,
     DataConfig,
@@ -29,7 +27,9 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
 from vit_suite.data.truth import source_truths
 from vit_suite.hardware import pick_device
+from vit_suite.logs import speak
 from vit_suite.reports.results import append_result
+from vit_suite.training.run import train
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 log = logging.getLogger("vit_suite")

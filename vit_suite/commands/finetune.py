@@ -1,29 +1,25 @@
-"""`vit-suite finetune`: supervised training of a checkpoint's backbone under a fresh head. The trainer is
-`pretrain`'s."""
+"""`vit-suite finetune`: supervised training of a checkpoint's backbone under a fresh head."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-from vit_suite.commands.logs import speak
-from vit_suite.commands.pretrain import train
 from vit_suite.config import FinetuneConfig, PretrainConfig, SupervisedViewsConfig
 from vit_suite.errors import UserError
+from vit_suite.logs import speak
+from vit_suite.training.run import train
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 
 def run(cfg: FinetuneConfig) -> None:
     """Fine-tune, or resume, and leave the scores in the run directory."""
     speak()
-    train(as_run(cfg, load_backbone(cfg.checkpoint)))
+    start = load_backbone(cfg.checkpoint)
+    train(as_run(cfg, start), start)
 
 
 def as_run(cfg: FinetuneConfig, loaded: LoadedBackbone) -> PretrainConfig:
     """The training run that `cfg` stands for: what `config.yaml` of its run directory holds."""
-    if cfg.method.start not in (None, cfg.checkpoint):
-        raise UserError(
-            f"--checkpoint is '{cfg.checkpoint}' and method.start '{cfg.method.start}': give the first alone."
-        )
     size = cfg.views.global_size
     if size is None:
         size = loaded.image_size[0]
@@ -32,14 +28,15 @@ def as_run(cfg: FinetuneConfig, loaded: LoadedBackbone) -> PretrainConfig:
                 f"'{cfg.checkpoint}' was trained at {loaded.image_size} pixels; choose a side with --views.global_size."
             )
     return PretrainConfig(
-        method=replace(cfg.method, start=cfg.checkpoint),
+        method=cfg.method,
         backbone=cfg.backbone,
         data=cfg.data,
         views=SupervisedViewsConfig(**{**asdict(cfg.views), "global_size": size}),
         optim=cfg.optim,
         trainer=cfg.trainer,
-        checkpoint=cfg.saving,
+        saving=cfg.saving,
         evaluate=cfg.evaluate,
         logger=cfg.logger,
         run=cfg.run,
+        start=cfg.checkpoint,
     )

@@ -9,8 +9,7 @@ from dataclasses import asdict
 import torch
 
 from vit_suite import distributed
-from vit_suite.commands.data_of import open_data, representation, results_path, view_size, view_text
-from vit_suite.commands.logs import speak
+from vit_suite.commands.data_of import open_data, representation, results_path, view_size
 from vit_suite.config import KNNConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.resident import GIB
@@ -18,7 +17,9 @@ from vit_suite.evaluation.features import Features, extract_features, pick_rows,
 from vit_suite.evaluation.fewshot import Spread, draw_shots
 from vit_suite.evaluation.knn import KNNOptions, KNNResult, knn_classify
 from vit_suite.hardware import pick_precision, rank_device
+from vit_suite.logs import speak
 from vit_suite.reports.results import append_result, table
+from vit_suite.views.evaluate import view_text
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 log = logging.getLogger("vit_suite")

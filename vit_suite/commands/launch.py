@@ -126,10 +126,10 @@ def check(runs: dict[str, PretrainConfig]) -> None:
     batch that does not split over the ranks, a network or a method that cannot be."""
     import torch  # for which --status need not wait
 
-    from vit_suite.commands import rundir
-    from vit_suite.commands.pretrain import METHODS
     from vit_suite.data.order import EpochPlan
     from vit_suite.data.registry import statistics
+    from vit_suite.training import rundir
+    from vit_suite.training.parts import method_class
 
     for training in runs.values():
         size, trainer = training.data.batch_size, training.trainer
@@ -137,9 +137,8 @@ def check(runs: dict[str, PretrainConfig]) -> None:
         rundir.check(training)
         backbone = replace(training.backbone, channels=training.data.channels, pretrained=False)
         with torch.device("meta"):  # shapes alone
-            METHODS[training.method.name](
-                training.method, backbone, training.views, training.optim, *statistics(training.data)
-            )
+            build = method_class(training)
+            build(training.method, backbone, training.views, training.optim, *statistics(training.data))
 
 
 def refuse_second_job(folder: Path) -> None:

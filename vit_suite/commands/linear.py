@@ -12,8 +12,7 @@ from itertools import islice
 from torch import Tensor
 
 from vit_suite import distributed
-from vit_suite.commands.data_of import open_data, results_path, view_size, view_text
-from vit_suite.commands.logs import speak
+from vit_suite.commands.data_of import open_data, results_path, view_size
 from vit_suite.config import LinearConfig, SupervisedViewsConfig
 from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
 from vit_suite.data.module import ImageDataModule
@@ -35,8 +34,10 @@ from vit_suite.evaluation.linear_heads import Batches, HeadScore, Setting
 from vit_suite.evaluation.linear_inputs import Feature, Subject, backbone_subject, pixel_subject
 from vit_suite.evaluation.linear_protocols import Protocol, resolve
 from vit_suite.hardware import pick_precision, rank_device
+from vit_suite.logs import speak
 from vit_suite.reports.results import append_result, table
 from vit_suite.views.draw import alone
+from vit_suite.views.evaluate import view_text
 from vit_suite.views.multicrop import MultiCrop, ViewsInWorkers, pick_backend
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 

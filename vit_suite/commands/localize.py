@@ -11,7 +11,6 @@ from torch import Tensor
 from vit_suite import distributed
 from vit_suite.attention.localize import Localizer, Looked, without_model
 from vit_suite.commands.data_of import results_path
-from vit_suite.commands.logs import speak
 from vit_suite.config import LocalizeConfig
 from vit_suite.data.decode import Quarantine
 from vit_suite.data.registry import open_test
@@ -20,6 +19,7 @@ from vit_suite.data.truth import Truths, open_truths, source_truths
 from vit_suite.errors import UserError
 from vit_suite.evaluation.localization import Baselines, Score, score
 from vit_suite.hardware import pick_precision, rank_device
+from vit_suite.logs import speak
 from vit_suite.reports.results import append_result, table
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 

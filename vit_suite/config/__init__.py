@@ -13,17 +13,18 @@ from vit_suite.config.finetune import FinetuneConfig, FinetuneViewsConfig
 from vit_suite.config.launch import LaunchConfig
 from vit_suite.config.limits import Range
 from vit_suite.config.localize import LocalizeConfig
-from vit_suite.config.pretrain import METHODS, OPTIMS, VIEWS, PretrainConfig
+from vit_suite.config.method import MethodConfig
+from vit_suite.config.pretrain import METHODS, OPTIMS, VERSION, VIEWS, PretrainConfig
 from vit_suite.config.profile import ProfileConfig
 from vit_suite.config.recipes import RecipesConfig
 from vit_suite.config.report import ReportConfig
 from vit_suite.config.shared import (
     BackboneConfig,
-    CheckpointConfig,
     EvaluateConfig,
     LoggerConfig,
     OptimConfig,
     RunOptions,
+    SavingConfig,
     TrainerConfig,
 )
 from vit_suite.config.sit import SiTConfig, SiTOptimConfig, SiTViewsConfig
@@ -33,10 +34,10 @@ from vit_suite.config.views import CropConfig, ViewsConfig
 __all__ = [
     "METHODS",
     "OPTIMS",
+    "VERSION",
     "VIEWS",
     "AttentionConfig",
     "BackboneConfig",
-    "CheckpointConfig",
     "CropConfig",
     "DINOConfig",
     "DataConfig",
@@ -51,6 +52,7 @@ __all__ = [
     "LocalizeConfig",
     "LocalizeDataConfig",
     "LoggerConfig",
+    "MethodConfig",
     "OptimConfig",
     "PretrainConfig",
     "ProfileConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "RecipesConfig",
     "ReportConfig",
     "RunOptions",
+    "SavingConfig",
     "ScoreConfig",
     "ScoreDataConfig",
     "SiTConfig",

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vit_suite.config.limits import Count, NotNegative, Positive, Share, Whole
+from vit_suite.config.method import MethodConfig
 
 
 @dataclass
-class DINOConfig:
+class DINOConfig(MethodConfig):
     """DINO (Caron et al. 2021, arXiv 2104.14294); defaults are the paper's, ViT-S/16."""
 
     name: Literal["dino"] = "dino"

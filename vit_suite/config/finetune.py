@@ -8,10 +8,10 @@ from vit_suite.config.data import DataConfig
 from vit_suite.config.limits import Count
 from vit_suite.config.shared import (
     BackboneConfig,
-    CheckpointConfig,
     EvaluateConfig,
     LoggerConfig,
     RunOptions,
+    SavingConfig,
     TrainerConfig,
 )
 from vit_suite.config.supervised import SupervisedConfig, SupervisedOptimConfig, SupervisedViewsConfig
@@ -41,7 +41,7 @@ class FinetuneConfig:
         default_factory=lambda: SupervisedOptimConfig(lr=5e-4, min_lr=1e-6, layer_decay=0.75)
     )
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    saving: CheckpointConfig = field(default_factory=CheckpointConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunOptions = field(default_factory=lambda: RunOptions(name="finetune", output="runs/finetune"))

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from vit_suite.config.attention import SnapshotConfig
 from vit_suite.config.data import DataConfig
 from vit_suite.config.dino import DINOConfig
+from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import (
     BackboneConfig,
-    CheckpointConfig,
     EvaluateConfig,
     LoggerConfig,
     OptimConfig,
     RunOptions,
+    SavingConfig,
     TrainerConfig,
 )
-from vit_suite.config.sit import SiTConfig, SiTOptimConfig, SiTViewsConfig
-from vit_suite.config.supervised import SupervisedConfig, SupervisedOptimConfig, SupervisedViewsConfig
 from vit_suite.config.views import CropConfig, ViewsConfig
+from vit_suite.registry import Column
 
-METHODS = {"dino": DINOConfig, "sit": SiTConfig, "supervised": SupervisedConfig}
-"""Method name -> its options. `method.name` picks the class, so that each method keeps its own defaults."""
-VIEWS = {"dino": ViewsConfig, "sit": SiTViewsConfig, "supervised": SupervisedViewsConfig}
-"""Method name -> the views it trains on."""
-OPTIMS = {"dino": OptimConfig, "sit": SiTOptimConfig, "supervised": SupervisedOptimConfig}
-"""Method name -> its optimizer."""
+VERSION = 2
+"""Layout of the options; a run writes it into its config.yaml. Raise it when an option is renamed, moved or removed."""
+METHODS = Column("config")
+"""Method name -> the class of its options. `method.name` picks the class, so that each method keeps its own
+defaults."""
+VIEWS = Column("views")
+"""Method name -> the class of the options of its views."""
+OPTIMS = Column("optim")
+"""Method name -> the class of the options of its optimizer."""
 
 
-def by_method(variants: dict[str, type]) -> dict:
+def by_method(variants: Mapping[str, type]) -> dict[str, Any]:
     """Metadata of a field whose class follows method.name."""
     return {"variants": variants, "selector": "method.name"}
 
@@ -37,19 +42,20 @@ def by_method(variants: dict[str, type]) -> dict:
 class PretrainConfig:
     """A training run."""
 
-    method: DINOConfig | SiTConfig | SupervisedConfig = field(
-        default_factory=DINOConfig, metadata={"variants": METHODS}
-    )
+    method: MethodConfig = field(default_factory=DINOConfig, metadata={"variants": METHODS})
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: CropConfig = field(default_factory=ViewsConfig, metadata=by_method(VIEWS))
     optim: OptimConfig = field(default_factory=OptimConfig, metadata=by_method(OPTIMS))
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunOptions = field(default_factory=RunOptions)
+    start: str | None = None
+    """Checkpoint whose backbone training starts from: a run directory, .ckpt, .safetensors, .pth or timm:NAME. Its
+    architecture and normalization become the run's. `finetune` sets it to its --checkpoint."""
     drill: str | None = None
     """Interrupt the training on purpose and go on, to see that nothing is lost: preempt@STEP (SIGUSR1) or kill@STEP
     (SIGKILL), several with commas."""

@@ -120,7 +120,7 @@ class TrainerConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class SavingConfig:
     """What is written, when."""
 
     every_epochs: Count = 1

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import CropConfig, Strength, Two
 
 
 @dataclass
-class SiTConfig:
+class SiTConfig(MethodConfig):
     """SiT (Atito, Awais, Kittler 2021, arXiv 2104.03602); defaults are version 1 with rotation. Version 3:
     configs/sit/*_v3.yaml."""
 

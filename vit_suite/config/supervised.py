@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from vit_suite.config.limits import NotNegative, Pair, Range, Share, Whole
+from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import CropConfig, Strength
 
 
 @dataclass
-class SupervisedConfig:
+class SupervisedConfig(MethodConfig):
     """Cross-entropy on labels (Dosovitskiy et al. 2020); defaults are DeiT's (Touvron et al. 2021, arXiv
     2012.12877)."""
 
@@ -30,9 +31,6 @@ class SupervisedConfig:
     ema: Share = 0.99996
     """Momentum of the average of the weights that is scored and exported, reached from below: at most (1 + step) / (10
     + step); 0 scores the weights themselves."""
-    start: str | None = None
-    """Checkpoint whose backbone training starts from: a run directory, .ckpt, .safetensors, .pth or timm:NAME (finetune
-    sets it)."""
 
 
 @dataclass

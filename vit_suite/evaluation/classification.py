@@ -1,4 +1,4 @@
-"""Scores of a classifier (top-1, top-5, calibration, confusion), and the callback that takes them during training.
+"""Scores of a classifier: top-1, top-5, calibration, confusion.
 
 Axes: N images, K classes.
 """
@@ -15,7 +15,6 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from vit_suite.errors import UserError
 from vit_suite.evaluation.calibration import expected_calibration_error, negative_log_likelihood
 from vit_suite.evaluation.features import extract_features
-from vit_suite.evaluation.online import OnlineScore
 
 
 class Classification(NamedTuple):
@@ -64,13 +63,3 @@ def classify(
         module.classifier(), source, list(image_size), module.mean, module.std, **options
     )
     return score_logits(logits, labels)
-
-
-class OnlineAccuracy(OnlineScore):
-    """Top-1 and top-5 of a supervised method's classifier, `val/top1` and `val/top5`."""
-
-    metric = "val/top1"
-
-    def score(self, module: pl.LightningModule) -> dict[str, float]:
-        found = classify(module.whole(), self.test, self.image_size, self.cfg.batch_size, self.precision)
-        return {self.metric: found.top1, "val/top5": found.top5}

@@ -1,27 +1,28 @@
 """What every pretraining method shares: views on the device, schedules per optimizer step, clipping, logging.
 
-A method implements `losses(crops, labels, draw, logged)`, `trained()` and `evaluation_backbone()`; this class turns
-them into a LightningModule that works under any `pl.Trainer` with any DataLoader that yields `(images, labels, ...)`.
+A method implements `build`, `losses`, `trained` and `evaluation_backbone`; this class turns them into a LightningModule
+that works under any `pl.Trainer` with any DataLoader that yields `(images, labels, ...)`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from vit_suite import distributed
-from vit_suite.config import BackboneConfig, CropConfig, OptimConfig
+from vit_suite.config import BackboneConfig, CropConfig, MethodConfig, OptimConfig, PretrainConfig
+from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import stable_seed
 from vit_suite.errors import UserError
 from vit_suite.methods.sharding import Sharded
-from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size
+from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size, resize_position
 from vit_suite.models.blocks import DropPath
 from vit_suite.optim.groups import clip_all, clip_each, parameter_groups
 from vit_suite.optim.schedules import cosine
@@ -47,47 +48,99 @@ def for_views(backbone: BackboneConfig, views: CropConfig) -> BackboneConfig:
     return replace(backbone, image_size=backbone.image_size or [views.global_size, views.global_size])
 
 
+def copy_backbone(to: Backbone, source: Backbone) -> None:
+    """Give `to` the weights of `source`, of the same architecture; learned positions of another size are resized."""
+    state = source.vit.state_dict()
+    if to.native_grid != source.native_grid and "pos_embed" in state:
+        learned = "pos_embed" in dict(to.vit.named_parameters())
+        prefix = 0 if to.vit.no_embed_class else to.prefix_tokens
+        resized = resize_position(state["pos_embed"], source.native_grid, to.native_grid, prefix)
+        state["pos_embed"] = resized if learned else to.vit.pos_embed
+    to.vit.load_state_dict(state)
+
+
 class Method(pl.LightningModule):
-    """A pretraining method.
+    """A training method: networks, loss, and what else a training needs to know of it.
+
+    A subclass names its options in the class attributes below, makes its networks in `build`, and implements `losses`,
+    `trained` and `evaluation_backbone`. Everything else has a default. docs/add_a_method.md goes through an example.
 
     Args:
-        optim: AdamW and its schedules; `lr` is per 256 images and scaled by the global batch.
-        views: augmentation.
-        mean, std: per channel, 0..1.
+        method, backbone, views, optim: options; a plain dict, as a checkpoint holds it, does too. `optim.lr` is per 256
+            images and scaled by the global batch.
+        mean, std: of the images, per channel, 0..1.
         seed: of the view draws (weights are initialized from torch's global generator).
         batch_size: global batch; taken from the trainer's loader when None.
+        classes: names of the labels, or how many there are; for methods that learn from labels.
     """
+
+    config_class: ClassVar[type[MethodConfig]]
+    views_class: ClassVar[type[CropConfig]] = CropConfig
+    optim_class: ClassVar[type[OptimConfig]] = OptimConfig
+    """The classes of its options: those of its row in registry.py."""
+    online_scores: ClassVar[tuple[str, ...]] = ("knn",)
+    """Scores that are taken during training, by name (training/scores.py). The last one picks the best checkpoint."""
+    timed_functions: ClassVar[dict[str, str]] = {
+        "transfer_batch_to_device": "data",
+        "training_step": "other",
+        "crops": "views",
+        "losses": "loss",
+        "backward": "backward",
+        "configure_gradient_clipping": "clip",
+        "optimizer_step": "optimizer",
+        "after_step": "EMA",
+    }
+    """Function of the method -> the part of a step under which `vit-suite profile` counts its time, less the parts that
+    it calls."""
 
     def __init__(
         self,
-        optim: OptimConfig,
-        views: CropConfig,
-        mean: list[float],
-        std: list[float],
+        method: MethodConfig | dict | None = None,
+        backbone: BackboneConfig | dict | None = None,
+        views: CropConfig | dict | None = None,
+        optim: OptimConfig | dict | None = None,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
         seed: int = 0,
         batch_size: int | None = None,
+        classes: int | list[str] | None = None,
     ):
         super().__init__()
-        self.optim = optim
-        self.views_config = views
-        self.views = self.build_views(views, list(mean), list(std))
+        self.method: Any = as_config(self.config_class, method)
+        self.views_config: Any = as_config(self.views_class, views)
+        self.optim = as_config(self.optim_class, optim)
         self.mean, self.std = list(mean), list(std)
+        self.views = self.build_views(self.views_config, self.mean, self.std)
         self.seed = seed
         self.global_batch = batch_size
+        self.classes = [str(index) for index in range(classes)] if isinstance(classes, int) else classes
         self.sharded: Sharded | None = None
+        backbone = for_views(as_config(BackboneConfig, backbone), self.views_config)
+        self.build(backbone)
+        check_image_size([self.views_config.global_size], self.evaluation_backbone().patch_size, "views.global_size")
+        # As plain data, so that the checkpoint loads with `weights_only=True`.
+        options = {"method": self.method, "backbone": backbone, "views": self.views_config, "optim": self.optim}
+        self.save_hyperparameters(
+            {name: asdict(value) for name, value in options.items()}
+            | {"mean": self.mean, "std": self.std, "seed": seed, "batch_size": batch_size, "classes": self.classes}
+        )
 
-    def keep_hyperparameters(self, **values: Any) -> None:
-        """Store the constructor's arguments as plain data, so that the checkpoint loads with `weights_only=True`."""
-        plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}
-        self.save_hyperparameters(plain)
+    @classmethod
+    def from_data(cls, cfg: PretrainConfig, data: ImageDataModule) -> Self:
+        """The method of the run `cfg`, sized for its data."""
+        backbone = replace(cfg.backbone, channels=cfg.data.channels)
+        sized = {"seed": cfg.run.seed, "batch_size": cfg.data.batch_size, "classes": cls.class_names(data)}
+        return cls(cfg.method, backbone, cfg.views, cfg.optim, data.mean, data.std, **sized)
 
-    # -- what a method provides ----------------------------------------------------------------------------------------
+    # -- what a method has to provide ----------------------------------------------------------------------------------
 
-    @staticmethod
-    def build_views(views: CropConfig, mean: list[float], std: list[float]) -> Callable[[Any, Draw], list[Tensor]]:
-        """`(images, draw) -> [(B, C, S, S), ...]`: the crops of a micro-batch, normalized; picklable, as workers run it
-        too."""
-        return MultiCrop(views, mean, std)
+    def build(self, backbone: BackboneConfig) -> None:
+        """Make the networks: modules as attributes. `self.method`, `self.views_config` and `self.classes` are there.
+
+        Raises:
+            UserError: options contradict each other.
+        """
+        raise NotImplementedError
 
     def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool) -> dict[str, Tensor]:
         """The scalar to minimize under `loss`, and further scalars to log; the costly ones only when `logged`.
@@ -104,9 +157,58 @@ class Method(pl.LightningModule):
         """The backbone that is scored and exported."""
         raise NotImplementedError
 
-    def evaluation_head(self) -> nn.Linear | None:
-        """The classifier on that backbone, of a method that trains one and has `classes`, the names of its outputs."""
+    # -- what a method may provide -------------------------------------------------------------------------------------
+    # Callbacks of its own: Lightning's `configure_callbacks`.
+
+    @staticmethod
+    def build_views(views: CropConfig, mean: list[float], std: list[float]) -> Callable[[Any, Draw], list[Tensor]]:
+        """`(images, draw) -> [(B, C, S, S), ...]`: the crops of a micro-batch, normalized; picklable, as workers run it
+        too."""
+        return MultiCrop(views, mean, std)
+
+    @classmethod
+    def class_names(cls, data: ImageDataModule) -> list[str] | None:
+        """Names of the labels that the method learns from; None for one that learns without labels.
+
+        Raises:
+            UserError: the data does not have the labels.
+        """
         return None
+
+    def classifier(self) -> nn.Module | None:
+        """The network that answers images (B, C, H, W) with logits (B, K) of `classes`, of a method that trains one. It
+        is scored on the whole test set when training ends."""
+        return None
+
+    def evaluation_head(self) -> nn.Linear | None:
+        """The classifier on `evaluation_backbone`, written beside it as head.safetensors."""
+        return None
+
+    @property
+    def sheet_every_epochs(self) -> int:
+        """Epochs between two pictures of `sheet`; 0 draws none."""
+        return 0
+
+    def sheet(self, clean: Tensor) -> list[Tensor]:
+        """Rows of a picture that shows what the method does with images: normalized tensors (B, C, S, S) each, the
+        first of them `clean` itself."""
+        raise NotImplementedError
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Part of a step -> the network whose forward pass it is, for `vit-suite profile`."""
+        return {"student forward": self.trained()}
+
+    def gathered_parts(self) -> list[nn.Module]:
+        """Large parts besides the transformer blocks that FSDP2 gathers one at a time, when they run. The rest of the
+        method is gathered for the whole of a step."""
+        return []
+
+    def start_from(self, backbone: Backbone) -> None:
+        """Take the weights of `backbone`, of the same architecture, into every backbone of the method. Learned
+        positions of another size are resized. Heads stay as they were initialized."""
+        for part in self.modules():
+            if isinstance(part, Backbone):
+                copy_backbone(part, backbone)
 
     def compares_images(self) -> list[str]:
         """What the loss takes from several images at a time, of all ranks but of one micro-batch: accumulation changes

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from vit_suite import distributed
-from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, ViewsConfig
+from vit_suite.config import BackboneConfig, DINOConfig, ViewsConfig
 from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
 from vit_suite.losses.koleo import koleo_loss
-from vit_suite.methods.base import Method, as_config, for_views
+from vit_suite.methods.base import Method
 from vit_suite.methods.collapse import CollapseMonitor
 from vit_suite.methods.gradients import Gradients, add_gradients, with_gradients
 from vit_suite.models.backbone import Backbone, check_image_size
@@ -91,60 +91,42 @@ class DINO(Method):
     batch (times sqrt(D): 1 is isotropic).
     """
 
-    def __init__(
-        self,
-        method: DINOConfig | dict | None = None,
-        backbone: BackboneConfig | dict | None = None,
-        views: ViewsConfig | dict | None = None,
-        optim: OptimConfig | dict | None = None,
-        mean: list[float] = (0.485, 0.456, 0.406),
-        std: list[float] = (0.229, 0.224, 0.225),
-        seed: int = 0,
-        batch_size: int | None = None,
-    ):
-        method, views, optim = (
-            as_config(DINOConfig, method),
-            as_config(ViewsConfig, views),
-            as_config(OptimConfig, optim),
-        )
-        backbone = as_config(BackboneConfig, backbone)
-        super().__init__(optim, views, list(mean), list(std), seed, batch_size)
+    config_class = DINOConfig
+    views_class = ViewsConfig
+    timed_functions = Method.timed_functions | {"backward_of_group": "backward"}
+    method: DINOConfig
+    views_config: ViewsConfig
+
+    def build(self, backbone: BackboneConfig) -> None:
+        method, views = self.method, self.views_config
         if method.crops_at_once and method.head_batch_norm:
             raise UserError(
                 "method.head_batch_norm takes statistics over all crops, and method.crops_at_once has some of them at a"
                 " time: leave one out; backbone.checkpointing saves memory with either."
             )
-        backbone = for_views(backbone, views)
-        self.method = method
         self.student = Network(backbone, method, method.norm_last_layer)
         # The release builds the teacher's head with a fixed gain whatever the student's, and drop path is the student's
         # alone.
         self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method, norm_last_layer=True)
         copy_weights(self.teacher, self.student)
-        patch = self.student.backbone.patch_size
-        check_image_size([views.global_size], patch, "views.global_size")
         if views.local_crops:
-            check_image_size([views.local_size], patch, "views.local_size")
+            check_image_size([views.local_size], self.student.backbone.patch_size, "views.local_size")
         self.register_buffer("center", torch.zeros(method.out_dim))
         self.register_buffer("center_sum", torch.zeros(method.out_dim))
         self.register_buffer("center_count", torch.zeros(()))
         self.monitor = CollapseMonitor(method.out_dim)
-        self.keep_hyperparameters(
-            method=method,
-            backbone=backbone,
-            views=views,
-            optim=optim,
-            mean=list(mean),
-            std=list(std),
-            seed=seed,
-            batch_size=batch_size,
-        )
 
     def trained(self) -> nn.Module:
         return self.student
 
     def evaluation_backbone(self) -> Backbone:
         return self.teacher.backbone
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student forward": self.student, "teacher forward": self.teacher}
+
+    def gathered_parts(self) -> list[nn.Module]:
+        return [self.student.head, self.teacher.head]
 
     def compares_images(self) -> list[str]:
         return super().compares_images() + ["KoLeo"] * bool(self.method.koleo_weight)

@@ -22,9 +22,6 @@ from torch.optim import Optimizer
 from vit_suite import distributed
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.heads import ContrastiveHead, DINOHead, PatchDecoder
-
-HEADS = (DINOHead, ContrastiveHead, PatchDecoder)
 
 
 class Sharded:
@@ -51,8 +48,8 @@ class Sharded:
                             " ddp."
                         )
                     distributed.shard([block.attn, block.mlp], mesh, torch.bfloat16 if bf16 else None)
-            elif isinstance(part, HEADS):
-                distributed.shard(part, mesh)
+        for part in method.gathered_parts():
+            distributed.shard(part, mesh)
         distributed.shard(method, mesh, forward="training_step")
 
     def whole(self) -> pl.LightningModule:

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_suite import distributed
-from vit_suite.config import BackboneConfig, OptimConfig, SiTConfig, SiTOptimConfig, SiTViewsConfig
+from vit_suite.config import BackboneConfig, SiTConfig, SiTOptimConfig, SiTViewsConfig
 from vit_suite.errors import UserError
 from vit_suite.losses.contrastive import info_nce, info_nce_logits, nt_xent_logits
 from vit_suite.losses.reconstruction import psnr, reconstruction_l1
 from vit_suite.losses.uncertainty import uncertainty_sum, uncertainty_weights
-from vit_suite.methods.base import Method, as_config, for_views
+from vit_suite.methods.base import Method
 from vit_suite.models.backbone import EXPLICIT, Backbone, check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import ContrastiveHead, PatchDecoder, init_linear_
@@ -122,41 +122,19 @@ class SiT(Method):
     of each task where it is learned.
     """
 
-    def __init__(
-        self,
-        method: SiTConfig | dict | None = None,
-        backbone: BackboneConfig | dict | None = None,
-        views: SiTViewsConfig | dict | None = None,
-        optim: OptimConfig | dict | None = None,
-        mean: list[float] = (0.485, 0.456, 0.406),
-        std: list[float] = (0.229, 0.224, 0.225),
-        seed: int = 0,
-        batch_size: int | None = None,
-    ):
-        method, views, optim = (
-            as_config(SiTConfig, method),
-            as_config(SiTViewsConfig, views),
-            as_config(SiTOptimConfig, optim),
-        )
+    config_class = SiTConfig
+    views_class = SiTViewsConfig
+    optim_class = SiTOptimConfig
+    method: SiTConfig
+
+    def build(self, backbone: BackboneConfig) -> None:
+        method, size = self.method, self.views_config.global_size
         check_options(method)
-        backbone = as_config(BackboneConfig, backbone)
-        super().__init__(optim, views, list(mean), list(std), seed, batch_size)
-        self.method = method
-        self.keep_hyperparameters(
-            method=method,
-            backbone=backbone,
-            views=views,
-            optim=optim,
-            mean=list(mean),
-            std=list(std),
-            seed=seed,
-            batch_size=batch_size,
-        )
-        backbone = network_config(backbone, method, views)
+        backbone = network_config(backbone, method)
         self.student = Network(backbone, method)
         patch = self.student.backbone.patch_size
-        check_image_size([views.global_size], patch, "views.global_size")
-        validate_corruption(method, views.global_size, views.global_size, patch)
+        check_image_size([size], patch, "views.global_size")
+        validate_corruption(method, size, size, patch)
         self.teacher: Network | None = None
         if method.contrastive == "info_nce":
             # All heads, as in the official code, so that the two are twins; only the contrastive one is run.
@@ -174,7 +152,7 @@ class SiT(Method):
         if not learned:
             factors = [method.reconstruction_weight if task == "reconstruction" else 1.0 for task in self.tasks]
         self.register_buffer("factors", torch.tensor(factors), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(list(std)), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(self.std), persistent=False)
 
     def trained(self) -> nn.Module:
         learned = {} if self.log_variances is None else {"log_variances": self.log_variances}
@@ -182,6 +160,22 @@ class SiT(Method):
 
     def evaluation_backbone(self) -> Backbone:
         return (self.teacher or self.student).backbone
+
+    def networks(self) -> dict[str, nn.Module]:
+        found = {"student forward": self.student, "teacher forward": self.teacher}
+        return {part: network for part, network in found.items() if network is not None}
+
+    def gathered_parts(self) -> list[nn.Module]:
+        heads = [(network.contrastive_head, network.decoder) for network in self.networks().values()]
+        return [head for pair in heads for head in pair if head is not None]
+
+    @property
+    def sheet_every_epochs(self) -> int:
+        return self.method.sheet_every_epochs if self.method.reconstruct != "none" else 0
+
+    def sheet(self, clean: Tensor) -> list[Tensor]:
+        """Clean, corrupted and reconstructed; under the same corruption each time, so that epochs compare."""
+        return [clean, *self.reconstruct(clean, alone(len(clean), self.seed))]
 
     def compares_images(self) -> list[str]:
         there = {
@@ -303,9 +297,8 @@ def accuracy(logits: Tensor, label: Tensor) -> Tensor:
     return (logits.detach().argmax(-1) == label).float().mean()
 
 
-def network_config(backbone: BackboneConfig, method: SiTConfig, views: SiTViewsConfig) -> BackboneConfig:
-    """The backbone with its position grid, the rotation token and the order of its patches."""
-    backbone = for_views(backbone, views)
+def network_config(backbone: BackboneConfig, method: SiTConfig) -> BackboneConfig:
+    """The backbone with the rotation token and the order of its patches."""
     if method.order == "causal" and backbone.class_token and (method.contrastive == "none" or backbone.pool == "mean"):
         # Patches do not see the prefix, so only a loss on the token itself trains it.
         raise UserError(

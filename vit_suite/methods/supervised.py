@@ -22,13 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vit_suite.config import BackboneConfig, SupervisedConfig, SupervisedOptimConfig, SupervisedViewsConfig
+from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
-from vit_suite.methods.base import Method, as_config, for_views
-from vit_suite.models.backbone import Backbone, check_image_size, resize_position
+from vit_suite.methods.base import Method
+from vit_suite.models.backbone import Backbone
 from vit_suite.models.ema import copy_weights, ema_update
 from vit_suite.views.draw import Draw
 from vit_suite.views.mix import mix
 from vit_suite.views.supervised import SupervisedViews
+
+IMAGENET_CLASSES = 1000
+"""Classes of a head that is built without data."""
 
 
 class Classifier(nn.Module):
@@ -70,53 +74,41 @@ class SupervisedViT(Method):
     where images are mixed.
     """
 
-    def __init__(
-        self,
-        method: SupervisedConfig | dict | None = None,
-        backbone: BackboneConfig | dict | None = None,
-        views: SupervisedViewsConfig | dict | None = None,
-        optim: SupervisedOptimConfig | dict | None = None,
-        mean: list[float] = (0.485, 0.456, 0.406),
-        std: list[float] = (0.229, 0.224, 0.225),
-        seed: int = 0,
-        batch_size: int | None = None,
-        classes: int | list[str] = 1000,
-    ):
-        method, backbone = as_config(SupervisedConfig, method), as_config(BackboneConfig, backbone)
-        views, optim = as_config(SupervisedViewsConfig, views), as_config(SupervisedOptimConfig, optim)
-        super().__init__(optim, views, list(mean), list(std), seed, batch_size)
-        backbone = for_views(backbone, views)
-        self.method = method
-        self.classes = [str(index) for index in range(classes)] if isinstance(classes, int) else list(classes)
+    config_class = SupervisedConfig
+    views_class = SupervisedViewsConfig
+    optim_class = SupervisedOptimConfig
+    online_scores = ("knn", "accuracy")
+    method: SupervisedConfig
+    classes: list[str]
+
+    def build(self, backbone: BackboneConfig) -> None:
+        if self.classes is None:
+            self.classes = [str(index) for index in range(IMAGENET_CLASSES)]
         if len(self.classes) < 2:
             raise UserError(f"a classifier needs at least 2 classes; there is {len(self.classes)}.")
         self.network = Classifier(backbone, len(self.classes))
-        check_image_size([views.global_size], self.network.backbone.patch_size, "views.global_size")
         self.average: Classifier | None = None
-        if method.ema:
+        if self.method.ema:
             self.average = Classifier(replace(backbone, drop_path=0.0, pretrained=False), len(self.classes))
             copy_weights(self.average, self.network)
-        self.keep_hyperparameters(
-            method=method, backbone=backbone, views=views, optim=optim, mean=list(mean), std=list(std), seed=seed,
-            batch_size=batch_size, classes=self.classes,
-        )  # fmt: skip
 
     @staticmethod
     def build_views(views: SupervisedViewsConfig, mean: list[float], std: list[float]) -> SupervisedViews:
         return SupervisedViews(views, mean, std)
 
-    def start_from(self, backbone: Backbone) -> None:
-        """Take the weights of `backbone`, of the same architecture; learned positions of another size are resized. The
-        head stays fresh."""
-        own, state = self.network.backbone, backbone.vit.state_dict()
-        if own.native_grid != backbone.native_grid and "pos_embed" in state:
-            learned = "pos_embed" in dict(own.vit.named_parameters())
-            prefix = 0 if own.vit.no_embed_class else own.prefix_tokens
-            resized = resize_position(state["pos_embed"], backbone.native_grid, own.native_grid, prefix)
-            state["pos_embed"] = resized if learned else own.vit.pos_embed
-        for classifier in (self.network, self.average):
-            if classifier is not None:
-                classifier.backbone.vit.load_state_dict(state)
+    @classmethod
+    def class_names(cls, data: ImageDataModule) -> list[str]:
+        """The classes of the head. UserError where training images have no labels."""
+        labels = data.train_source.labels
+        without = len(data.train_source) if labels is None else int((labels < 0).sum())
+        if without:
+            images = len(data.train_source)
+            some = "has no labels" if labels is None else f"has no label for {without} of its {images} training images"
+            raise UserError(
+                f"{data.name} {some}, and supervised training needs one for each: sort the images into a folder a class"
+                " (--data.name folder), or pretrain without labels first: vit-suite pretrain --method.name dino."
+            )
+        return data.classes
 
     def trained(self) -> nn.Module:
         return self.network

@@ -46,3 +46,8 @@ def eval_view(images: Tensor | Sequence[Tensor], size: Size, mean: Sequence[floa
     if isinstance(images, Tensor):
         return normalize_(_center(images, pair), mean, std)
     return normalize_(torch.cat([_center(image[None], pair) for image in images]), mean, std)
+
+
+def view_text(size: list[int]) -> str:
+    """The evaluation view, for results.json."""
+    return f"shorter side to 256/224 of {size}, center crop; images of that size as they are"

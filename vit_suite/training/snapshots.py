@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw
 from vit_suite.attention import render
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, upsample
 from vit_suite.data.source import ImageSource
-from vit_suite.evaluation.online import due, show
 from vit_suite.files import write_atomically
 from vit_suite.hardware import autocast
+from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
 
 log = logging.getLogger("vit_suite")

@@ -1,18 +1,27 @@
-"""Scores during training, one of which picks the best checkpoint (dino#229: the loss does not), and when to take
-them."""
+"""Scores during training, and when to take them.
+
+One of them picks the best checkpoint, because the loss of self-distillation does not (facebookresearch/dino issue 229).
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
 from PIL import Image
 
-from vit_suite.config import EvaluateConfig
+from vit_suite.config import EvaluateConfig, PretrainConfig
 from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import UserError
+from vit_suite.evaluation.classification import classify
 from vit_suite.evaluation.features import extract_features
 from vit_suite.evaluation.knn import KNNOptions, knn_classify
+from vit_suite.methods.base import Method
+from vit_suite.training.parts import Parts
+
+log = logging.getLogger("vit_suite")
 
 
 class OnlineScore(pl.Callback):
@@ -37,7 +46,7 @@ class OnlineScore(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [tuple(entry) for entry in state_dict["history"]]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Method) -> None:
         if not due(trainer, self.cfg.every_epochs):
             return
         scores = self.score(module)
@@ -45,7 +54,7 @@ class OnlineScore(pl.Callback):
         for name, value in scores.items():
             module.log(name, value, prog_bar=name == self.metric, sync_dist=True)
 
-    def score(self, module: pl.LightningModule) -> dict[str, float]:
+    def score(self, module: Method) -> dict[str, float]:
         """Name -> percent; `metric` is among the names."""
         raise NotImplementedError
 
@@ -59,13 +68,62 @@ class OnlineKNN(OnlineScore):
         super().__init__(cfg, data, image_size, precision)
         self.bank = data.bank(cfg.bank_size)
 
-    def score(self, module: pl.LightningModule) -> dict[str, float]:
+    def score(self, module: Method) -> dict[str, float]:
         options = {"batch_size": self.cfg.batch_size, "device": module.device, "precision": self.precision}
         backbone = module.whole().evaluation_backbone()
         bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, shared=True, **options)
         test = extract_features(backbone, self.test, self.image_size, module.mean, module.std, **options)
         vote = KNNOptions(ks=[self.cfg.k], temperature=self.cfg.temperature, device=module.device)
         return {self.metric: knn_classify(*bank[:2], *test[:2], options=vote, rows=bank.rows).top1[self.cfg.k]}
+
+
+class OnlineAccuracy(OnlineScore):
+    """Top-1 and top-5 of the method's classifier, `val/top1` and `val/top5`.
+
+    Raises:
+        UserError: the scored split has no labels.
+    """
+
+    metric = "val/top1"
+
+    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
+        test = data.test_source
+        if test.labels is None or not bool((test.labels >= 0).any()):
+            raise UserError(
+                f"split '{test.split}' of {data.name} has no labels to score: train without scores,"
+                " --evaluate.every_epochs 0."
+            )
+        super().__init__(cfg, data, image_size, precision)
+
+    def score(self, module: Method) -> dict[str, float]:
+        found = classify(module.whole(), self.test, self.image_size, self.cfg.batch_size, self.precision)
+        return {self.metric: found.top1, "val/top5": found.top5}
+
+
+SCORES: dict[str, type[OnlineScore]] = {"knn": OnlineKNN, "accuracy": OnlineAccuracy}
+"""Name in `Method.online_scores` -> the callback. A new score is one class and one row here."""
+
+
+def build_scores(cfg: PretrainConfig, parts: Parts) -> list[OnlineScore]:
+    """The scores that the method has, where they are wanted and the data has labels. The last one decides which
+    checkpoint is the best."""
+    data = parts.data
+    if not cfg.evaluate.every_epochs:
+        return []
+    if data.train_source.labels is None:
+        log.info("%s has no labels: no kNN during training; the best checkpoint is the last", data.name)
+        return []
+    try:
+        itself = data.scored_on_itself
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}, or train without scores: --evaluate.every_epochs 0.") from error
+    if itself:
+        log.info(
+            "%s has no split of its own to score: no scores during training; the best checkpoint is the last", data.name
+        )
+        return []
+    size = [cfg.views.global_size] * 2
+    return [SCORES[name](cfg.evaluate, data, size, parts.precision) for name in parts.method.online_scores]
 
 
 def due(trainer: pl.Trainer, every_epochs: int) -> bool:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from vit_suite.commands.logs import main_process
 from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError
 from vit_suite.files import write_atomically
-from vit_suite.reports.metrics import MetricsLogger
+from vit_suite.logs import main_process
+from vit_suite.training.metrics import MetricsLogger
 
 WANDB_ID = "wandb_id"
 """File in the run directory with the id of its W&B run, which a resumed run goes on with."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from vit_suite.evaluation.online import OnlineKNN
-from vit_suite.reports.status import Status, write_status
+from vit_suite.training.scores import OnlineKNN
+from vit_suite.training.status import Status, write_status
 
 EVERY = 2.0  # seconds between two writings: of a millisecond each, and no one looks more often
 

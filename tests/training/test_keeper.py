@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vit_suite.config import CheckpointConfig
-from vit_suite.weights.keeper import Keeper
+from vit_suite.config import SavingConfig
+from vit_suite.training.keeper import Keeper
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
@@ -19,7 +19,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     with torch.no_grad():
         network.bias[1] = float("nan")
     with pytest.raises(RuntimeError, match="not finite at step 7; last.ckpt stays as it was"):
-        Keeper(tmp_path, CheckpointConfig()).save(SimpleNamespace(lightning_module=network, global_step=7), "last")
+        Keeper(tmp_path, SavingConfig()).save(SimpleNamespace(lightning_module=network, global_step=7), "last")
     assert last.read_text() == "good" and list(last.parent.iterdir()) == [last]
 
 
@@ -30,7 +30,7 @@ def test_gpus_act_on_the_answer_of_the_step_before(tmp_path, monkeypatch):
     found = {}
     for name, active in (("one", False), ("many", True)):
         monkeypatch.setattr("vit_suite.distributed.active", lambda active=active: active)
-        keeper, found[name] = Keeper(tmp_path, CheckpointConfig(), signals=signals), []
+        keeper, found[name] = Keeper(tmp_path, SavingConfig(), signals=signals), []
         for noted in (0, 10, 10, 10):
             signals.noted = noted
             keeper._agree(torch.device("cuda"))
@@ -46,6 +46,4 @@ def test_ranks_that_resume_from_different_steps_are_refused(tmp_path, monkeypatc
     with pytest.raises(
         RuntimeError, match="different steps, 0 to 8: is run.output on a file system that all machines share"
     ):
-        Keeper(tmp_path, CheckpointConfig()).on_train_start(
-            SimpleNamespace(global_step=0), SimpleNamespace(device=None)
-        )
+        Keeper(tmp_path, SavingConfig()).on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(device=None))

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
-from vit_suite.commands import rundir
-from vit_suite.commands.stop import DRILL
 from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.parsing import dump_config
 from vit_suite.signals import STATUS
+from vit_suite.training import rundir
+from vit_suite.training.stop import DRILL
 
 log = logging.getLogger("vit_suite")
 

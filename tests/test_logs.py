@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vit_suite.commands.logs import main_process
+from vit_suite.logs import main_process
 
 
 @pytest.mark.parametrize(

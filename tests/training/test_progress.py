@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from vit_suite.reports.progress import PatientBar
+from vit_suite.training.progress import PatientBar
 
 
 class Line(pl.LightningModule):

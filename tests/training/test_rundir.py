@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.commands.conftest import column, results, rows, sha256
-from vit_suite.commands import rundir
 from vit_suite.config import PretrainConfig
 from vit_suite.config.shared import RunOptions
-from vit_suite.evaluation.online import OnlineKNN
-from vit_suite.reports.status import read_status
-from vit_suite.weights.keeper import Keeper
+from vit_suite.training import rundir
+from vit_suite.training.keeper import Keeper
+from vit_suite.training.scores import OnlineKNN
+from vit_suite.training.status import read_status
 
 THREE = {"trainer__max_epochs": 3}
 
@@ -53,9 +53,9 @@ def assert_same_as_straight(folder, straight) -> None:
 def test_resume_after_any_step_ends_with_the_same_weights(pretrain, straight_run, monkeypatch, tmp_path, saves):
     """With a checkpoint every step: within the first epoch, at its end, within a later one."""
     stop_after(monkeypatch, saves)
-    assert pretrain(checkpoint__every_steps=1, **THREE).status == 1
+    assert pretrain(saving__every_steps=1, **THREE).status == 1
     assert len(column(tmp_path / "run", "train/loss")) < 12
-    said = pretrain(checkpoint__every_steps=1, **THREE)
+    said = pretrain(saving__every_steps=1, **THREE)
     assert said.status == 0 and f"resuming {tmp_path}/run/checkpoints/last.ckpt" in said.log
     assert_same_as_straight(tmp_path / "run", straight_run)
 
@@ -89,8 +89,8 @@ def test_a_crash_while_scoring_loses_nothing(pretrain, straight_run, monkeypatch
         return score(self, module)
 
     monkeypatch.setattr(OnlineKNN, "score", crash)
-    assert pretrain(checkpoint__every_steps=1, **THREE).status == 1
-    assert pretrain(checkpoint__every_steps=1, **THREE).status == 0
+    assert pretrain(saving__every_steps=1, **THREE).status == 1
+    assert pretrain(saving__every_steps=1, **THREE).status == 0
     assert_same_as_straight(tmp_path / "run", straight_run)
 
 
@@ -253,7 +253,7 @@ def test_an_empty_directory_and_one_that_a_failed_start_left(pretrain, tmp_path)
 
 def test_a_run_that_another_rank_starts_meanwhile_is_no_strangers_directory(tmp_path, monkeypatch):
     """Its config appears between two looks of this rank, which starts afresh as that one does."""
-    looked = rundir._is_run
+    looked = rundir._options
 
     def look(folder):
         found = looked(folder)
@@ -261,5 +261,5 @@ def test_a_run_that_another_rank_starts_meanwhile_is_no_strangers_directory(tmp_
         (folder / "checkpoints").mkdir()
         return found
 
-    monkeypatch.setattr(rundir, "_is_run", look)
+    monkeypatch.setattr(rundir, "_options", look)
     assert rundir.check(PretrainConfig(run=RunOptions(output=str(tmp_path)))) is None

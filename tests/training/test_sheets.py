@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_suite.reports.sheets import draw_sheet
-
-from ..commands.conftest import words
+from tests.commands.conftest import words
+from vit_suite.training.sheets import draw_sheet
 
 
 @pytest.fixture(scope="module")

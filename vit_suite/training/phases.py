@@ -20,22 +20,6 @@ from vit_suite.methods.base import Method
 
 OTHER = "other"
 """What no part claims: logging, checks, Lightning's own loop."""
-HOOKS = {
-    "transfer_batch_to_device": "data",
-    "training_step": OTHER,
-    "crops": "views",
-    "losses": "loss",
-    "backward": "backward",
-    "backward_of_group": "backward",
-    "configure_gradient_clipping": "clip",
-    "optimizer_step": "optimizer",
-    "after_step": "EMA",
-}
-"""Function of a method -> the part of a step that it is, less the parts within it: a loss calls the networks, an
-optimizer its closure. SiT turns and corrupts its views in `losses`; DINO moves its center in `after_step`, and goes
-backward within `losses` where it has some crops at a time."""
-NETWORKS = {"student": "student forward", "teacher": "teacher forward", "network": "student forward"}
-"""Attribute of a method -> what its network does. Supervised training calls its only one `network`."""
 PARTS = ["data", "views", "student forward", "teacher forward", "loss", "backward", "clip", "optimizer", "EMA", OTHER]
 
 
@@ -99,7 +83,8 @@ class Phases:
     def _charge(self) -> None:
         if self._running:
             moment = now(self.device)
-            self.seconds[self._within[-1]] += moment - self._since
+            part = self._within[-1]
+            self.seconds[part] = self.seconds.get(part, 0.0) + moment - self._since
             self._since = moment
 
 
@@ -112,11 +97,9 @@ def now(device: torch.device) -> float:
 
 def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
     """Wrap what a step of `method` on `data` goes through."""
-    for function, name in HOOKS.items():
-        if hasattr(method, function):
-            phases.wrap(method, function, name)
-    for attribute, name in NETWORKS.items():
-        network = getattr(method, attribute, None)
+    for function, name in method.timed_functions.items():
+        phases.wrap(method, function, name)
+    for name, network in method.networks().items():
         for owner, function in entrances(network):
             phases.wrap(owner, function, name)
     open_loader = data.train_dataloader
@@ -131,12 +114,9 @@ def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
     data.train_dataloader = labeled_loader
 
 
-def entrances(network: torch.nn.Module | None) -> Iterator[tuple[torch.nn.Module, str]]:
+def entrances(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
     """Where others call `network`: the functions that its class defines for them, and its backbone and heads."""
-    if network is not None:
-        yield from (
-            (network, name)
-            for name, value in vars(type(network)).items()
-            if callable(value) and not name.startswith("_")
-        )
-        yield from ((child, "forward") for child in network.children())
+    yield from (
+        (network, name) for name, value in vars(type(network)).items() if callable(value) and not name.startswith("_")
+    )
+    yield from ((child, "forward") for child in network.children())

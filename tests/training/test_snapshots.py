@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_suite.attention.online import GAP, HEADER, AttentionSnapshots, side_by_side
 from vit_suite.config import BackboneConfig
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.models.backbone import Backbone
+from vit_suite.training.snapshots import GAP, HEADER, AttentionSnapshots, side_by_side
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.2, 0.2]
 

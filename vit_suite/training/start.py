@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
 
 from vit_suite.config import BackboneConfig, DataConfig, PretrainConfig
 from vit_suite.errors import UserError
+from vit_suite.methods.base import Method
 from vit_suite.weights.checkpoint import LoadedBackbone
 
 UNSAID = {"mlp_ratio": 4.0, "registers": 0}
@@ -42,3 +46,23 @@ def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
     backbone = replace(theirs, **own, image_size=size, pretrained=False)
     mean, std = cfg.data.mean or loaded.mean, cfg.data.std or loaded.std
     return replace(cfg, backbone=backbone, data=replace(cfg.data, channels=theirs.channels, mean=mean, std=std))
+
+
+def take_weights(method: Method, start: LoadedBackbone | None, checkpoint: Path | None) -> None:
+    """Give the method the weights that it starts from, unless the run resumes from `checkpoint`.
+
+    Raises:
+        UserError: the head in `checkpoint` has other classes than the data.
+    """
+    if checkpoint is None:
+        if start is not None:
+            method.start_from(start.backbone)
+        return
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    before, now = stored["hyper_parameters"].get("classes"), method.classes
+    if before != now and before is not None and now is not None:
+        names = next((f"; '{a}' was '{b}'" for a, b in zip(now, before, strict=False) if a != b), "")
+        raise UserError(
+            f"cannot resume: the head of '{checkpoint}' has {len(before)} classes and the data {len(now)}{names}. Give"
+            " the data it was trained on, or --run.overwrite to start anew."
+        )

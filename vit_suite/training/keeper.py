@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from vit_suite import distributed
-from vit_suite.config import CheckpointConfig
+from vit_suite.config import SavingConfig
 from vit_suite.files import PARTIAL, put_in_place
 from vit_suite.signals import Signals, Stopped
 from vit_suite.weights.checkpoint import save_backbone
@@ -41,7 +41,7 @@ class Keeper(Checkpoint):
     def __init__(
         self,
         folder: str | Path,
-        cfg: CheckpointConfig,
+        cfg: SavingConfig,
         monitor: str | None = None,
         signals: Signals | None = None,
         **meta: object,

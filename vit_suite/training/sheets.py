@@ -1,5 +1,5 @@
-"""Reconstruction sheets: clean, corrupted and reconstructed images under each other, every few epochs, to watch SiT
-learn."""
+"""Sheets: pictures of what a method does with images, every few epochs, to watch it learn. SiT's rows are the clean,
+the corrupted and the reconstructed images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vit_suite.data.source import ImageSource
-from vit_suite.evaluation.online import due, show
 from vit_suite.files import write_atomically
 from vit_suite.hardware import autocast
-from vit_suite.views.draw import alone
+from vit_suite.methods.base import Method
+from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
 
 COLUMNS = 8
@@ -23,9 +23,8 @@ SIDE = 64
 """Least side in pixels of an image on the sheet; smaller ones are enlarged by a whole factor, pixel by pixel."""
 
 
-class ReconstructionSheets(pl.Callback):
-    """Writes `FOLDER/epoch_NNNN.png` of the same 8 images under the same corruption, so that epochs compare; loggers
-    get it too.
+class Sheets(pl.Callback):
+    """Writes `FOLDER/epoch_NNNN.png` with the rows of `Method.sheet` for the same 8 images; loggers get it too.
 
     Args:
         folder: of the sheets.
@@ -47,7 +46,7 @@ class ReconstructionSheets(pl.Callback):
             image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)
         ]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Method) -> None:
         if not (self.images and due(trainer, self.every_epochs)):
             return
         module = module.whole()
@@ -59,13 +58,13 @@ class ReconstructionSheets(pl.Callback):
         write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
         show(trainer, "reconstructions", sheet)
 
-    def sheet(self, module: pl.LightningModule) -> Image.Image:
-        """Rows clean, corrupted, reconstructed."""
+    def sheet(self, module: Method) -> Image.Image:
+        """The rows of the method as one picture."""
         images = [image.to(module.device) for image in self.images]
         clean = eval_view(images, self.image_size, module.mean, module.std)
         with autocast(self.precision, module.device):
-            shown, output = module.reconstruct(clean, alone(len(clean), module.seed))
-        return draw_sheet([clean, shown, output.float()], module.mean, module.std)
+            rows = module.sheet(clean)
+        return draw_sheet([row.float() for row in rows], module.mean, module.std)
 
 
 def draw_sheet(rows: list[Tensor], mean: list[float], std: list[float]) -> Image.Image:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from vit_suite.config import PretrainConfig
+from vit_suite.config import VERSION, PretrainConfig
 from vit_suite.errors import UserError
 from vit_suite.files import remove_partial, write_atomically
-from vit_suite.parsing import dump_config, load_config, read_yaml
+from vit_suite.parsing import Given, dump_config, load_config, read_yaml
 from vit_suite.reports.results import read_results
 
 CONFIG = "config.yaml"
-FIXED = ("method", "backbone", "views", "optim", "data", "run.seed")
+FIXED = ("start", "method", "backbone", "views", "optim", "data", "run.seed")
 """What a resumed run may not change: the rest of its training would be another run's."""
 FREE = (
     "data.root",
@@ -50,10 +50,10 @@ def check(cfg: PretrainConfig) -> Path | None:
         return None
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
-    found = list(
-        folder.iterdir()
-    )  # before the config is looked for: other ranks come while the first one starts the run
-    if not _is_run(folder):
+    # Listed before the config is looked for: other ranks come while the first one starts the run.
+    found = list(folder.iterdir())
+    written = _options(folder)
+    if "run.output" not in written:
         if not all(_matches(path, LEFT_BEHIND + LAUNCHED) for path in found):
             consequence = "it will not be deleted" if cfg.run.overwrite else "name another"
             raise UserError(
@@ -65,6 +65,14 @@ def check(cfg: PretrainConfig) -> Path | None:
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return None
+    version = written.get("version")
+    if version is None or version.value != str(VERSION):
+        number = "of an earlier version" if version is None else f"of version {version.value}"
+        raise UserError(
+            f"'{folder}' holds a run whose {CONFIG} has the options {number}, and this vit-suite has version {VERSION}:"
+            " resume it with the vit-suite that began it, name another run.output, or give --run.overwrite to start"
+            " anew."
+        )
     before = _flat(asdict(load_config(folder / CONFIG, cls=type(cfg))))
     now = _flat(asdict(cfg))
     changed = [key for key in now if key.startswith(FIXED) and key not in FREE and before.get(key) != now[key]]
@@ -78,12 +86,13 @@ def check(cfg: PretrainConfig) -> Path | None:
     return last
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether the folder holds the config of a run, and not any config.yaml: what is in it may be deleted."""
+def _options(folder: Path) -> dict[str, Given]:
+    """The options in the folder's config.yaml. Only that of a run has run.output, and only what a run left may be
+    deleted."""
     try:
-        return "run.output" in read_yaml(folder / CONFIG)
+        return read_yaml(folder / CONFIG)
     except UserError:
-        return False
+        return {}
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -112,7 +121,7 @@ def create(cfg: PretrainConfig) -> Path:
             if path.name != CONFIG and not _matches(path, LAUNCHED):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     remove_partial(folder)
-    write_atomically(folder / CONFIG, lambda path: path.write_text(dump_config(cfg)))
+    write_atomically(folder / CONFIG, lambda path: path.write_text(f"version: {VERSION}\n{dump_config(cfg)}"))
     return folder
 
 

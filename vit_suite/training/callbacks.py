@@ -1,0 +1,45 @@
+"""The callbacks of a run: checkpoints, scores, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from vit_suite.config import PretrainConfig
+from vit_suite.data.module import ImageDataModule
+from vit_suite.data.source import ImageSource
+from vit_suite.errors import UserError
+from vit_suite.signals import Signals
+from vit_suite.training.keeper import Keeper
+from vit_suite.training.parts import Parts
+from vit_suite.training.scores import OnlineScore
+from vit_suite.training.sheets import COLUMNS, Sheets
+from vit_suite.training.snapshots import AttentionSnapshots
+
+
+def build_callbacks(
+    cfg: PretrainConfig, folder: Path, parts: Parts, scores: Sequence[OnlineScore], signals: Signals
+) -> list[pl.Callback]:
+    """Checkpoints, scores and pictures of a run that writes into `folder`. The last of the scores picks the best
+    checkpoint."""
+    data, method, size, precision = parts.data, parts.method, cfg.views.global_size, parts.precision
+    monitor = scores[-1].metric if scores else None
+    keeper = Keeper(folder, cfg.saving, monitor, signals, method=cfg.method.name, data=data.name, seed=cfg.run.seed)
+    callbacks: list[pl.Callback] = [keeper, *scores]
+    if every := method.sheet_every_epochs:
+        shown = images_to_show(data, COLUMNS)
+        callbacks.append(Sheets(folder / "reconstructions", shown, size, every, precision))
+    if every := cfg.snapshots.every_epochs:
+        shown = images_to_show(data, cfg.snapshots.images)
+        callbacks.append(AttentionSnapshots(folder / "snapshots", shown, size, every, precision))
+    return callbacks
+
+
+def images_to_show(data: ImageDataModule, count: int) -> ImageSource:
+    """Test images for pictures of the training; training images where the set has no other split."""
+    try:
+        return data.test(count)
+    except UserError:
+        return data.bank(count)

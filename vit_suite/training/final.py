@@ -1,0 +1,68 @@
+"""What a training that learned a classifier leaves at its end: scores of the whole test set, and the confusion."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from vit_suite import distributed
+from vit_suite.config import PretrainConfig
+from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import UserError
+from vit_suite.evaluation.classification import Classification, classify
+from vit_suite.reports.confusion import save_confusion
+from vit_suite.training.parts import Parts
+from vit_suite.views.evaluate import view_text
+
+log = logging.getLogger("vit_suite")
+
+
+def has_test(data: ImageDataModule) -> bool:
+    """Whether there is a labeled split besides the one that is trained on."""
+    try:
+        labels = data.test_source.labels
+    except UserError:
+        return False
+    return not data.scored_on_itself and labels is not None and bool((labels >= 0).any())
+
+
+def score_test(cfg: PretrainConfig, parts: Parts, folder: Path) -> dict[str, float]:
+    """Scores of the whole test split, for results.json; writes `confusion.png` and `confusion.csv` into `folder`. Empty
+    for a method without a classifier, or data without a labeled test split."""
+    data, method = parts.data, parts.method
+    classifier = method.classifier()
+    if classifier is None or not has_test(data):
+        return {}
+    size = [cfg.views.global_size] * 2
+    with distributed.apart():  # the run is over, and the other ranks have left
+        scores = classify(method, data.test(), size, cfg.evaluate.batch_size, parts.precision)
+    title = f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images"
+    save_confusion(folder, scores.confusion, method.classes, title)
+    log.info("%s", sentence(scores))
+    return {
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "calibration_error": scores.calibration_error,
+        "nll": scores.nll,
+        "test_images": scores.images,
+    }
+
+
+def test_protocol(cfg: PretrainConfig, parts: Parts) -> dict[str, object]:
+    """What decides the scores of `score_test` besides the weights."""
+    average = parts.method.classifier() is not parts.method.trained()
+    return {
+        "split": parts.data.test_source.split,
+        "images": len(parts.data.test()),
+        "view": view_text([cfg.views.global_size] * 2),
+        "precision": parts.precision,
+        "weights": "their average (EMA) after the last step" if average else "those after the last step",
+    }
+
+
+def sentence(scores: Classification) -> str:
+    """The scores in one line."""
+    return (
+        f"test: top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% of {scores.images} images, "
+        f"calibration error {100 * scores.calibration_error:.2f}% (15 bins), NLL {scores.nll:.4f} nats"
+    )

@@ -1,0 +1,188 @@
+"""A training from its config to its results: prepared, run or resumed, recorded.
+
+Everything is checked before the run directory appears.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+
+from vit_suite.config import PretrainConfig
+from vit_suite.data.module import ImageDataModule
+from vit_suite.logs import main_process
+from vit_suite.reports.results import append_result
+from vit_suite.signals import Signals, Stopped
+from vit_suite.training import rundir
+from vit_suite.training.callbacks import build_callbacks
+from vit_suite.training.drill import drill_callbacks
+from vit_suite.training.final import score_test, test_protocol
+from vit_suite.training.loggers import remember
+from vit_suite.training.parts import Parts, build_parts
+from vit_suite.training.progress import Progress
+from vit_suite.training.scores import OnlineScore, build_scores
+from vit_suite.training.start import adopt, take_weights
+from vit_suite.training.stop import answer, requeued
+from vit_suite.training.trainer import build_trainer
+from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone, weights_sha256
+
+log = logging.getLogger("vit_suite")
+
+
+class Run(NamedTuple):
+    """A training that is ready to start."""
+
+    cfg: PretrainConfig
+    folder: Path
+    parts: Parts
+    trainer: pl.Trainer
+    scores: list[OnlineScore]
+    progress: Progress
+    start: LoadedBackbone | None
+    """The checkpoint that `cfg.start` names, as it was before training."""
+    checkpoint: Path | None
+    """What it resumes from."""
+    steps_before: int
+    """Optimizer steps behind that."""
+
+
+def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | None:
+    """Train, or resume, the run of `cfg`.
+
+    start: the checkpoint that `cfg.start` names, where the caller has read it already.
+
+    Returns:
+        The run directory, on the process that writes it (rank 0); None on the other ranks.
+
+    Raises:
+        UserError: the config contradicts itself, the data, the machine or what run.output holds; nothing is written.
+        Stopped: a signal asked for it, and the checkpoint is saved (on rank 0; the other ranks return).
+    """
+    if cfg.run.overwrite and requeued():
+        cfg = replace(cfg, run=replace(cfg.run, overwrite=False))
+    with Signals() as signals:
+        run = prepare(cfg, start, signals)
+        started = time.perf_counter()
+        finished = fit(run)
+        if finished is None:
+            return None
+        record(finished, time.perf_counter() - started)
+        finished.progress.write("done")
+        return finished.folder
+
+
+def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals) -> Run:
+    """Build and check everything of a run; the run directory appears at the end."""
+    if cfg.start:
+        start = start or load_backbone(cfg.start)
+        cfg = adopt(cfg, start)
+    folder = Path(cfg.run.output)
+    main = main_process()
+    checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
+    steps_before = rundir.steps_done(checkpoint) if checkpoint else 0
+    parts = build_parts(cfg, folder)
+    take_weights(parts.method, start, checkpoint)
+    scores = build_scores(cfg, parts)
+    progress = build_progress(cfg, folder, parts.data, scores, steps_before)
+    callbacks = build_callbacks(cfg, folder, parts, scores, signals)
+    # The progress comes after the scores, which status.json shows.
+    callbacks += [progress, *drill_callbacks(steps_before, progress.max_steps)]
+    trainer = build_trainer(cfg, folder, callbacks, parts.precision, steps_before)
+    parts.data.trainer = trainer
+    parts.data.plan()  # says now whether the global batch splits over the ranks
+    if main:
+        rundir.create(cfg)
+        remember(trainer.loggers, folder)
+        parts.data.quarantine.list_again()
+        progress.write("running")
+    return Run(cfg, folder, parts, trainer, scores, progress, start, checkpoint, steps_before)
+
+
+def build_progress(
+    cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], steps_before: int
+) -> Progress:
+    """What keeps status.json."""
+    per_epoch = len(data.plan()) // cfg.trainer.accumulate
+    planned = per_epoch * cfg.trainer.max_epochs
+    most = planned if cfg.trainer.max_steps == -1 else min(planned, cfg.trainer.max_steps)
+    return Progress(folder, cfg.data.batch_size, per_epoch, most, steps_before, scores[0] if scores else None)
+
+
+def fit(run: Run) -> Run | None:
+    """Train to the end. Returns, on rank 0, the run with all weights in one place where ranks shared them; None on the
+    others.
+
+    Raises:
+        Stopped: a signal ended it before (rank 0); status.json says so.
+    """
+    if run.checkpoint:
+        log.info("resuming %s, %d steps done", run.checkpoint, run.steps_before)
+    main, method = run.trainer.is_global_zero, run.parts.method
+    try:
+        run.trainer.fit(method, run.parts.data, ckpt_path=run.checkpoint, weights_only=True)
+    except Stopped as stop:
+        if not main:  # one rank speaks for all; a launcher that sees another fail first would end it before that
+            return None
+        run.progress.write("stopped", stop.signal.name)
+        if bar := run.trainer.progress_bar_callback:
+            bar.on_train_end(run.trainer, method)  # ends its line, which the message would go on
+        raise answer(stop, run.cfg.run.overwrite) from None
+    except BaseException as error:
+        if main:
+            run.progress.write("failed", " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise
+    method = method.whole()
+    return run._replace(parts=run.parts._replace(method=method)) if main else None
+
+
+def record(run: Run, seconds: float) -> None:
+    """Leave the results of a finished run. Of one that was complete before, leave what a process that was killed at the
+    end did not."""
+    complete = run.checkpoint is not None and run.trainer.global_step == run.steps_before
+    method = run.parts.method.to(run.parts.device)
+    if complete and rundir.recorded(run.folder, weights_sha256(method.evaluation_backbone().vit.state_dict())):
+        log.info("%s is complete: %d steps, nothing left to train.", run.folder, run.steps_before)
+        log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
+        score_test(run.cfg, run.parts, run.folder)
+        return
+    if complete:
+        run.trainer.checkpoint_callback.export(run.trainer, method)
+    summarize(run, seconds)
+
+
+def summarize(run: Run, seconds: float) -> None:
+    """Append the run to results.json."""
+    cfg, trainer, data, method = run.cfg, run.trainer, run.parts.data, run.parts.method
+    steps, images = trainer.global_step, trainer.global_step * cfg.data.batch_size
+    metrics: dict[str, object] = {
+        "steps": steps,
+        "epochs": trainer.current_epoch,
+        "images": images,
+        "seconds": round(seconds, 1),
+    }
+    for score in run.scores:
+        if score.history:
+            name = score.metric.replace("/", "_")
+            metrics |= {name: score.history[-1][1], f"{name}_by_epoch": score.history}
+    protocol: dict[str, object] = {
+        "method": cfg.method.name,
+        "data": data.name,
+        "knn": asdict(cfg.evaluate),
+        "config": rundir.CONFIG,
+    }
+    if run.start:
+        protocol |= {"start": cfg.start, "start_sha256": run.start.sha256}
+    if scores := score_test(cfg, run.parts, run.folder):
+        metrics |= scores
+        protocol["test"] = test_protocol(cfg, run.parts)
+    task = "finetune" if run.start and method.classifier() else "pretrain"
+    sha256 = weights_sha256(method.evaluation_backbone().vit.state_dict())
+    append_result(run.folder / "results.json", task, metrics, protocol, sha256)
+    last = f", kNN {metrics['knn_top1']:.2f}%" if "knn_top1" in metrics else ""
+    log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, run.folder)

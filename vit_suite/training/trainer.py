@@ -1,0 +1,78 @@
+"""The Lightning trainer of a run: devices, strategy, precision, length, loggers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from vit_suite import distributed
+from vit_suite.config import PretrainConfig, TrainerConfig
+from vit_suite.errors import UserError
+from vit_suite.hardware import pick_device
+from vit_suite.methods.compiled import MarkSteps
+from vit_suite.methods.ddp import OrderedDDP
+from vit_suite.methods.sharding import ShardedStrategy
+from vit_suite.training.loggers import build_loggers
+from vit_suite.training.progress import PatientBar
+from vit_suite.training.stop import cluster_environment
+
+
+def build_trainer(
+    cfg: PretrainConfig, folder: Path, callbacks: list[pl.Callback], precision: str, steps_done: int = 0
+) -> pl.Trainer:
+    """The Lightning trainer of a run that writes into `folder`, where `steps_done` steps have been done before."""
+    options = replace(cfg.trainer, **layout(cfg.trainer))
+    cuda = pick_device(options.accelerator).type == "cuda"
+    if cuda and options.devices != "auto" and options.devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices is {options.devices}, but torch sees {torch.cuda.device_count()} GPUs here.")
+    devices = options.devices if options.devices != "auto" else torch.cuda.device_count() if cuda else 1
+    if options.compile == "graphs":
+        callbacks = [*callbacks, MarkSteps()]
+    if cuda and options.progress:
+        callbacks = [*callbacks, PatientBar(refresh_rate=options.log_every * options.accumulate)]
+    return pl.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=devices,
+        strategy=pick_strategy(options, devices * options.nodes, cuda),
+        num_nodes=options.nodes,
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_epochs=options.max_epochs,
+        max_steps=options.max_steps,
+        max_time=None if options.max_minutes is None else timedelta(minutes=options.max_minutes),
+        accumulate_grad_batches=options.accumulate,
+        log_every_n_steps=options.log_every,
+        enable_progress_bar=options.progress,
+        enable_model_summary=False,
+        plugins=cluster_environment(),
+        use_distributed_sampler=False,  # the data module slices the global batch itself
+        num_sanity_val_steps=0,
+        logger=build_loggers(cfg, folder, steps_done),
+        callbacks=callbacks,
+        default_root_dir=folder,
+    )
+
+
+def pick_strategy(options: TrainerConfig, ranks: int, cuda: bool) -> pl.strategies.Strategy | str:
+    """How the ranks share a step."""
+    if options.strategy == "fsdp2":
+        return ShardedStrategy(ranks)
+    return "auto" if cuda or ranks == 1 else OrderedDDP()
+
+
+def layout(options: TrainerConfig) -> dict[str, int]:
+    """`nodes` and `devices` where torchrun or srun started the processes: theirs. UserError where the options were
+    given and differ."""
+    found = distributed.started()
+    if found is None:
+        return {}
+    nodes, devices = found
+    if options.nodes not in (1, nodes) or options.devices not in ("auto", devices):
+        raise UserError(
+            f"trainer.nodes x trainer.devices is {options.nodes} x {options.devices}, but {nodes} x {devices} processes"
+            " were started: leave both out, the launcher decides."
+        )
+    return {"nodes": nodes, "devices": devices}
