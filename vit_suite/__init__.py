@@ -18,6 +18,8 @@ _HOME = {
     "knn_classify": "vit_suite.evaluation.knn",
     "linear_probe": "vit_suite.evaluation.linear",
     "attention_maps": "vit_suite.attention.maps",
+    "load_config": "vit_suite.parsing",
+    "train": "vit_suite.training.run",
 }
 __all__ = [
     "Backbone",
@@ -29,6 +31,8 @@ __all__ = [
     "knn_classify",
     "linear_probe",
     "load_backbone",
+    "load_config",
+    "train",
 ]
 
 if TYPE_CHECKING:
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
     from vit_suite.methods.sit import SiT
     from vit_suite.methods.supervised import SupervisedViT
     from vit_suite.models.backbone import Backbone
+    from vit_suite.parsing import load_config
+    from vit_suite.training.run import train
     from vit_suite.weights.checkpoint import load_backbone
 
 
