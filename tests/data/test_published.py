@@ -119,7 +119,7 @@ def test_stl10_binaries(tmp_path, monkeypatch):
     assert open_split(config("stl10", tmp_path), "unlabeled").labels is None
     both = open_split(config("stl10", tmp_path), "train+unlabeled")
     assert both.labels.tolist() == [0, 9, 2, -1, -1] and (both.load(4).numpy() == images[6]).all()
-    fails(config("stl10", tmp_path), "no split 'unlabeled'", "Did you mean 'unlabeled'?", split="unlabeled")
+    fails(config("stl10", tmp_path), "no split 'unlabled'", "Did you mean 'unlabeled'?", split="unlabled")
 
 
 def test_food101_meta(tmp_path):
