@@ -1,10 +1,16 @@
-"""Which parameters decay."""
+"""Which parameters decay, at which rate they learn, and how their gradients are clipped."""
 
 from __future__ import annotations
 
+import pytest
+import torch
+from torch import nn
+
 from vit_suite.config import BackboneConfig, OptimConfig, SiTOptimConfig, SupervisedOptimConfig
 from vit_suite.models.backbone import Backbone
-from vit_suite.optim.groups import parameter_groups
+from vit_suite.models.heads import DINOHead
+from vit_suite.optim.groups import clip_networks, parameter_groups
+from vit_suite.optim.schedules import peak_rate
 
 
 def decayed(decay_tokens: bool) -> set[str]:
@@ -20,3 +26,56 @@ def test_tokens_and_positions_decay_as_in_dino_or_not_as_in_deit():
     assert decayed(True) - decayed(False) == tokens
     assert all(name.endswith(".weight") for name in decayed(False))
     assert OptimConfig().decay_tokens and not SiTOptimConfig().decay_tokens and not SupervisedOptimConfig().decay_tokens
+
+
+def networks() -> nn.ModuleDict:
+    """Student of a self-distillation: backbone, mask token and two heads."""
+    backbone = Backbone(BackboneConfig(patch_size=4, dim=24, depth=2, heads=3, image_size=[16, 16]))
+    student = nn.ModuleDict({"backbone": backbone, "head": DINOHead(24, 8, 12, 6), "ibot_head": DINOHead(24, 8, 12, 6)})
+    student.mask_token = nn.Parameter(torch.zeros(1, 24))
+    return student
+
+
+def test_patch_embedding_and_last_layers_have_rates_of_their_own():
+    student = networks()
+    groups = parameter_groups(student, 0.9, patch_embed_lr=0.2, last_layer_apart=True)
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    named = {name: found[id(parameter)] for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert named["backbone.vit.patch_embed.proj.weight"]["lr_scale"] == pytest.approx(0.9**3 * 0.2)
+    assert named["backbone.vit.pos_embed"]["lr_scale"] == named["mask_token"]["lr_scale"] == pytest.approx(0.9**3)
+    assert named["backbone.vit.blocks.0.attn.qkv.weight"]["lr_scale"] == pytest.approx(0.9**2)
+    assert named["backbone.vit.norm.weight"]["lr_scale"] == named["head.mlp.0.weight"]["lr_scale"] == 1
+    assert {name for name, group in named.items() if group["last_layer"]} == {
+        "head.last_layer.weight_v",
+        "ibot_head.last_layer.weight_v",
+    }
+    assert named["mask_token"]["decay"] and not named["backbone.vit.patch_embed.proj.bias"]["decay"]
+    assert [set(group) for group in parameter_groups(student)] == [
+        {"params", "decay", "lr_scale"},
+        {"params", "decay", "lr_scale", "weight_decay"},
+    ]  # nobody asked: DINO's two groups
+
+
+def test_networks_are_clipped_each_by_its_own_norm():
+    student = networks()
+    for name, parameter in student.named_parameters():
+        parameter.grad = torch.full_like(parameter, 0.0 if name.startswith("ibot_head") else 1.0)
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    sizes = {
+        part: sum(g.numel() for name, g in gradients.items() if name.startswith(part)) for part in ("backbone", "head")
+    }
+    norms = clip_networks(gradients, 3.0)
+    assert float(norms["backbone"]) == pytest.approx((sizes["backbone"] + 24) ** 0.5)  # with the mask token
+    assert float(norms["head"]) == pytest.approx(sizes["head"] ** 0.5)
+    for part in ("backbone", "head"):
+        clipped = [
+            g for name, g in gradients.items() if name.startswith((part, "mask_token") if part == "backbone" else part)
+        ]
+        assert float(torch.stack([g.norm() for g in clipped]).norm()) == pytest.approx(3.0, rel=1e-5)
+    assert not any(g.any() for name, g in gradients.items() if name.startswith("ibot_head"))
+
+
+def test_the_peak_rate_follows_the_batch():
+    assert peak_rate(5e-4, 1024, "linear") == pytest.approx(2e-3)
+    assert peak_rate(4e-3, 1024, "sqrt") == pytest.approx(4e-3)
+    assert peak_rate(4e-3, 256, "sqrt") == pytest.approx(2e-3)

@@ -60,7 +60,9 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay, set at every optimizer step."""
 
     lr: NotNegative = 5e-4
-    """Peak learning rate for a global batch of 256; scaled by batch / 256."""
+    """Peak learning rate for a global batch of 256 (lr_scaling sqrt: of 1,024); scaled to the batch of the run."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How the rate follows the global batch: lr x batch / 256, or lr x sqrt(batch / 1024) (DINOv2)."""
     min_lr: NotNegative = 1e-6
     """Learning rate that the cosine approaches (not scaled)."""
     warmup_epochs: NotNegative = 10
@@ -75,11 +77,14 @@ class OptimConfig:
     """AdamW's betas."""
     clip: NotNegative = 3.0
     """Largest L2 norm of a gradient; 0 turns clipping off."""
-    clip_mode: Literal["tensor", "global"] = "tensor"
-    """Clip each parameter tensor by its own norm (DINO), or all of them by the global norm."""
+    clip_mode: Literal["tensor", "global", "network"] = "tensor"
+    """Clip each parameter tensor by its own norm (DINO), all of them by the global norm, or backbone and heads each by
+    the norm of its own (DINOv2)."""
     layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
     """Factor on the learning rate from one block to the one before it (BEiT; 0.65 to 0.75 in fine-tuning); heads have
     the full rate."""
+    patch_embed_lr: NotNegative = 1.0
+    """Factor on the learning rate of the patch embedding, besides its layer's (DINOv2: 0.2)."""
 
 
 @dataclass

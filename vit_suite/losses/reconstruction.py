@@ -31,3 +31,36 @@ def psnr(output: Tensor, clean: Tensor, std: Tensor, mean: Callable[[Tensor], Te
     takes the squared error to its mean over ranks."""
     error = ((output.float() - clean) * std.view(-1, 1, 1)).square().mean()
     return -10 * torch.log10(mean(error))
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, p p C): the pixels of each patch by row, column, channel (facebookresearch/mae
+    `patchify`)."""
+    cells = images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch))  # (B, C, h, p, w, p)
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """(B, N, p p C) of a grid (h, w) -> (B, C, h p, w p): what `patchify` takes apart."""
+    cells = patches.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (B, h, w, p, p, C)
+    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (B, N, 1) of each patch's pixels: unbiased, 1e-6 added to the variance."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def masked_mse(output: Tensor, target: Tensor, predicted: Tensor) -> Tensor:
+    """MAE's loss: mean squared error over the pixels of the patches that are predicted.
+
+    Args:
+        output: (B, N, p p C) of all patches, or (B, m, p p C) of each image's m predicted ones, in row-major order.
+        target: (B, N, p p C).
+        predicted: (B, N) bool, m True in each row.
+    """
+    if output.shape[1] == target.shape[1]:
+        error = (output.float() - target).square().mean(-1)
+        return (error * predicted).sum() / predicted.sum()
+    return (output.float() - target[predicted].view_as(output)).square().mean()

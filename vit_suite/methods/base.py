@@ -24,8 +24,8 @@ from vit_suite.errors import UserError
 from vit_suite.methods.sharding import Sharded
 from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size, resize_position
 from vit_suite.models.blocks import DropPath
-from vit_suite.optim.groups import clip_all, clip_each, parameter_groups
-from vit_suite.optim.schedules import cosine
+from vit_suite.optim.groups import clip_all, clip_each, clip_networks, parameter_groups
+from vit_suite.optim.schedules import cosine, peak_rate
 from vit_suite.views.draw import Draw
 from vit_suite.views.multicrop import MultiCrop
 
@@ -254,16 +254,16 @@ class Method(pl.LightningModule):
         if self.global_batch is None:
             local = getattr(self.trainer.train_dataloader, "batch_size", None) or 256
             self.global_batch = local * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        self.peak_lr = self.optim.lr * self.global_batch / 256
+        self.peak_lr = peak_rate(self.optim.lr, self.global_batch, self.optim.lr_scaling)
         log.info(
-            "global batch %d = %d ranks x %d accumulated x %d images; lr %.3g = %.3g x %d / 256; %d steps of %d epochs",
+            "global batch %d = %d ranks x %d accumulated x %d images; lr %.3g = %.3g x %s; %d steps of %d epochs",
             self.global_batch,
             self.trainer.world_size,
             self.trainer.accumulate_grad_batches,
             self.global_batch // self.trainer.world_size // self.trainer.accumulate_grad_batches,
             self.peak_lr,
             self.optim.lr,
-            self.global_batch,
+            f"{self.global_batch} / 256" if self.optim.lr_scaling == "linear" else f"sqrt({self.global_batch} / 1024)",
             self.max_steps,
             math.ceil(self.max_steps / self.steps_per_epoch),
         )
@@ -353,7 +353,9 @@ class Method(pl.LightningModule):
             self.log(f"train/{name}", value, prog_bar=name == "loss" and self.device.type == "cpu")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.trained(), self.optim.layer_decay, self.optim.decay_tokens)
+        groups = parameter_groups(
+            self.trained(), self.optim.layer_decay, self.optim.decay_tokens, self.optim.patch_embed_lr
+        )
         return torch.optim.AdamW(
             groups, lr=self.optim.lr, betas=tuple(self.optim.betas), weight_decay=self.optim.weight_decay, fused=True
         )
@@ -386,5 +388,8 @@ class Method(pl.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.optim.clip_mode == "tensor":
             clip_each([p.grad for p in parameters], self.optim.clip)
+        elif self.optim.clip_mode == "network":
+            named = self.trained().named_parameters()
+            clip_networks({name: p.grad for name, p in named if p.grad is not None}, self.optim.clip)
         else:
             clip_all([p.grad for p in parameters], self.optim.clip)

@@ -11,25 +11,38 @@ from torch import Tensor, nn
 from vit_suite import distributed
 
 
-def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decay_tokens: bool = True) -> list[dict]:
+def parameter_groups(
+    module: nn.Module,
+    layer_decay: float = 1.0,
+    decay_tokens: bool = True,
+    patch_embed_lr: float = 1.0,
+    last_layer_apart: bool = False,
+) -> list[dict]:
     """AdamW groups: weights that decay, and biases and other 1-D parameters that do not.
 
     Position embedding and tokens are decayed (they are not 1-D), as in the DINO release, unless `decay_tokens` is off.
     Groups that decay carry `decay=True`: the weight-decay schedule is written into them alone. `lr_scale` multiplies
     the learning rate: `layer_decay` to the power of the layers between a parameter and the head (BEiT, arXiv
     2106.08254; timm `param_groups_layer_decay`). Without layer decay there are two groups, else two for each layer.
+
+    `patch_embed_lr` is one more factor, for the patch embedding, which then has groups of its own. With
+    `last_layer_apart` the heads' last layers have groups of their own too, marked `last_layer` (DINOv2
+    dinov2/utils/param_groups.py).
     """
     blocks = 1 + max((_block(name) for name, _ in module.named_parameters() if _block(name) is not None), default=-1)
-    groups: dict[tuple[int, bool], dict] = {}
+    groups: dict[tuple[int, int, bool], dict] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decay = not (name.endswith(".bias") or parameter.ndim == 1)
             decay &= decay_tokens or not re.search(r"\b(pos_embed|cls_token|reg_token)$", name)
             depth = 0 if layer_decay == 1 else blocks + 1 - layer_of(name, blocks)
-            group = {"params": [], "decay": decay, "lr_scale": layer_decay**depth} | (
-                {} if decay else {"weight_decay": 0.0}
-            )
-            groups.setdefault((depth, not decay), group)["params"].append(parameter)
+            embedding = patch_embed_lr != 1 and ".patch_embed." in f".{name}"
+            last = last_layer_apart and ".last_layer." in f".{name}"
+            scale = layer_decay**depth * (patch_embed_lr if embedding else 1)
+            group = {"params": [], "decay": decay, "lr_scale": scale} | ({} if decay else {"weight_decay": 0.0})
+            if last_layer_apart:
+                group["last_layer"] = last
+            groups.setdefault((depth, embedding + 2 * last, not decay), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -60,6 +73,21 @@ def clip_each(gradients: Iterable[Tensor], limit: float) -> list[Tensor]:
     factors = (limit / (norms + 1e-6)).clamp(max=1.0)  # together: a launch a tensor would cost more than the arithmetic
     torch._foreach_mul_(parts, list(factors.unbind()))
     return list(norms)
+
+
+@torch.no_grad()
+def clip_networks(gradients: dict[str, Tensor], limit: float) -> dict[str, Tensor]:
+    """Scale the gradients of each network in place to an L2 norm of at most `limit`; returns the norms before.
+
+    Args:
+        gradients: by the name of their parameter, whose first word is the network: `head.mlp.0.weight`. The mask token
+            is the backbone's, as in DINOv2.
+    """
+    networks: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        network = name.split(".")[0]
+        networks.setdefault("backbone" if network == "mask_token" else network, []).append(gradient)
+    return {network: clip_all(parts, limit) for network, parts in networks.items()}
 
 
 @torch.no_grad()

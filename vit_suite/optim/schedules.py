@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 
 def linear(index: int, count: int, start: float, end: float) -> float:
@@ -24,6 +25,12 @@ def cosine(
     length = max(1, max_steps - warmup_steps)
     done = min(step - warmup_steps, length)
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * done / length))
+
+
+def peak_rate(lr: float, batch: int, scaling: Literal["linear", "sqrt"]) -> float:
+    """The learning rate after warm-up for a global batch: lr x batch / 256 (DINO), or lr x sqrt(batch / 1024)
+    (facebookresearch/dinov2 dinov2/utils/config.py `apply_scaling_rules_to_cfg`)."""
+    return lr * batch / 256 if scaling == "linear" else lr * math.sqrt(batch / 1024)
 
 
 def teacher_temperature(epoch: int, warmup_epochs: int, start: float, end: float) -> float:

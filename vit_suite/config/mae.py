@@ -1,0 +1,79 @@
+"""Options of masked autoencoders, of their view, and of their optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+from vit_suite.config.shared import OptimConfig
+from vit_suite.config.views import CropConfig
+
+One = Annotated[list[Share], Range(length=1)]
+
+
+@dataclass
+class MAEConfig:
+    """MAE (He et al. 2021, arXiv 2111.06377) and CrossMAE (arXiv 2401.14391); defaults are MAE's, ViT-B/16. Recipes
+    set backbone.positions sincos_2d and backbone.drop_path 0, as both have them."""
+
+    name: Literal["mae"] = "mae"
+    """Method."""
+    mask_ratio: Annotated[float, Range(above=0, most=1)] = 0.75
+    """Share of the patches that the encoder does not see."""
+    decoder: Literal["self", "cross"] = "self"
+    """self = transformer blocks over all patches (MAE); cross = hidden patches look at visible ones by cross-attention
+    alone (CrossMAE)."""
+    predict_ratio: Annotated[float, Range(above=0, most=1)] | None = None
+    """Share of ALL patches that the cross decoder predicts, at most method.mask_ratio (CrossMAE: 0.25 to 0.75); all
+    hidden ones when not given."""
+    decoder_dim: Count = 512
+    """Width of the decoder."""
+    decoder_depth: Count = 8
+    """Blocks of the decoder (CrossMAE: 12)."""
+    decoder_heads: Count = 16
+    """Attention heads of the decoder."""
+    decoder_mlp_ratio: Positive = 4.0
+    """Hidden width of a decoder block's MLP over decoder_dim."""
+    norm_pix_loss: bool = True
+    """Predict the pixels of a patch less their mean, over their standard deviation (the paper's better results)."""
+    sheet_every_epochs: Whole = 1
+    """Epochs between two sheets of clean, masked and reconstructed images in RUN/reconstructions; 0 draws none."""
+
+
+@dataclass
+class MAEViewsConfig(CropConfig):
+    """MAE's one view of an image: crop and flip, no change of color."""
+
+    global_crops: ClassVar[int] = 1
+
+    global_scale: Pair = field(default_factory=lambda: [0.2, 1.0])
+    """Area of the view as a share of the image, [least, most]."""
+    jitter: Share = 0.0
+    """Probability of color jitter."""
+    gray: Share = 0.0
+    """Probability of grayscale."""
+    blur: One = field(default_factory=lambda: [0.0])
+    """Probability of Gaussian blur."""
+    solarize: One = field(default_factory=lambda: [0.0])
+    """Probability of solarization."""
+
+
+@dataclass
+class MAEOptimConfig(OptimConfig):
+    """AdamW as MAE has it."""
+
+    lr: NotNegative = 1.5e-4
+    """Peak learning rate for a global batch of 256; scaled by batch / 256."""
+    min_lr: NotNegative = 0.0
+    """Learning rate that the cosine approaches (not scaled)."""
+    warmup_epochs: NotNegative = 40
+    """Epochs of linear warm-up from 0."""
+    weight_decay: NotNegative = 0.05
+    """Weight decay at the start; none on biases and other 1-D parameters."""
+    weight_decay_end: NotNegative = 0.05
+    """Weight decay that the cosine approaches."""
+    betas: Pair = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's betas."""
+    clip: NotNegative = 0.0
+    """Largest L2 norm of a gradient; 0 turns clipping off."""

@@ -1,0 +1,185 @@
+"""Masked autoencoders: an encoder that sees the visible patches alone, and two decoders.
+
+MAE (He et al. 2021, arXiv 2111.06377; facebookresearch/mae models_mae.py): the decoder's self-attention runs over all
+patches, a mask token in the place of each hidden one. CrossMAE (arXiv 2401.14391; TonyLianLong/CrossMAE
+models_cross.py): hidden patches look at the visible ones by cross-attention, and never at each other, as the decoder of
+the original Transformer looks at its encoder. So any part of the hidden patches can be predicted.
+
+Axes: B images, C channels, N patches (row-major), n visible ones, m predicted ones, P prefix tokens (CLS, registers),
+D encoder width, E decoder width, p side of a patch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vit_suite.errors import UserError
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.blocks import replace_attention, sincos_positions
+from vit_suite.views.masks import Kept
+
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+"""The epsilon of the official factories; torch's 1e-5 moves the outputs by 1e-3."""
+
+
+def encode_visible(backbone: Backbone, images: Tensor, visible: Tensor) -> list[Tensor]:
+    """Tokens (B, P + n, D) that enter the first block, and those after each block, before the final norm.
+
+    Positions are added before patches are dropped, so the cost of the blocks is that of n patches.
+
+    Args:
+        images: (B, C, H, W), normalized.
+        visible: (B, n) places of the patches that are seen.
+    """
+    x, _ = backbone.embed(images)
+    prefix = backbone.prefix_tokens
+    patches = x[:, prefix:].gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    x = torch.cat([x[:, :prefix], patches], dim=1)
+    return [x, *backbone.blocks(x)]
+
+
+class Decoder(nn.Module):
+    """What both decoders share: positions, the mask token, and the last linear map to pixels.
+
+    Args:
+        grid: (h, w) of the patches.
+        dim: E. UserError unless `heads` and 4 divide it.
+        pixels: p p C, numbers that a patch consists of.
+    """
+
+    def __init__(self, grid: tuple[int, int], dim: int, heads: int, pixels: int):
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"method.decoder_dim {dim} is not divisible by method.decoder_heads {heads}.")
+        if dim % 4:
+            raise UserError(f"method.decoder_dim {dim} is not divisible by 4, which its sine positions need.")
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("positions", sincos_positions("sincos_2d", grid, dim, 0), persistent=False)  # (1, N, E)
+        self.norm = layer_norm(dim)
+        self.predict = nn.Linear(dim, pixels)
+
+
+class SelfDecoder(Decoder):
+    """MAE's: transformer blocks over the prefix and all patches."""
+
+    def __init__(self, encoder: Backbone, dim: int, depth: int, heads: int, mlp_ratio: float):
+        pixels = encoder.patch_size**2 * encoder.cfg.channels
+        super().__init__(encoder.native_grid, dim, heads, pixels)
+        self.prefix = encoder.prefix_tokens
+        self.embed = nn.Linear(encoder.dim, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
+        )
+        replace_attention(self)
+
+    def forward(self, tokens: Tensor, kept: Kept) -> Tensor:
+        """Normed tokens (B, P + n, D) of the encoder -> pixels (B, N, p p C) of all patches."""
+        x = self.embed(tokens)
+        prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
+        hidden = kept.order.shape[1] - visible.shape[1]
+        fill = self.mask_token.to(x.dtype).expand(len(x), hidden, -1)
+        patches = torch.cat([visible, fill], dim=1)  # visible, then hidden, as `order` counts them
+        patches = patches.gather(1, kept.order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        x = torch.cat([prefix, patches + self.positions], dim=1)  # the prefix has no position: zeros, as in MAE
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x))[:, self.prefix :]
+
+
+class CrossAttention(nn.Module):
+    """Queries (B, m, E) look at the encoder's tokens (B, T, D)."""
+
+    def __init__(self, encoder_dim: int, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(encoder_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads_of(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, heads, m, d), k and v (B, heads, T, d)."""
+        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(*self.heads_of(queries, tokens))
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """What each query looks at: (B, heads, m, T) in fp32, rows sum to 1."""
+        q, k, _ = self.heads_of(queries, tokens)
+        return (q.float() * q.shape[-1] ** -0.5 @ k.float().mT).softmax(dim=-1)
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention and MLP; no attention among the queries."""
+
+    def __init__(self, encoder_dim: int, dim: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = layer_norm(dim)
+        self.attn = CrossAttention(encoder_dim, dim, heads)
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        queries = queries + self.attn(self.norm1(queries), tokens)
+        return queries + self.mlp(self.norm2(queries))
+
+
+class CrossDecoder(Decoder):
+    """CrossMAE's: each block has its own learned mixture of what enters and leaves the encoder's blocks."""
+
+    def __init__(self, encoder: Backbone, dim: int, depth: int, heads: int, mlp_ratio: float):
+        pixels = encoder.patch_size**2 * encoder.cfg.channels
+        super().__init__(encoder.native_grid, dim, heads, pixels)
+        self.prefix = encoder.prefix_tokens
+        self.mix = nn.Linear(encoder.depth + 1, depth, bias=False)
+        self.norms = nn.ModuleList(layer_norm(encoder.dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(CrossBlock(encoder.dim, dim, heads, mlp_ratio) for _ in range(depth))
+
+    def mixtures(self, levels: list[Tensor]) -> Tensor:
+        """Encoder tokens of depth + 1 levels, each (B, T, D) -> one mixture a decoder block, (blocks, B, T, D)."""
+        stacked = torch.stack(levels)  # (levels, B, T, D)
+        return (self.mix.weight.to(stacked.dtype) @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])
+
+    def queries(self, kept: Kept) -> Tensor:
+        """Mask token and position of each predicted patch, in row-major order: (B, m, E)."""
+        count = len(kept.predicted)
+        return self.mask_token + self.positions.expand(count, -1, -1)[kept.predicted].unflatten(0, (count, -1))
+
+    def forward(self, levels: list[Tensor], kept: Kept) -> Tensor:
+        """Encoder tokens of each level -> pixels (B, m, p p C) of the predicted patches, in row-major order."""
+        x = self.queries(kept)
+        for block, norm, tokens in zip(self.blocks, self.norms, self.mixtures(levels), strict=True):
+            x = block(x, norm(tokens))
+        return self.predict(self.norm(x))
+
+    def attention(self, levels: list[Tensor], kept: Kept, index: int = -1) -> Tensor:
+        """What each predicted patch looks at in decoder block `index`: (B, heads, m, P + n) in fp32."""
+        x = self.queries(kept)
+        index %= len(self.blocks)
+        for place, (block, norm, tokens) in enumerate(zip(self.blocks, self.norms, self.mixtures(levels), strict=True)):
+            if place == index:
+                return block.attn.weights(block.norm1(x), norm(tokens))
+            x = block(x, norm(tokens))
+        raise AssertionError("index is a block's")
+
+
+def init_mae_(network: nn.Module) -> None:
+    """MAE's start: linear layers and the patch embedding Xavier-uniform with biases at 0, tokens from a normal of
+    0.02."""
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02)
