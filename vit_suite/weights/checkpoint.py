@@ -7,6 +7,7 @@ rebuilds the network: an evaluation never guesses an architecture, and never run
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -26,6 +27,9 @@ from vit_suite.models.backbone import Backbone
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SUFFIXES = (".ckpt", ".safetensors", ".pth", ".pt")
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+"""Small backbones that come with the package: NAME.safetensors, and NAME.json with config, command and scores."""
 
 
 @dataclass
@@ -93,8 +97,8 @@ def save_backbone(backbone: Backbone, folder: str | Path, mean: list[float], std
 
 
 def load_backbone(checkpoint: str | Path) -> LoadedBackbone:
-    """The backbone of a run directory, a Lightning `.ckpt`, a `.safetensors`, a DINO-release `.pth`, or `timm:NAME`, in
-    eval mode.
+    """The backbone of a run directory, a Lightning `.ckpt`, a `.safetensors`, a DINO-release `.pth`, `timm:NAME`, or
+    `builtin:NAME` (comes with the package), in eval mode.
 
     Raises:
         UserError: there is no such file, it is truncated or no checkpoint, or its keys do not fit the architecture it
@@ -103,18 +107,36 @@ def load_backbone(checkpoint: str | Path) -> LoadedBackbone:
     text = str(checkpoint)
     if text.startswith("timm:"):
         return _from_timm(text)
+    if text.startswith(BUILTIN_PREFIX):
+        return _from_safetensors(builtin_path(text), text)
     path = Path(text)
     if path.is_dir():
         path = _in_run_directory(path)
     if not path.is_file():
         raise UserError(
-            f"checkpoint '{text}' does not exist. Give a run directory, a {', '.join(SUFFIXES)} file, or timm:NAME."
+            f"checkpoint '{text}' does not exist. Give a run directory, a {', '.join(SUFFIXES)} file, timm:NAME,"
+            f" or {BUILTIN_PREFIX}NAME ({', '.join(builtin_names()) or 'none'})."
         )
     if path.suffix == ".safetensors":
         return _from_safetensors(path, text)
     if path.suffix in SUFFIXES:
         return _from_pickle(path, text)
     raise UserError(f"checkpoint '{text}' is not one of {', '.join(SUFFIXES)}, nor a run directory.")
+
+
+def builtin_names() -> list[str]:
+    """The backbones that come with the package."""
+    return sorted(path.stem for path in BUILTIN_FOLDER.glob("*.safetensors"))
+
+
+def builtin_path(checkpoint: str) -> Path:
+    """The file of `builtin:NAME`. UserError, with the nearest name, when there is none."""
+    name, names = checkpoint.removeprefix(BUILTIN_PREFIX), builtin_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        hint = f" Did you mean '{BUILTIN_PREFIX}{near[0]}'?" if near else ""
+        raise UserError(f"checkpoint '{checkpoint}': the package has no backbone of that name.{hint}")
+    return BUILTIN_FOLDER / f"{name}.safetensors"
 
 
 def _in_run_directory(folder: Path) -> Path:
