@@ -99,8 +99,6 @@ def ours(
         batch_size=case["batch"],
     )
     module.to(device).train().max_steps = 10**6
-    for network in (module.student, module.teacher):
-        network.backbone.set_fused_attention(device.type != "cpu")  # as a training has it
     check_compile(TrainerConfig(compile=compile), device)
     if compile != "none":
         compile_blocks(module, graphs=compile == "graphs")
@@ -110,13 +108,14 @@ def ours(
         if compile == "graphs":
             torch.compiler.cudagraph_mark_step_begin()
         with autocast(precision, device):
-            loss = module.losses(crops)["loss"]
+            values = module.losses(crops)
         optimizer.zero_grad()
-        loss.backward()
+        values["loss"].backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
+        module.use_sums(values.sums)
         module.after_step(0)
-        return loss.detach()
+        return values["loss"].detach()
 
     return step
 

@@ -62,11 +62,12 @@ def losses(module: Method, steps: int = 2) -> list[float]:
     optimizer, found = module.train().configure_optimizers(), []
     module.max_steps = steps
     for step in range(steps):
-        torch.manual_seed(step)  # drop path
-        loss = module.losses(crops, torch.arange(BATCH), alone(BATCH, epoch=step))["loss"]
+        values = module.losses(crops, torch.arange(BATCH), alone(BATCH, epoch=step))
+        loss = values["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        module.use_sums(values.sums)
         module.after_step(step)
         found.append(float(loss))
     return found

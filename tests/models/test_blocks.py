@@ -13,7 +13,7 @@ from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.blocks import DropPath, sincos_positions
-from vit_suite.views.draw import Draw
+from vit_suite.views.draw import Draw, alone
 
 
 def tiny(**changes) -> Backbone:
@@ -82,10 +82,8 @@ def test_attention_of_a_post_norm_block_is_what_it_runs():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fused", [False, True])
-def test_causal_patches_do_not_see_later_ones(fused):
+def test_causal_patches_do_not_see_later_ones():
     backbone = tiny(causal=True, registers=1)
-    backbone.set_fused_attention(fused)
     images = torch.randn(1, 3, 16, 16)
     changed = images.clone()
     changed[..., 8:12, 4:8] += 1  # patch 9
@@ -141,21 +139,58 @@ def test_rows_of_the_attention():
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_drop_path_of_the_parts_of_a_batch_is_that_of_the_whole(parts):
-    """Two views of eight images; each part seeds torch as its rank would."""
-    x = torch.randn(2, 8, 3, 5)
-    torch.manual_seed(3)
-    expected = TimmDropPath(0.4)(x.flatten(0, 1)).unflatten(0, (2, 8))
-    assert 0 < (expected == 0).all(-1).all(-1).sum() < 16
-    ours, count = DropPath(0.4), 8 // parts
-    for start in range(0, 8, count):
-        ours.place = Draw(0, 0, 0, slice(start, start + count), 8)
+    """Two views of eight images, whose paths every rank and micro-batch draws for itself."""
+    backbone, images, count = tiny(drop_path=0.4).train(), torch.randn(2, 8, 3, 16, 16), 8 // parts
+
+    def found(start: int, count: int) -> torch.Tensor:
+        kept = backbone.drawn_paths(Draw(0, 0, 0, slice(start, start + count), 8), 2)
+        return backbone(images[:, start : start + count].flatten(0, 1), kept.flatten(1)).unflatten(0, (2, count))
+
+    whole = found(0, 8)
+    torch.testing.assert_close(torch.cat([found(start, count) for start in range(0, 8, count)], dim=1), whole)
+    assert (whole - backbone.eval()(images.flatten(0, 1)).unflatten(0, (2, 8))).abs().amax(-1).gt(1e-3).sum() > 8
+
+
+def test_drawn_paths_are_kept_at_their_rates():
+    backbone = tiny(drop_path=0.4).train()
+    draws = [backbone.drawn_paths(Draw(0, 0, step, slice(0, 500), 500), 2) for step in range(4)]
+    kept = torch.cat([drawn.flatten(1) for drawn in draws], dim=1)  # (2 x 3 blocks, 4000)
+    assert set(kept[2:4].unique().tolist()) == {0.0, 1.25} and set(kept[:2].unique().tolist()) == {1.0}
+    shares = kept.gt(0).float().mean(1)
+    expected = torch.tensor([1, 1, 0.8, 0.8, 0.6, 0.6])
+    bound = 4.5 * (expected * (1 - expected) / kept.shape[1]).sqrt()  # sigmas of a binomial share
+    assert (shares - expected).abs().le(bound).all()
+    assert len({tuple(row) for row in kept[2:].gt(0).tolist()}) == 4  # each path has draws of its own
+    assert not torch.equal(draws[0], draws[1]) and tiny(drop_path=0.0).train().drawn_paths(alone(4), 1) is None
+    assert backbone.eval().drawn_paths(alone(4), 1) is None
+
+
+def test_drop_path_without_drawn_paths_is_timms():
+    """Outside a training step it draws from torch's generator, for batches of any size."""
+    for count in (8, 4):
+        x = torch.randn(count, 3, 5)
         torch.manual_seed(3)
-        found = ours(x[:, start : start + count].flatten(0, 1)).unflatten(0, (2, count))
-        torch.testing.assert_close(found, expected[:, start : start + count])
-    ours.place = None
-    torch.manual_seed(3)
-    torch.testing.assert_close(ours(x.flatten(0, 1)), expected.flatten(0, 1))
-    assert ours.eval()(x) is x
+        expected = TimmDropPath(0.4)(x)
+        torch.manual_seed(3)
+        assert torch.equal(DropPath(0.4)(x), expected)
+    assert DropPath(0.4).eval()(x) is x
+
+
+def test_a_network_in_training_takes_batches_of_any_size_after_a_step():
+    backbone = tiny(drop_path=0.4).train()
+    images = torch.randn(8, 3, 16, 16)
+    backbone(images, backbone.drawn_paths(alone(8), 1).flatten(1))
+    assert backbone(images[:4]).shape == (4, 24) and backbone.tokens(images).cls.shape == (8, 24)
+
+
+def test_a_recomputed_block_drops_the_same_paths():
+    plain, again = (tiny(drop_path=0.5, checkpointing=checkpointing).train() for checkpointing in (False, True))
+    images = torch.randn(8, 3, 16, 16)
+    gradients = []
+    for backbone in (plain, again):
+        kept = backbone.drawn_paths(alone(8), 1).flatten(1)
+        gradients.append(torch.autograd.grad(backbone(images, kept).square().sum(), list(backbone.parameters())))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_no_drop_path_of_timm_is_left():
@@ -165,3 +200,6 @@ def test_no_drop_path_of_timm_is_left():
     )  # two a block, and none in the first, whose rate is 0
     post = [type(part) for part in tiny(drop_path=0.3, norm="post").modules()]
     assert TimmDropPath not in post and post.count(DropPath) == 4
+    with pytest.raises(UserError, match=r"ParallelThingsBlock blocks cannot drop .*: set backbone.drop_path 0"):
+        Backbone(BackboneConfig(name="vit_small_patch16_18x2_224", depth=2, drop_path=0.1))
+    Backbone(BackboneConfig(name="vit_small_patch16_18x2_224", depth=2, drop_path=0.0))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vit_suite.models import blocks
 from vit_suite.models.backbone import resize_position
 
 from .golden import largest_error, load_golden, record, with_prefix
@@ -47,17 +48,12 @@ def test_backbone(golden):
 
 
 @torch.no_grad()
-def test_fused_attention_reads_the_same(golden):
+def test_fused_attention_reads_the_same(golden, monkeypatch):
     """The attention that is returned does not depend on the kernel that the block runs."""
     hyper, tensors, backbone = golden
     height, width = hyper["sizes"][0]
-    try:
-        backbone.set_fused_attention(True)
-        images = tensors[f"x_{height}x{width}"]
-        record(
-            "dino_vit", "CLS, fused kernel", largest_error(backbone(images), tensors[f"cls_{height}x{width}"]), FORWARD
-        )
-        error = largest_error(backbone.last_attention(images), tensors[f"attn_last_{height}x{width}"])
-        record("dino_vit", "last attention, fused kernel", error, FORWARD)
-    finally:
-        backbone.set_fused_attention(False)
+    monkeypatch.setattr(blocks, "PLAIN", {})
+    images = tensors[f"x_{height}x{width}"]
+    record("dino_vit", "CLS, fused kernel", largest_error(backbone(images), tensors[f"cls_{height}x{width}"]), FORWARD)
+    error = largest_error(backbone.last_attention(images), tensors[f"attn_last_{height}x{width}"])
+    record("dino_vit", "last attention, fused kernel", error, FORWARD)

@@ -96,7 +96,6 @@ class Scorer:
     def features(self, loaded: LoadedBackbone) -> tuple[Features, Features]:
         """Of bank and test: the backbone's representation, L2-normalized."""
         network = loaded.backbone.to(self.options["device"])
-        network.set_fused_attention(self.options["device"].type != "cpu")
         self.representation = representation(network)
         common = (self.image_size, loaded.mean, loaded.std)
         bank = extract_features(network, self.bank, *common, shared=True, **self.options)

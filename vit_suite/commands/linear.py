@@ -119,7 +119,6 @@ class Prober:
     def backbone(self, loaded: LoadedBackbone, features: Sequence[Feature]) -> Result:
         """Of a backbone's tokens."""
         network = loaded.backbone.to(self.device)
-        network.set_fused_attention(self.device.type != "cpu")
         return self.probe(backbone_subject(network, features, loaded.mean, loaded.std, self.precision))
 
     def pixels(self) -> Result:

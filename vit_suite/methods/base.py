@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig, CropConfig, MethodConfig, OptimConfig, PretrainConfig
 from vit_suite.data.module import ImageDataModule
-from vit_suite.data.source import stable_seed
 from vit_suite.errors import UserError
 from vit_suite.methods.sharding import Sharded
 from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size, resize_position
-from vit_suite.models.blocks import DropPath
 from vit_suite.optim.groups import clip_all, clip_each, clip_networks, parameter_groups
 from vit_suite.optim.schedules import cosine, peak_rate
 from vit_suite.views.draw import Draw
@@ -59,6 +57,18 @@ def copy_backbone(to: Backbone, source: Backbone) -> None:
     to.vit.load_state_dict(state)
 
 
+class Losses(dict[str, Tensor]):
+    """What `Method.losses` answers: scalars by name, of which `loss` is minimized and all are logged.
+
+    `sums` are what the method needs after the step, by name: tensors that are added up over the micro-batches of the
+    step and then given to `Method.use_sums` (DINO: the sum of the teacher's logits, and how many there are).
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None):
+        super().__init__(values)
+        self.sums = dict(sums or {})
+
+
 class Method(pl.LightningModule):
     """A training method: networks, loss, and what else a training needs to know of it.
 
@@ -88,6 +98,7 @@ class Method(pl.LightningModule):
         "backward": "backward",
         "configure_gradient_clipping": "clip",
         "optimizer_step": "optimizer",
+        "use_sums": "EMA",
         "after_step": "EMA",
     }
     """Function of the method -> the part of a step under which `vit-suite profile` counts its time, less the parts that
@@ -115,6 +126,7 @@ class Method(pl.LightningModule):
         self.global_batch = batch_size
         self.classes = [str(index) for index in range(classes)] if isinstance(classes, int) else classes
         self.sharded: Sharded | None = None
+        self.sums: dict[str, Tensor] = {}  # of the micro-batches of the step under way
         backbone = for_views(as_config(BackboneConfig, backbone), self.views_config)
         self.build(backbone)
         check_image_size([self.views_config.global_size], self.evaluation_backbone().patch_size, "views.global_size")
@@ -142,10 +154,11 @@ class Method(pl.LightningModule):
         """
         raise NotImplementedError
 
-    def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool) -> dict[str, Tensor]:
+    def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool) -> Losses:
         """The scalar to minimize under `loss`, and further scalars to log; the costly ones only when `logged`.
 
-        `draw` keys whatever is random on top of the crops.
+        `draw` keys whatever is random on top of the crops. Changes nothing of the method: a second call with the same
+        arguments gives the same answer (statistics of BatchNorm layers aside).
         """
         raise NotImplementedError
 
@@ -214,6 +227,13 @@ class Method(pl.LightningModule):
         """What the loss takes from several images at a time, of all ranks but of one micro-batch: accumulation changes
         it."""
         return ["BatchNorm"] * any(isinstance(part, nn.BatchNorm1d) for part in self.trained().modules())
+
+    def use_sums(self, sums: dict[str, Tensor]) -> None:
+        """Called once after each optimizer step, before `after_step`, with `Losses.sums` of this rank added up over the
+        micro-batches of the step."""
+
+    def watch(self, values: Losses) -> None:
+        """Called in logged steps with what `losses` answered, to warn about what looks wrong."""
 
     def after_step(self, step: int) -> None:
         """Called once after optimizer step number `step` (0-based)."""
@@ -316,12 +336,6 @@ class Method(pl.LightningModule):
         images, labels, *_ = batch
         logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         draw = self.draw(batch_idx, len(labels))
-        # Drop path draws from the global generator, for the whole batch: keyed by the step, it is the same on all
-        # ranks, in all micro-batches and in a resumed run.
-        torch.manual_seed(stable_seed("step", self.seed, self.current_epoch, draw.step, 0))
-        for module in self.modules():
-            if isinstance(module, DropPath):
-                module.place = draw
         values = self.losses(self.crops(images, draw), labels, draw, logged)
         # Reading a value makes a GPU wait, so there the check is made where values are read anyway.
         if (logged or self.device.type == "cpu") and not torch.isfinite(values["loss"]):
@@ -329,6 +343,10 @@ class Method(pl.LightningModule):
                 f"the loss is {values['loss'].item()} at step {self.global_step}: lower optim.lr, or train with"
                 " trainer.precision=fp32"
             )
+        for name, value in values.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if logged:
+            self.watch(values)
         self.log_means(values, batch_idx, logged)
         return values["loss"]
 
@@ -379,6 +397,9 @@ class Method(pl.LightningModule):
         ) % self.trainer.log_every_n_steps == 0:  # not at every step: a GPU waits for each number that it is sent
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/weight_decay", optimizer.param_groups[0]["weight_decay"])
+        if self.sums:
+            self.use_sums(self.sums)
+            self.sums = {}
         self.after_step(step)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:

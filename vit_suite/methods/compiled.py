@@ -2,9 +2,9 @@
 they are.
 
 Blocks alone, because all blocks of a network then share their graphs: one for each size of crop, with and without
-gradient. The rest of a
-step, and all that is scored, drawn or exported between steps, runs as it is; so do drop path (models/blocks.py), whose
-numbers are those of a training that is not compiled, and the last block where it answers for the CLS token alone.
+gradient. The rest of a step, and all that is scored, drawn or exported between steps, runs as it is; so does the last
+block where it answers for the CLS token alone. Drop path gets its numbers from outside, so they are those of a training
+that is not compiled.
 """
 
 from __future__ import annotations

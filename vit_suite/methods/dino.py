@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294; facebookresearch/dino main_dino.py).
 
-A student sees all crops, an EMA teacher the two global ones; the student matches the teacher's centerd and sharpened
+A student sees all crops, an EMA teacher the two global ones; the student matches the teacher's centered and sharpened
 output across crops. Deliberate differences from the official code:
 
 - The center is updated once per optimizer step from the mean over its micro-batches, not once per forward pass, so that
@@ -25,15 +25,14 @@ from vit_suite.config import BackboneConfig, DINOConfig, ViewsConfig
 from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
 from vit_suite.losses.koleo import koleo_loss
-from vit_suite.methods.base import Method
+from vit_suite.methods.base import Losses, Method
 from vit_suite.methods.collapse import CollapseMonitor
 from vit_suite.methods.gradients import Gradients, add_gradients, with_gradients
 from vit_suite.models.backbone import Backbone, check_image_size
-from vit_suite.models.blocks import drawing_for
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.schedules import cosine, teacher_temperature
-from vit_suite.views.draw import Draw
+from vit_suite.views.draw import Draw, alone
 
 log = logging.getLogger("vit_suite")
 
@@ -56,11 +55,18 @@ class Network(nn.Module):
             norm_last_layer,
         )
 
-    def features(self, crops: list[Tensor]) -> Tensor:
-        """CLS tokens of V crops (B, C, S_v, S_v) -> (V, B, D); crops of one size go through the backbone together."""
-        by_size = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
-        tokens = torch.cat([self.backbone(torch.cat(group)) for group in by_size])
-        return tokens.unflatten(0, (len(crops), -1))
+    def features(self, crops: list[Tensor], kept: Tensor | None = None) -> Tensor:
+        """CLS tokens of V crops (B, C, S_v, S_v) -> (V, B, D); crops of one size go through the backbone together.
+
+        `kept` (2 depth, V, B): which paths the blocks keep of each crop (`Backbone.drawn_paths`).
+        """
+        tokens, start = [], 0
+        for _, same in groupby(crops, key=lambda crop: crop.shape[-2:]):
+            group = list(same)
+            own = None if kept is None else kept[:, start : start + len(group)].flatten(1)
+            tokens.append(self.backbone(torch.cat(group), own))
+            start += len(group)
+        return torch.cat(tokens).unflatten(0, (len(crops), -1))
 
     def logits(self, features: Tensor) -> Tensor:
         """(V, B, D) -> (V, B, K); the head runs once over all crops."""
@@ -71,15 +77,15 @@ class Network(nn.Module):
         return self.logits(self.features(crops))
 
 
-def groups(crops: list[Tensor], at_once: int) -> Iterator[tuple[range, range]]:
+def groups(crops: list[Tensor], at_once: int) -> Iterator[range]:
     """Indices of consecutive crops of one size that have together at most the pixels of `at_once` global crops, the
-    first of `crops`; beside each group, the indices of all crops of that size."""
+    first of `crops`."""
     start = 0
     for shape, same in groupby(crop.shape[-2:] for crop in crops):
         alike = range(start, start + len(list(same)))
         start = alike.stop
         most = max(1, at_once * crops[0].shape[-2:].numel() // shape.numel())
-        yield from ((alike[first : first + most], alike) for first in range(0, len(alike), most))
+        yield from (alike[first : first + most] for first in range(0, len(alike), most))
 
 
 class DINO(Method):
@@ -112,8 +118,6 @@ class DINO(Method):
         if views.local_crops:
             check_image_size([views.local_size], self.student.backbone.patch_size, "views.local_size")
         self.register_buffer("center", torch.zeros(method.out_dim))
-        self.register_buffer("center_sum", torch.zeros(method.out_dim))
-        self.register_buffer("center_count", torch.zeros(()))
         self.monitor = CollapseMonitor(method.out_dim)
 
     def trained(self) -> nn.Module:
@@ -139,11 +143,6 @@ class DINO(Method):
             )
         super().configure_model()
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        for network in (self.student, self.teacher):
-            network.backbone.set_fused_attention(self.device.type != "cpu")
-
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.global_step == 0:  # a resumed run, whose step is restored by now, has a teacher that lags behind
@@ -151,8 +150,8 @@ class DINO(Method):
 
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
-    ) -> dict[str, Tensor]:
-        """DINO's loss over all crops, globals first; adds the batch to the center's running sum.
+    ) -> Losses:
+        """DINO's loss over all crops, globals first; `sums` are what the center needs.
 
         With `method.crops_at_once` its backward pass reaches the student's parameters alone, and not the crops.
         """
@@ -166,19 +165,24 @@ class DINO(Method):
             features = self.teacher.features(crops[:GLOBAL_CROPS])
             teacher_logits = self.teacher.logits(features).float()  # (2, B, K)
             target = teacher_probabilities(teacher_logits, self.center, temperature)
-            self.center_sum += teacher_logits.sum((0, 1))
-            self.center_count += teacher_logits.shape[:2].numel()
-        in_groups = self.method.crops_at_once and torch.is_grad_enabled()
-        values = (
-            self.losses_in_groups(crops, target) if in_groups else self.student_losses(crops, target, range(len(crops)))
-        )
+            count = teacher_logits.shape[:2].numel()
+            sums = {"logits": teacher_logits.sum((0, 1)), "count": teacher_logits.new_full((), count)}
+        kept = self.student.backbone.drawn_paths(draw or alone(len(crops[0]), self.seed), len(crops))
+        if self.method.crops_at_once and torch.is_grad_enabled():
+            values = self.losses_in_groups(crops, target, kept)
+        else:
+            values = self.student_losses(crops, target, range(len(crops)), kept)
         if logged:
             values |= self.diagnostics(values.get("dino", values["loss"]).detach(), target, features)
-        return values
+        return Losses(values, sums)
 
-    def student_losses(self, crops: list[Tensor], target: Tensor, views: range) -> dict[str, Tensor]:
-        """What the student's `views` of the crops add to the losses; `target` (2, B, K) probabilities."""
-        tokens = self.student.features([crops[view] for view in views])  # (V, B, D)
+    def student_losses(
+        self, crops: list[Tensor], target: Tensor, views: range, kept: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the student's `views` of the crops add to the losses; `target` (2, B, K) probabilities, `kept` (2 depth,
+        V, B) the paths of all crops."""
+        own = None if kept is None else kept[:, views.start : views.stop]
+        tokens = self.student.features([crops[view] for view in views], own)  # (V, B, D)
         logits = self.student.logits(tokens)
         distillation = dino_loss(logits, target, self.method.student_temperature, views.start, len(crops))
         if not self.method.koleo_weight:
@@ -193,14 +197,13 @@ class DINO(Method):
         koleo = sum(spread, start=distillation.new_zeros(()))  # the sum over both crops, as DINOv2 weighs it
         return {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
 
-    def losses_in_groups(self, crops: list[Tensor], target: Tensor) -> dict[str, Tensor]:
+    def losses_in_groups(self, crops: list[Tensor], target: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
         """The losses of all crops, of which one group at a time goes through the student, forward and backward."""
         total: dict[str, Tensor] = {}
         gradients: Gradients = {}
-        for views, alike in groups(crops, self.method.crops_at_once):
-            with drawing_for(self.student, views, alike):
-                values = self.student_losses(crops, target, views)
-                self.backward_of_group(values["loss"], gradients)
+        for views in groups(crops, self.method.crops_at_once):
+            values = self.student_losses(crops, target, views, kept)
+            self.backward_of_group(values["loss"], gradients)
             total = {name: total.get(name, 0) + value.detach() for name, value in values.items()}
         return total | {"loss": with_gradients(total["loss"], gradients)}
 
@@ -219,17 +222,20 @@ class DINO(Method):
             [distributed.gather_rows(view) for view in torch.nn.functional.normalize(features.float(), dim=-1)]
         )
         used = distributed.gather_rows(target.argmax(-1).T).unique().numel()
-        values = {
+        return {
             "teacher_entropy": entropy,
             "kl": loss - entropy,  # cross-entropy = entropy + KL, averaged over the same images
             "center_norm": self.center.norm(),
             "prototypes_used": target.new_tensor(used / self.method.out_dim),
             "feature_std": unit.flatten(0, 1).std(0).mean() * features.shape[-1] ** 0.5,
         }
-        sentence = self.monitor.update(float(loss), float(entropy), used)
+
+    def watch(self, values: Losses) -> None:
+        used = round(float(values["prototypes_used"]) * self.method.out_dim)
+        loss = float(values.get("dino", values["loss"]).detach())
+        sentence = self.monitor.update(loss, float(values["teacher_entropy"]), used)
         if sentence and distributed.rank() == 0:
             log.warning("%s", sentence)
-        return values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # None instead of zeros: AdamW then skips the layer whole, its moments and weight decay included.
@@ -237,11 +243,12 @@ class DINO(Method):
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None
 
-    def after_step(self, step: int) -> None:
-        """Center and teacher, after the optimizer step: the loss of this step used the old ones."""
-        mean = distributed.mean_over_ranks(self.center_sum / self.center_count)
+    def use_sums(self, sums: dict[str, Tensor]) -> None:
+        """Move the center, after the optimizer step: the loss of this step used the old one."""
+        mean = distributed.mean_over_ranks(sums["logits"] / sums["count"])
         self.center.copy_(updated_center(self.center, mean, self.method.center_momentum))
-        self.center_sum.zero_()
-        self.center_count.zero_()
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher."""
         momentum = cosine(step, self.max_steps, self.method.momentum_teacher, 1.0)
         ema_update(self.teacher, self.student, momentum)

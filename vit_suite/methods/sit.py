@@ -31,7 +31,7 @@ from vit_suite.errors import UserError
 from vit_suite.losses.contrastive import info_nce, info_nce_logits, nt_xent_logits
 from vit_suite.losses.reconstruction import psnr, reconstruction_l1
 from vit_suite.losses.uncertainty import uncertainty_sum, uncertainty_weights
-from vit_suite.methods.base import Method
+from vit_suite.methods.base import Losses, Method
 from vit_suite.models.backbone import EXPLICIT, Backbone, check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import ContrastiveHead, PatchDecoder, init_linear_
@@ -96,9 +96,10 @@ class Network(nn.Module):
         if method.corruption == "mask":
             self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(dim), std=0.02))
 
-    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Outputs:
-        """Views (M, C, S, S), and the patches (M, N) that the mask token replaces."""
-        tokens = self.backbone.tokens(images, hidden=hidden, mask_token=self.mask_token)
+    def forward(self, images: Tensor, hidden: Tensor | None = None, kept: Tensor | None = None) -> Outputs:
+        """Views (M, C, S, S), the patches (M, N) that the mask token replaces, and which paths the blocks keep
+        (`Backbone.drawn_paths`, (2 depth, M))."""
+        tokens = self.backbone.tokens(images, hidden=hidden, mask_token=self.mask_token, kept=kept)
         pooled = tokens.patches.mean(1) if self.backbone.cfg.pool == "mean" else tokens.cls
         pixels = None
         if self.decoder is not None:
@@ -184,12 +185,6 @@ class SiT(Method):
         }
         return super().compares_images() + [name for name in there if there[name]]
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        for network in (self.student, self.teacher):
-            if network is not None:
-                network.backbone.set_fused_attention(self.device.type != "cpu")
-
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.teacher is not None and self.global_step == 0:
@@ -197,7 +192,7 @@ class SiT(Method):
 
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         """The weighted sum over the tasks for two clean views, which are turned and corrupted here."""
         draw = draw or alone(len(crops[0]), self.seed)
         clean = torch.stack(crops)  # (V, B, C, S, S)
@@ -207,7 +202,8 @@ class SiT(Method):
             clean = rotate(clean, turns)
         corrupted = corrupt(self.method, clean, draw, self.student.backbone.patch_size)
         hidden = None if corrupted.hidden is None else corrupted.hidden.flatten(0, 1)
-        output = self.student(corrupted.images.flatten(0, 1), hidden)
+        kept = self.student.backbone.drawn_paths(draw, len(crops))
+        output = self.student(corrupted.images.flatten(0, 1), hidden, None if kept is None else kept.flatten(1))
         values, more = self.task_losses(output, clean, turns, corrupted, logged)
         losses = torch.stack([values[task] for task in self.tasks])
         if self.log_variances is None:
@@ -217,7 +213,7 @@ class SiT(Method):
             total = uncertainty_sum(losses, self.log_variances, self.factors, form)
             weights = uncertainty_weights(self.log_variances.detach(), self.factors, form)
             more |= {f"weight_{task}": weight for task, weight in zip(self.tasks, weights, strict=True)}
-        return {"loss": total} | values | (more if logged else {})
+        return Losses({"loss": total} | values | (more if logged else {}))
 
     def task_losses(
         self, output: Outputs, clean: Tensor, turns: Tensor | None, corrupted: Corrupted, logged: bool = False

@@ -24,7 +24,7 @@ from torch.nn import functional
 from vit_suite.config import BackboneConfig, SupervisedConfig, SupervisedOptimConfig, SupervisedViewsConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
-from vit_suite.methods.base import Method
+from vit_suite.methods.base import Losses, Method
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.ema import copy_weights, ema_update
 from vit_suite.views.draw import Draw
@@ -45,9 +45,9 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, K)."""
-        features = self.backbone(images)
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> logits (B, K); `kept` (2 depth, B): which paths the blocks keep (`Backbone.drawn_paths`)."""
+        features = self.backbone(images, kept)
         with torch.autocast(
             features.device.type, enabled=False
         ):  # calibration is measured on these, and bf16 has three digits
@@ -123,20 +123,17 @@ class SupervisedViT(Method):
     def evaluation_head(self) -> nn.Linear:
         return self.classifier().head
 
-    def on_fit_start(self) -> None:
-        for classifier in (self.network, self.average):
-            if classifier is not None:
-                classifier.backbone.set_fused_attention(self.device.type != "cpu")
-
-    def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool = False) -> dict[str, Tensor]:
+    def losses(self, crops: list[Tensor], labels: Tensor, draw: Draw, logged: bool = False) -> Losses:
         """Cross-entropy of one view (B, C, S, S) against mixed, smoothed labels (B,)."""
         self.check_labels(labels, draw)
         images, targets = mix(crops[0], labels, draw, self.method, len(self.classes))
-        logits = self.network(images)
+        kept = self.network.backbone.drawn_paths(draw, 1)
+        logits = self.network(images, None if kept is None else kept[:, 0])
         loss = soft_cross_entropy(logits, targets)
         if not logged:
-            return {"loss": loss}
-        return {"loss": loss, "top1": 100 * (logits.argmax(-1) == targets.argmax(-1)).float().mean()}
+            return Losses({"loss": loss})
+        hits = (logits.argmax(-1) == targets.argmax(-1)).float()
+        return Losses({"loss": loss, "top1": 100 * hits.mean()})
 
     def check_labels(self, labels: Tensor, draw: Draw) -> None:
         """UserError for a label outside the head; on a GPU, which would have to wait, only in the first step of an

@@ -7,11 +7,11 @@ key names are those of timm and of the DINO release. Deliberate differences from
   released DINO and DINOv2 weights were trained that way, and `size=` moves the CLS output by 0.035-0.49.
 - The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not
   from 1e-6.
-- On a CPU attention is plain softmax(q k^T) v up to the length where the fused kernel is faster; on a GPU it is the
-  fused kernel.
-- `backbone(images)` works out the last block for the CLS token alone, since nobody asks for its patches: a DINO step
-  has 11% fewer FLOP at depth 6, 7% at depth 12, and the same numbers to rounding. `tokens` runs it whole; so hooks on
-  that block's parts belong on `tokens`.
+- On a CPU attention is plain softmax(q k^T) v up to the length where the fused kernel is faster. On a GPU it is always
+  the fused kernel. The input's device decides.
+- `backbone(images)` computes the last block for the CLS token alone, since nobody asks for its patches: a DINO step has
+  11% fewer FLOP at depth 6, 7% at depth 12, and the same numbers to rounding. `tokens` runs it whole, so hooks on that
+  block's parts belong on `tokens`.
 
 Options beyond timm's, for `vit`: fixed sine positions, post-norm blocks, causal order over patches (models/blocks.py).
 
@@ -36,15 +36,20 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError, nearest
+from vit_suite.hardware import send
 from vit_suite.models.blocks import (
+    Attention,
+    DropPath,
     PostNormBlock,
+    PreNormBlock,
     answers_first,
     causal_mask,
     of_first,
-    replace_attention,
+    own_layers,
     replace_drop_path,
     sincos_positions,
 )
+from vit_suite.views.draw import Draw
 
 EXPLICIT = "vit"
 """The name that stands for explicit dimensions instead of a timm model."""
@@ -113,7 +118,10 @@ def _explicit(cfg: BackboneConfig) -> dict:
         "reg_tokens": cfg.registers or 0,
         "class_token": cfg.class_token,
         "norm_layer": functools.partial(nn.LayerNorm, eps=cfg.norm_eps or 1e-6),
-    } | ({"block_fn": PostNormBlock, "final_norm": False} if cfg.norm == "post" else {})
+        "attn_layer": Attention,
+        "block_fn": PreNormBlock if cfg.norm == "pre" else PostNormBlock,
+        "final_norm": cfg.norm == "pre",
+    }
 
 
 def _overrides(cfg: BackboneConfig) -> dict:
@@ -172,7 +180,10 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer:
         if native:
             check_image_size(common["img_size"], native)
     try:
-        vit = timm.create_model(cfg.name, pretrained=cfg.pretrained, dynamic_img_size=True, **common, **_overrides(cfg))
+        arguments = {"dynamic_img_size": True} | common | _overrides(cfg)
+        with torch.device("meta"):
+            layers = own_layers(timm.create_model(cfg.name, **arguments | {"depth": 1}))
+        vit = timm.create_model(cfg.name, pretrained=cfg.pretrained, **arguments, **layers)
     except TypeError as error:  # timm families other than VisionTransformer do not take these arguments
         raise UserError(f"backbone '{cfg.name}' is not of timm's VisionTransformer family ({error}).") from error
     except AssertionError as error:  # timm's own checks: a width that the heads do not divide, a distilled model
@@ -205,7 +216,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = build_vit(cfg)
         replace_drop_path(self.vit)
-        replace_attention(self.vit)
         self.has_cls: bool = self.vit.cls_token is not None
         if cfg.pool == "cls" and not self.has_cls:
             raise UserError(
@@ -222,6 +232,8 @@ class Backbone(nn.Module):
         self.heads: int = (
             int(getattr(self.vit.blocks[-1].attn, "num_heads", 0)) if hasattr(self.vit.blocks[-1], "attn") else 0
         )
+        paths = [getattr(block, name, None) for block in self.vit.blocks for name in ("drop_path1", "drop_path2")]
+        self.drop_rates = [path.rate if isinstance(path, DropPath) else 0.0 for path in paths]  # (2 depth)
         self.prefix_tokens: int = int(self.vit.num_prefix_tokens)
         self.native_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         # Everything is spelled out, so that metadata alone rebuilds the network even if a default or timm's model
@@ -230,14 +242,21 @@ class Backbone(nn.Module):
         self.cfg = replace(
             cfg, image_size=native, patch_size=self.patch_size, dim=self.dim, depth=self.depth, heads=self.heads or None
         )
-        self.set_fused_attention(torch.cuda.is_available())
 
-    def set_fused_attention(self, fused: bool) -> None:
-        """Use torch's fused attention kernel (GPU), or plain softmax attention for sequences where it is faster
-        (CPU)."""
-        for block in self.vit.blocks:
-            if hasattr(block, "attn") and hasattr(block.attn, "fused_attn"):
-                block.attn.fused_attn = fused
+    def drawn_paths(self, draw: Draw, views: int) -> Tensor | None:
+        """Which paths the blocks keep of a training step: factors (2 depth, V, B), for `views` views of the images of
+        `draw`; None where nothing is dropped.
+
+        `forward`, `tokens` and `blocks` take them as `kept` (2 depth, M), with the views in the order of their rows:
+        `drawn[:, 1:3].flatten(1)` for a pass over views 1 and 2. The numbers belong to the rows of the global batch, so
+        they do not depend on the number of ranks or micro-batches.
+        """
+        if not self.training or not any(self.drop_rates):
+            return None
+        uniform = draw.uniform(views, len(self.drop_rates), purpose="drop path")  # (B, V, 2 depth)
+        rates = torch.tensor(self.drop_rates)
+        kept = torch.where(uniform >= rates, 1 / (1 - rates), 0.0)
+        return send(kept.permute(2, 1, 0).contiguous(), next(self.parameters()).device)
 
     def embed(
         self, images: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None
@@ -265,16 +284,19 @@ class Backbone(nn.Module):
             )
         return vit.norm_pre(vit.patch_drop(vit.pos_drop(x))), grid
 
-    def blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """The tokens (B, T, D) after each block in turn."""
-        mask = causal_mask(x.shape[1], self.prefix_tokens, x.device) if self.cfg.causal else None
-        for block in self.vit.blocks:
-            x = self._run(block, x) if mask is None else self._run(block, x, attn_mask=mask)
+    def blocks(self, x: Tensor, kept: Tensor | None = None) -> Iterator[Tensor]:
+        """The tokens (B, T, D) after each block in turn; `kept`: see `drawn_paths`."""
+        for index, block in enumerate(self.vit.blocks):
+            arguments: dict[str, Any] = {}
+            if self.cfg.causal:
+                arguments["attn_mask"] = causal_mask(x.shape[1], self.prefix_tokens, x.device)
+            if kept is not None:
+                arguments["kept"] = kept[2 * index : 2 * index + 2]
+            x = self._run(block, x, **arguments)
             yield x
 
     def _run(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """`function` of the arguments; with backbone.checkpointing it is run again for its gradient (and draws the same
-        drop path)."""
+        """`function` of the arguments; with backbone.checkpointing it is run again for its gradient."""
         if self.cfg.checkpointing and self.training and torch.is_grad_enabled():
             function = functools.partial(checkpoint, function, use_reentrant=False)
         return function(*args, **kwargs)
@@ -285,32 +307,37 @@ class Backbone(nn.Module):
             return self.vit.norm(x)[:, self.prefix_tokens :].mean(dim=1)
         return self.vit.norm(x[:, 0])  # token by token, so the CLS token alone gives the same numbers
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> representation (B, D)."""
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> representation (B, D); `kept`: see `drawn_paths`."""
         x, _ = self.embed(images)
         block = self.vit.blocks[-1]
         if self.cfg.pool == "cls" and answers_first(block):  # nobody asks for the patches of the last block
-            x = last(islice(self.blocks(x), self.depth - 1), x)
-            return self.pooled(self._run(of_first, block, x, first=1))
-        return self.pooled(last(self.blocks(x), x))
+            x = last(islice(self.blocks(x, kept), self.depth - 1), x)
+            return self.pooled(self._run(of_first, block, x, first=1, kept=None if kept is None else kept[-2:]))
+        return self.pooled(last(self.blocks(x, kept), x))
 
     def tokens(
-        self, images: Tensor, blocks: Iterable[int] = (), hidden: Tensor | None = None, mask_token: Tensor | None = None
+        self,
+        images: Tensor,
+        blocks: Iterable[int] = (),
+        hidden: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tokens:
         """CLS, register and patch tokens after the final LayerNorm; `blocks` names further blocks (0 = first, -1 =
-        last) whose CLS and patch tokens are kept. `hidden`, `mask_token`: see `embed`.
+        last) whose CLS and patch tokens are kept. `hidden`, `mask_token`: see `embed`; `kept`: see `drawn_paths`.
 
         As DINO's `get_intermediate_layers`, kept tokens go through the final LayerNorm too.
         """
         wanted = {index % self.depth for index in blocks}
         x, grid = self.embed(images, hidden, mask_token)
-        kept = []
-        for index, tokens in enumerate(self.blocks(x)):
+        found = []
+        for index, tokens in enumerate(self.blocks(x, kept)):
             if index in wanted:
-                kept.append(self._split(self.vit.norm(tokens))[::2])
+                found.append(self._split(self.vit.norm(tokens))[::2])
             x = tokens
         cls, registers, patches = self._split(self.vit.norm(x))
-        return Tokens(cls, registers, patches, grid, kept)
+        return Tokens(cls, registers, patches, grid, found)
 
     def _split(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """(B, T, D) -> CLS (B, D) or None, registers (B, R, D), patches (B, N, D)."""

@@ -1,39 +1,108 @@
 """Pieces of a ViT that timm has no option for: fixed sine positions, post-norm blocks, causal order over patches, a
-last block for the CLS token alone, and drop path that does not depend on the number of ranks.
+last block for the CLS token alone, and drop path whose draws do not depend on the number of ranks.
 
-Axes: B images, N patches (row-major), T = prefix + N tokens, D width.
+Axes: B images, N patches (row-major), T = prefix + N tokens, D width, M views (one row of a forward pass each).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath as TimmDropPath
 from timm.models.vision_transformer import Attention as TimmAttention
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vit_suite.errors import UserError
-from vit_suite.views.draw import Draw, alone
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drops the branch of a block for some of the views.
+
+    `forward(x, kept)` multiplies view m of x (M, T, D) by kept[m], which is 0 or 1 / (1 - rate). The draws are made
+    outside, for a whole step (`Backbone.drawn_paths`), so that ranks and micro-batches together drop what one rank
+    with the whole batch drops, and a recomputed block drops the same views again. Without `kept` each call draws from
+    torch's generator, as timm's DropPath does. In evaluation it does nothing.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        if not self.training:
+            return x
+        if kept is None:
+            kept = self.draw(x)
+        return x * kept.to(x.dtype).view(-1, 1, 1)
+
+    @torch.compiler.disable  # the rate differs from block to block, and would make every block a graph of its own
+    def draw(self, x: Tensor) -> Tensor:
+        """(M,) factors for x (M, T, D), from torch's generator."""
+        return x.new_empty(len(x)).bernoulli_(1 - self.rate) / (1 - self.rate)
+
+
+def replace_drop_path(vit: nn.Module) -> None:
+    """Replace timm's DropPath by this module's in the blocks whose `forward` takes `kept`. UserError for other
+    blocks."""
+    for block in vit.blocks:
+        for name, part in list(block.named_modules()):
+            if isinstance(part, TimmDropPath):
+                if not isinstance(block, PreNormBlock | PostNormBlock | BranchNormBlock):
+                    raise UserError(
+                        f"backbone.drop_path {part.drop_prob:g}: {type(block).__name__} blocks cannot drop the same"
+                        " paths on any number of ranks: set backbone.drop_path 0."
+                    )
+                setattr(block, name, DropPath(part.drop_prob))
+
+
+def _dropped(path: nn.Module, branch: Tensor, kept: Tensor | None, index: int) -> Tensor:
+    """`branch` after the drop path of a block; timm puts an Identity where the rate is 0."""
+    if not isinstance(path, DropPath):
+        return branch
+    return path(branch, None if kept is None else kept[index])
+
+
+class PreNormBlock(Block):
+    """timm's Block with drawn paths: `kept` (2, M) holds the factors of the attention and of the MLP branch."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, kept: Tensor | None = None
+    ) -> Tensor:
+        branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+        x = x + _dropped(self.drop_path1, branch, kept, 0)
+        return x + _dropped(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), kept, 1)
 
 
 class PostNormBlock(Block):
     """LayerNorm after each sum, as in the original Transformer (Vaswani et al. 2017, section 3.1), with timm's
     parameter names.
 
-    A network of these needs no norm at its end; without a warm-up of the learning rate it trains badly (arXiv
+    A network of these needs no norm at its end. Without a warm-up of the learning rate it trains badly (arXiv
     2002.04745).
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))))
-        return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, kept: Tensor | None = None
+    ) -> Tensor:
+        branch = self.ls1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
+        x = self.norm1(x + _dropped(self.drop_path1, branch, kept, 0))
+        return self.norm2(x + _dropped(self.drop_path2, self.ls2(self.mlp(x)), kept, 1))
+
+
+class BranchNormBlock(ResPostBlock):
+    """timm's ResPostBlock (LayerNorm at the end of each branch) with drawn paths."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, kept: Tensor | None = None
+    ) -> Tensor:
+        branch = self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
+        x = x + _dropped(self.drop_path1, branch, kept, 0)
+        return x + _dropped(self.drop_path2, self.norm2(self.mlp(x)), kept, 1)
 
 
 PLAIN = {torch.bfloat16: 1536, torch.float32: 64}
@@ -43,26 +112,23 @@ times as long as `PlainAttention`: bf16, 65 tokens 5.4, 577 2.1, 1,025 1.4, 2,30
 
 
 class Attention(TimmAttention):
-    """timm's attention, with two things more:
+    """timm's attention, with two additions:
 
-    `forward(x, first=n)` answers for the first n tokens alone, (B, n, D): they look at all, but who looks at them is
-    not worked out. Where `fused_attn` is off, and there is no mask, dropout or norm of q and k, `PlainAttention` does
-    the work between the two linear layers of sequences up to `PLAIN` tokens; of longer ones it is the fused kernel all
-    the same, which keeps no (T, T) weights.
+    - On a CPU, sequences shorter than `PLAIN` tokens go through `PlainAttention`, unless there is a mask, dropout, a
+      gate or a norm. All other inputs go through torch's fused kernel, which keeps no (T, T) weights.
+    - `of_first(x, n)` answers for the first n tokens alone, (B, n, D). They look at all tokens; who looks at them is
+      not computed.
     """
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, first: int | None = None
-    ) -> Tensor:
-        if first is not None:
-            return self._of_first(x, first)
-        usual = (
-            attn_mask is None
-            and not is_causal
-            and isinstance(self.q_norm, nn.Identity)
-            and not (self.training and self.attn_drop.p)
-        )
-        if self.fused_attn or not usual:
+    @property
+    def plain(self) -> bool:
+        """Whether nothing stands between the two linear layers but softmax(q k^T) v."""
+        norms = (self.q_norm, self.k_norm, self.norm)
+        return self.gate is None and all(isinstance(norm, nn.Identity) for norm in norms)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        masked = attn_mask is not None or is_causal
+        if x.device.type != "cpu" or masked or not self.plain or (self.training and self.attn_drop.p):
             return super().forward(x, attn_mask, is_causal)
         qkv = self.qkv(x)
         if x.shape[1] < PLAIN.get(qkv.dtype, 0):
@@ -72,7 +138,8 @@ class Attention(TimmAttention):
             x = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(x))
 
-    def _of_first(self, x: Tensor, first: int) -> Tensor:
+    def of_first(self, x: Tensor, first: int) -> Tensor:
+        """(B, T, D) -> (B, first, D). Only where `norm` and `gate` are absent."""
         (batch, tokens, _), width = x.shape, self.qkv.out_features // 3
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(x[:, :first], weight[:width], None if bias is None else bias[:width])
@@ -80,19 +147,18 @@ class Attention(TimmAttention):
         q = self.q_norm(q.view(batch, first, self.num_heads, -1).transpose(1, 2))  # (B, heads, n, d)
         k, v = kv.view(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         k, dropout = self.k_norm(k), self.attn_drop.p if self.training else 0.0
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        else:
+        if x.device.type == "cpu":
             x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 class PlainAttention(torch.autograd.Function):
     """softmax(scale q k^T) v of qkv (B, T, 3 D), as timm's q, k and v lie in it: (B, T, D).
 
-    By hand, because q, k and v are then copied into place once instead of one by one, and so are their gradients: on a
-    CPU 5-20% less
-    time than autograd's, the same numbers. Not differentiable twice.
+    The gradient is written by hand: q, k and v, and their gradients, are then copied into place once instead of one by
+    one. On a CPU that takes 5-20% less time than autograd, for the same numbers. Not differentiable twice.
     """
 
     @staticmethod
@@ -129,89 +195,34 @@ def _softmax_dtype(scores: Tensor) -> torch.dtype:
     return torch.float32 if scores.dtype == torch.bfloat16 and scores.shape[-1] < 32 else scores.dtype
 
 
-def of_first(block: nn.Module, x: Tensor, first: int) -> Tensor:
+def of_first(block: nn.Module, x: Tensor, first: int, kept: Tensor | None = None) -> Tensor:
     """The first tokens (B, first, D) of what `block` (`answers_first`) makes of x (B, T, D): the same numbers, to
-    rounding, for less."""
+    rounding, for less work."""
     post = isinstance(block, PostNormBlock)
-    change = block.drop_path1(block.ls1(block.attn(x if post else block.norm1(x), first=first)))
+    branch = block.ls1(block.attn.of_first(x if post else block.norm1(x), first))
+    x = x[:, :first] + _dropped(block.drop_path1, branch, kept, 0)
     if post:
-        x = block.norm1(x[:, :first] + change)
-        return block.norm2(x + block.drop_path2(block.ls2(block.mlp(x))))
-    x = x[:, :first] + change
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        x = block.norm1(x)
+        return block.norm2(x + _dropped(block.drop_path2, block.ls2(block.mlp(x)), kept, 1))
+    return x + _dropped(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), kept, 1)
 
 
 def answers_first(block: nn.Module) -> bool:
     """Whether `of_first` knows what this block does."""
-    return type(block) in (Block, PostNormBlock) and isinstance(block.attn, Attention)
+    attention = getattr(block, "attn", None)
+    known = type(block) in (PreNormBlock, PostNormBlock) and isinstance(attention, Attention)
+    return known and attention.gate is None and isinstance(attention.norm, nn.Identity)
 
 
-def replace_attention(vit: nn.Module) -> None:
-    """Make timm's plain attention this module's, which has the same parameters; variants of it (gates, norms of the
-    output) stay."""
-    for block in vit.blocks:
-        attention = getattr(block, "attn", None)
-        plain = getattr(attention, "gate", None) is None and isinstance(
-            getattr(attention, "norm", nn.Identity()), nn.Identity
-        )
-        if type(attention) is TimmAttention and plain:
-            attention.__class__ = Attention
-
-
-class DropPath(nn.Module):
-    """timm's stochastic depth, drawn for the GLOBAL batch of a step and cut to the rows of this micro-batch.
-
-    So ranks and micro-batches drop what one rank with the whole batch drops, provided that torch's generator, which the
-    numbers come from, stands alike on all of them. `place` says which rows the images are; without it they are all
-    there are. Input (V B, T, D): V views of B images, view by view; with `views` they are the views from its first
-    number on, of as many as its second says.
-    """
-
-    place: Draw | None = None
-    views: tuple[int, int] | None = None
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    @torch.compiler.disable  # its rate, another in every block, would make every block another graph
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        place = self.place or alone(len(x))
-        count = len(x) // (place.rows.stop - place.rows.start)
-        first, views = self.views or (0, count)
-        kept = x.new_empty(views, place.total).bernoulli_(1 - self.rate)[first : first + count, place.rows] / (
-            1 - self.rate
-        )
-        return x * kept.reshape(-1, 1, 1)
-
-
-@contextmanager
-def drawing_for(network: nn.Module, views: range, alike: range) -> Iterator[None]:
-    """Here `network` sees `views` of the views `alike`, and its drop path draws what it would draw in one pass over all
-    of these.
-
-    The passes follow each other; each but the last leaves torch's generators as it found them.
-    """
-    device = next(network.parameters()).device
-    paths = [module for module in network.modules() if isinstance(module, DropPath)]
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=views.stop < alike.stop):
-        for path in paths:
-            path.views = views.start - alike.start, len(alike)
-        try:
-            yield
-        finally:
-            for path in paths:
-                path.views = None
-
-
-def replace_drop_path(vit: nn.Module) -> None:
-    """Put this module's `DropPath` in the place of timm's."""
-    for block in vit.blocks:
-        for name in ("drop_path1", "drop_path2"):
-            if isinstance(getattr(block, name, None), TimmDropPath):
-                setattr(block, name, DropPath(getattr(block, name).drop_prob))
+def own_layers(vit: nn.Module) -> dict[str, type[nn.Module]]:
+    """timm arguments that build a network like `vit` from this module's blocks and attention, where it has the plain
+    ones."""
+    block = vit.blocks[0]
+    blocks = {Block: PreNormBlock, ResPostBlock: BranchNormBlock}
+    layers: dict[str, type[nn.Module]] = {"block_fn": blocks[type(block)]} if type(block) in blocks else {}
+    if type(getattr(block, "attn", None)) is TimmAttention and layers:
+        layers["attn_layer"] = Attention
+    return layers
 
 
 @functools.lru_cache(maxsize=8)
