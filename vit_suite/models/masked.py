@@ -16,12 +16,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.blocks import replace_attention, sincos_positions
+from vit_suite.models.blocks import Attention, PreNormBlock, sincos_positions
 from vit_suite.views.masks import Kept
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -73,10 +72,8 @@ class SelfDecoder(Decoder):
         super().__init__(encoder.native_grid, dim, heads, pixels)
         self.prefix = encoder.prefix_tokens
         self.embed = nn.Linear(encoder.dim, dim)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
-        )
-        replace_attention(self)
+        options = {"qkv_bias": True, "norm_layer": layer_norm, "attn_layer": Attention}
+        self.blocks = nn.ModuleList(PreNormBlock(dim, heads, mlp_ratio, **options) for _ in range(depth))
 
     def forward(self, tokens: Tensor, kept: Kept) -> Tensor:
         """Normed tokens (B, P + n, D) of the encoder -> pixels (B, N, p p C) of all patches."""
