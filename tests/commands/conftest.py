@@ -42,6 +42,7 @@ TINY = {
     "trainer.threads": 1,
     "evaluate.bank_size": 0,
     "evaluate.test_size": 0,
+    "run.report": False,
 }
 """Four optimizer steps an epoch, two epochs; one thread, because sums over several round in another order."""
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.commands.conftest import tiny_run  # noqa: F401 (a fixture)
+from tests.commands.conftest import tiny_run, words  # noqa: F401 (a fixture)
 from tests.reports.browser import CHROMIUM, Browser
 from vit_suite import cli
 from vit_suite.errors import UserError
@@ -96,8 +96,8 @@ def test_broken_files_of_a_killed_run_are_left_out(tmp_path):
 
 def test_bad_words_answer_in_one_line(tmp_path, capsys):
     run = make_run(tmp_path / "a")
-    for words in ([], [tmp_path / "none"], [run, run], [run, "--output", tmp_path]):
-        assert cli.main(["report", *map(str, words)]) == 2
+    for line in ([], [tmp_path / "none"], [run, run], [run, "--output", tmp_path]):
+        assert cli.main(["report", *map(str, line)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (run / "report.html").exists()
 
@@ -137,6 +137,25 @@ def test_a_fingerprint_follows_files_and_labels_but_not_their_place(tmp_path):
 
 def test_differences_name_what_only_one_side_has():
     assert differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == [("a", 1, None), ("b", 2, 3), ("c", None, 4)]
+
+
+def test_a_training_ends_with_a_report_and_says_where_it_comes_from(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["/bin/vit-suite", "pretrain", "--data.name", "two words"])
+    assert cli.main(["pretrain", *words(run__output=folder, run__report=True, trainer__max_epochs=1)]) == 0
+    about = RunFiles(folder).about
+    assert about["data"]["images"] == 64 and re.fullmatch("[0-9a-f]{16}", about["data"]["fingerprint"])
+    assert about["versions"]["torch"] and about["machine"]["processes"] == 1 and about["machine"]["cores"]
+    assert about["command"] == "vit-suite pretrain --data.name 'two words'"
+    text = (folder / "report.html").read_text()
+    assert about["data"]["fingerprint"] in text and "Map of test images" in text and "t-SNE" not in text
+
+
+def test_a_report_that_fails_does_not_fail_the_training(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("vit_suite.training.run.write_report", lambda *_, **__: 1 / 0)
+    folder = tmp_path / "run"
+    assert cli.main(["pretrain", *words(run__output=folder, run__report=True, trainer__max_epochs=1)]) == 0
+    assert RunFiles(folder).status["state"] == "done" and "no report (division by zero)" in caplog.text
 
 
 @needs_browser

@@ -183,3 +183,5 @@ class RunOptions:
     """Seed of weights, sampling, views and generated data."""
     overwrite: bool = False
     """Delete what the run directory holds and start anew."""
+    report: bool = True
+    """Write RUN/report.html at the end: curves, scores, pictures, a map of test images (`vit-suite report`)."""

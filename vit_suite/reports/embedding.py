@@ -41,10 +41,10 @@ class Embedding(NamedTuple):
     """Share of the variance that the two axes of PCA carry, 0..1."""
 
 
-def embed(loaded: LoadedBackbone, source: ImageSource, precision: str) -> Embedding:
-    """The map of the images of `source` under a backbone, seen as its scores see them."""
+def embed(loaded: LoadedBackbone, source: ImageSource, further: bool = True) -> Embedding:
+    """The map of the images of `source` under a backbone, seen as its scores see them, in fp32."""
     found = extract_features(
-        loaded.backbone, source, list(loaded.image_size), loaded.mean, loaded.std, precision=precision
+        loaded.backbone, source, list(loaded.image_size), loaded.mean, loaded.std, precision="fp32"
     )
     features = found.features.numpy()
     indices = found.indices.tolist()
@@ -52,7 +52,7 @@ def embed(loaded: LoadedBackbone, source: ImageSource, precision: str) -> Embedd
     pca, explained = principal_axes(features)
     return Embedding(
         features,
-        {"PCA": pca} | further_maps(features),
+        {"PCA": pca} | (further_maps(features) if further else {}),
         [source.path(index).rpartition("/")[2] for index in indices],
         [source.classes[label] if 0 <= label < len(source.classes) else "" for label in labels],
         [thumbnail(source.load(index)) for index in indices],

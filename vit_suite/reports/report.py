@@ -15,13 +15,12 @@ from typing import Any
 import yaml
 
 from vit_suite import recipes
-from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.files import write_atomically
 from vit_suite.parsing import load_config
 from vit_suite.reports import page
-from vit_suite.reports.run_files import RunFiles, differences, flat
+from vit_suite.reports.run_files import RunFiles, differences, flat, options_of
 from vit_suite.weights.checkpoint import load_backbone
 
 log = logging.getLogger("vit_suite")
@@ -30,15 +29,16 @@ OWN = ("run.", "data.root", "logger.")
 """Options that differ from run to run without meaning anything: left out of differences."""
 
 
-def write_report(folder: str | Path, output: str | Path | None = None, images: int = 500) -> Path:
+def write_report(folder: str | Path, output: str | Path | None = None, images: int = 500, further: bool = True) -> Path:
     """Write the report of the run in `folder` to `output` (`folder/report.html`); returns its path.
 
-    `images`: how many test images the map of embeddings shows; 0 leaves it out. UserError when `folder` is no run.
+    images: how many test images the map of embeddings shows; 0 leaves it out. further: UMAP or t-SNE beside PCA, which
+    take seconds. UserError when `folder` is no run.
     """
     run = RunFiles(folder)
     path = Path(output) if output else run.folder / "report.html"
     charts = curves([run])
-    points, near, remark = embedding_sections(run, images)
+    points, near, remark = embedding_sections(run, images, further)
     script, divs, library = embedded([*charts, *points])
     maps = "".join(divs[len(charts) :])
     sections = [
@@ -177,7 +177,7 @@ def scores(run: RunFiles) -> str:
     return "".join(parts)
 
 
-def embedding_sections(run: RunFiles, images: int) -> tuple[list[Any], str, str]:
+def embedding_sections(run: RunFiles, images: int, further: bool) -> tuple[list[Any], str, str]:
     """(maps, rows of neighbours, a remark) of test images; empty with the reason where there can be none."""
     if not images or not (run.folder / "backbone.safetensors").is_file():
         return [], "", "" if not images else "<p>No backbone was exported yet.</p>"
@@ -185,13 +185,12 @@ def embedding_sections(run: RunFiles, images: int) -> tuple[list[Any], str, str]
     from vit_suite.reports.embedding import embed, neighbours
 
     try:
-        cfg = load_config(run.folder / "config.yaml", cls=PretrainConfig)
-        data = ImageDataModule(cfg.data, seed=cfg.run.seed)
+        data = ImageDataModule(run.config.data, seed=run.config.run.seed)
         try:
             source = data.test(images)
         except UserError:  # a set without a split of its own to score
             source = data.bank(images)
-        found = embed(load_backbone(run.folder), source, "fp32")
+        found = embed(load_backbone(run.folder), source, further)
     except UserError as error:
         return [], "", f"<p>No map: {page.escape(str(error))}</p>"
     titles = {"PCA": f"PCA, {100 * found.explained:.0f}% of the variance"}
@@ -211,7 +210,7 @@ def recipe_differences(run: RunFiles) -> str:
     """What the run changed of the recipe that its command names, else of its method's defaults."""
     name, options = recipe_of(run)
     try:
-        base = flat_config(load_config(name, options))
+        base = options_of(load_config(name, options))
     except UserError as error:
         return f"<p>The recipe cannot be read: {page.escape(str(error))}</p>"
     rows = [list(row) for row in differences(run.options, base) if not row[0].startswith(OWN)]
@@ -231,13 +230,6 @@ def recipe_of(run: RunFiles) -> tuple[str | None, dict[str, Any]]:
         if word.removeprefix("configs/").removesuffix(".yaml") in recipes.names() or Path(word).is_file():
             return word, {}
     return None, {"method.name": run.options.get("method.name", "dino")}
-
-
-def flat_config(config: PretrainConfig) -> dict[str, Any]:
-    """A config object as dotted keys, its values as YAML reads them back."""
-    from vit_suite.parsing import dump_config
-
-    return flat(yaml.safe_load(dump_config(config)))
 
 
 def command(run: RunFiles) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 
 import yaml
 
+from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError
+from vit_suite.parsing import dump_config, load_config
 from vit_suite.reports.results import read_results
 
 Series = list[tuple[float, float]]
@@ -35,7 +37,8 @@ class RunFiles:
             raise UserError(f"'{folder}': no such run directory.")
         if not (self.folder / "config.yaml").is_file():
             raise UserError(f"'{folder}' is no run directory: it holds no config.yaml.")
-        self.options = flat(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")) or {})
+        self.config: PretrainConfig = load_config(self.folder / "config.yaml")
+        self.options = options_of(self.config)
         self.results = read_results(self.folder / "results.json")
         self.status = self._json("status.json")
         self.about = self._json("about.json")
@@ -107,6 +110,11 @@ def flat(options: Mapping[str, Any], group: str = "") -> dict[str, Any]:
         key = f"{group}.{name}" if group else str(name)
         found |= flat(value, key) if isinstance(value, Mapping) else {key: value}
     return found
+
+
+def options_of(config: PretrainConfig) -> dict[str, Any]:
+    """A config object as dotted keys, its values as YAML reads them back."""
+    return flat(yaml.safe_load(dump_config(config)))
 
 
 def differences(options: Mapping[str, Any], others: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -14,9 +14,12 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 
+from vit_suite import distributed
 from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.logs import main_process
+from vit_suite.reports.about import write_about
+from vit_suite.reports.report import write_report
 from vit_suite.reports.results import append_result
 from vit_suite.signals import Signals, Stopped
 from vit_suite.training import rundir
@@ -33,6 +36,9 @@ from vit_suite.training.trainer import build_trainer
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone, weights_sha256
 
 log = logging.getLogger("vit_suite")
+
+REPORTED = 300
+"""Test images on the map of the report that a training ends with; `vit-suite report` shows more."""
 
 
 class Run(NamedTuple):
@@ -98,6 +104,8 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals)
     parts.data.plan()  # says now whether the global batch splits over the ranks
     if main:
         rundir.create(cfg)
+        if checkpoint is None:
+            write_about(folder, parts.data.train_source, trainer.world_size)
         remember(trainer.loggers, folder)
         parts.data.quarantine.list_again()
         progress.write("running")
@@ -154,6 +162,19 @@ def record(run: Run, seconds: float) -> None:
     if complete:
         run.trainer.checkpoint_callback.export(run.trainer, method)
     summarize(run, seconds)
+    if run.cfg.run.report:
+        report(run.folder)
+
+
+def report(folder: Path) -> None:
+    """Write `folder/report.html`. A training is done whatever becomes of its report, so a failure is only said."""
+    try:
+        with distributed.apart():
+            path = write_report(folder, images=REPORTED, further=False)
+    except Exception as error:
+        log.warning("no report (%s); `vit-suite report %s` tries again", " ".join(str(error).split())[:200], folder)
+    else:
+        log.info("report: %s", path)
 
 
 def summarize(run: Run, seconds: float) -> None:
