@@ -10,11 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1] / "vit_suite"
 ROAD = [
     "errors",
+    "output",
+    "environment",
     "files",
     "signals",
     "logs",
     "registry",
     "config",
+    "places",
     "recipes",
     "yaml_tree",
     "options",

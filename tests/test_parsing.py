@@ -1,10 +1,20 @@
 """Options from files, command line and Python: precedence, values, and every kind of mistake."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from vit_suite.config import AttentionConfig, DemoConfig, KNNConfig, PretrainConfig
+from vit_suite.config import (
+    METHODS,
+    AttentionConfig,
+    DemoConfig,
+    KNNConfig,
+    LaunchConfig,
+    LinearConfig,
+    LocalizeConfig,
+    PretrainConfig,
+)
 from vit_suite.errors import UserError
 from vit_suite.options import SYNONYMS, Schema
 from vit_suite.parsing import dump_config, load_config
@@ -131,9 +141,12 @@ def test_dump_reads_back(tmp_path, config):
 )
 def test_dump_keeps_odd_text_and_numbers(tmp_path, text):
     config = PretrainConfig()
-    config.run.name, config.optim.lr, config.optim.clip = text, 1 / 3 * 1e-9, 1e22
+    config.run.name, config.optim.lr, config.optim.min_lr, config.optim.clip = text, 1 / 3 * 1e-9, 0.0, 1e22
     assert load_config(write(tmp_path / "c.yaml", dump_config(config))) == config
 
+
+BETAS = "expected list of float (2 of them, at least 0, below 1), got"
+SCALE = "expected list of float (2 of them, least first, 0 to 1), got"
 
 # Mistakes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,9 +167,15 @@ def test_dump_keeps_odd_text_and_numbers(tmp_path, text):
         ("optim:\n  lr: [1]", ":2: optim.lr: expected float (at least 0), got ['1']"),
         ("optim: {lr: .nan}", ":1: optim.lr: expected float (at least 0), got '.nan'"),
         ("optim: {lr: .inf}", ":1: optim.lr: expected float (at least 0), got '.inf'"),
-        ("optim: {betas: 0.9}", ":1: optim.betas: expected list of float (2 of them, 0 to 1), got '0.9'"),
-        ("optim: {betas: [0.9, x]}", ":1: optim.betas: expected list of float (2 of them, 0 to 1), got 'x'"),
-        ("optim: {betas: [0.9, {a: 1}]}", ":1: optim.betas: expected list of float (2 of them, 0 to 1), got {}"),
+        ("optim: {betas: 0.9}", f":1: optim.betas: {BETAS} '0.9'"),
+        (
+            "optim: {betas: [0.9, x]}",
+            f":1: optim.betas: {BETAS} 'x'",
+        ),
+        (
+            "optim: {betas: [0.9, {a: 1}]}",
+            f":1: optim.betas: {BETAS} {{}}",
+        ),
         ("optim: 3", ":1: optim: is a group of options such as optim.lr, not a value"),
         ("optim: [lr]", ":1: optim: is a group of options such as optim.lr, not a value"),
         ("trainer: {max_epochs: 1.5}", ":1: trainer.max_epochs: expected int (at least 1), got '1.5'"),
@@ -203,8 +222,11 @@ def test_mistake_in_a_file(tmp_path, text, message):
         ("--optim 3", "--optim: is a group of options such as optim.lr, not a value"),
         ("--trainer.max_epochs 0", "--trainer.max_epochs: expected int (at least 1), got '0'"),
         ("--views.flip 1.5", "--views.flip: expected float (0 to 1), got '1.5'"),
-        ("--views.global_scale 0.4", "--views.global_scale: expected list of float (2 of them, 0 to 1), got ['0.4']"),
-        ("--method.student_temperature 0", "--method.student_temperature: expected float (above 0), got '0'"),
+        (
+            "--views.global_scale 0.4",
+            f"--views.global_scale: {SCALE} ['0.4']",
+        ),
+        ("--method.student_temperature 0", "--method.student_temperature: expected float (at least 0.001), got '0'"),
         ("--run.overwrite maybe", "--run.overwrite: expected true or false, got 'maybe'"),
         ("--data.workers aut", "--data.workers: expected int or auto (at least 0), got 'aut'. Did you mean 'auto'?"),
         (
@@ -319,3 +341,76 @@ def test_aliases_that_multiply_are_refused_at_once(tmp_path):
 def test_core_tags_are_read_as_written(tmp_path):
     config = load_config(write(tmp_path / "x.yaml", "optim: {lr: !!float 1}\nrun: {name: !!str null}\ndata: !!null x"))
     assert (config.optim.lr, config.run.name, config.data) == (1.0, "null", PretrainConfig().data)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--run.seed 4294967296", "--run.seed: expected int (0 to 4,294,967,295), got '4294967296'"),
+        (
+            "--run.seed 10000000000000000000",
+            "--run.seed: expected int (0 to 4,294,967,295), got '1000",
+        ),
+        ("--trainer.threads 100000", "--trainer.threads: expected int (1 to 1,024), got '100000'"),
+        ("--data.channels 1000000000", "--data.channels: expected int (1 to 1,024), got '1000000000'"),
+        ("--views.global_size 9223372036854775808", "--views.global_size: expected int (1 to 16,384), got"),
+        ("--method.out_dim 9223372036854775808", "--method.out_dim: expected int (1 to 1,048,576), got"),
+        ("--views.local_crops 9223372036854775808", "--views.local_crops: expected int (0 to 1,024), got"),
+        ("--optim.betas 0.9 1.0", f"--optim.betas: {BETAS} '1.0'"),
+        ("--optim.min_lr 0.1", "optim.min_lr: 0.1 is above optim.lr 0.0005, which it ends at; lower it too."),
+        ("--optim.lr 1e-7", "optim.min_lr: 1e-06 is above optim.lr 1e-07"),
+        ("--views.global_scale 1.0 0.4", f"--views.global_scale: {SCALE} ['1.0', '0.4']"),
+        ("--backbone.drop_path 1", "--backbone.drop_path: expected float (at least 0, below 1), got '1'"),
+        ("--method.name sit --method.block_side 0 0.2", "--method.block_side: expected list of float (2 of them, lea"),
+        ("--method.name sit --method.mask_ratio 1", "--method.mask_ratio: expected float (above 0, below 1), got '1'"),
+        ("--run.output=", "--run.output: expected path, got ''"),
+        ("--data.root=", "--data.root: expected path, got ''"),
+        ("--method.name sit --method.drop_type []", "--method.drop_type: expected at least one of noise, zeros, got"),
+    ],
+)
+def test_value_beyond_the_limits(words, message):
+    assert error_of(load_config, None, words.split()).startswith(message)
+
+
+@pytest.mark.parametrize("option", ["shots", "lr", "blocks", "pool"])
+def test_empty_list_is_refused(option):
+    said = error_of(load_config, None, ["--checkpoint", "c", f"--{option}", "[]"], LinearConfig)
+    assert said.startswith(f"--{option}: expected at least one ") and said.endswith(", got nothing")
+
+
+def test_every_number_has_a_largest_value():
+    free = {"optim.clip"}
+    for cls in (PretrainConfig, KNNConfig, LinearConfig, AttentionConfig, LocalizeConfig, LaunchConfig, DemoConfig):
+        for method in METHODS:
+            for key, option in Schema(cls, {"method.name": method}).options.items():
+                kinds = {option.hint, option.item_hint, *get_args(option.hint)}
+                if kinds & {int, float} and key not in free:
+                    with pytest.raises(ValueError):
+                        option.convert([10**30] * 2 if option.is_list else 10**30)
+
+
+def test_messages_quote_80_characters():
+    digits, word = "9" * 5000, "x" * 5000
+    for words in (
+        ["--run.seed", digits],
+        ["--trainer.precision", word],
+        ["--optim.lr", "1", word],
+        [f"--{word}", "1"],
+        [f"--optim.{word}", "1"],
+        [word],
+        ["--optim.betas", digits, word],
+    ):
+        assert len(error_of(load_config, None, words)) < 300
+    assert "(5,000 characters)" in error_of(load_config, None, ["--run.seed", digits])
+    assert "a number of 5,001 digits" in error_of(load_config, None, {"run.seed": 10**5000})
+    assert len(error_of(load_config, None, {word: 1})) < 300
+
+
+def test_home_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    words = ["--run.output", "~/runs/x", "--data.root=~/data", "--start", "~/w"]
+    config = load_config(None, words)
+    assert (config.run.output, config.data.root) == ("/home/ada/runs/x", "/home/ada/data")
+    assert config.start == "/home/ada/w"
+    scores = load_config(None, ["--checkpoint", "~/c", "--output", "~/r.json"], KNNConfig)
+    assert (scores.checkpoint, scores.output) == ("/home/ada/c", "/home/ada/r.json")

@@ -12,6 +12,10 @@ from __future__ import annotations
 import os
 import sys
 from collections import namedtuple
+from typing import Any
+
+from vit_suite.errors import short
+from vit_suite.output import patient_output
 
 Command = namedtuple("Command", "help config run words", defaults=[""])
 """One line of help; "module:Class" of the options; "module:function" that takes an object of that class; the option
@@ -81,6 +85,15 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (sys.argv without one); returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    with patient_output() as out:
+        status = _answer(argv)
+        out.flush()
+    if out.error and not status:
+        return _complain(f"error: the output could not be shown: {out.error.strerror}", 1)
+    return status
+
+
+def _answer(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         return _say(overview())
     if argv[0] in ("-V", "--version"):
@@ -107,12 +120,16 @@ def _run(argv: list[str]) -> int:
             words = [f"--{command.words}", *words]
         if "--help" in words or "-h" in words:
             return _say(command_help(argv[0], config_class, [word for word in words if word not in ("--help", "-h")]))
+        from vit_suite.environment import check_environment
         from vit_suite.parsing import dump_config, load_config
+        from vit_suite.places import check_places
 
+        check_environment()
         show = {"--print_config", "--print-config"}
         config = load_config(None, [word for word in words if word not in show], config_class)
         if show.intersection(words):
             return _say(dump_config(config).rstrip())
+        check_places(config, lambda key: _unused(argv[0], config, key))
         _load(command.run)(config)
         return 0
     except UserError as error:
@@ -130,6 +147,8 @@ def _run(argv: list[str]) -> int:
             return _complain("terminated before the end", 143)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and (refusal := _refusal(error)):
+            return _complain(f"error: {refusal}", 2)
         log = _write_log(argv, config)
         return _complain(f"error: {_cause(error)} (traceback: {log})", 1)
 
@@ -144,6 +163,16 @@ def _find(name: str) -> Command:
     return COMMANDS[name]
 
 
+def _unused(command: str, config: Any, key: str) -> bool:
+    """Whether this command line neither reads nor writes what the option `key` names."""
+    if command == "profile":
+        return key == "run.output"
+    if command == "launch":  # data and weights may lie where the nodes alone see them
+        used = ["status"] if config.status is not None else ["sweep"] if config.dry_run else ["sweep", "run.output"]
+        return key not in used
+    return False
+
+
 def _load(place: str):
     from importlib import import_module
 
@@ -156,16 +185,25 @@ def _load(place: str):
 
 
 def _say(text: str) -> int:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; point stdout elsewhere, or Python complains again when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(text, flush=True)
     return 0
 
 
 def _complain(text: str, status: int) -> int:
     print(f"vit-suite: {text}", file=sys.stderr, flush=True)
     return status
+
+
+def _refusal(error: OSError) -> str | None:
+    """The sentence for a file that the system did not let us have; None for another fault."""
+    import errno
+
+    from vit_suite.places import reason
+
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG) or error.filename is None:
+        return None
+    advice = "give a shorter one" if error.errno == errno.ENAMETOOLONG else "name another, or ask its owner for access"
+    return f"'{short(str(error.filename))}': {reason(error)}; {advice}."
 
 
 def _one_line(error: BaseException) -> str:

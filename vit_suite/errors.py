@@ -8,6 +8,7 @@ of ours: status 1.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -15,9 +16,30 @@ class UserError(ValueError):
     """The input is wrong; the message is shown to the user as it stands, without a traceback."""
 
 
+QUOTED = 80
+"""Most characters of a user's value that a message repeats."""
+
+
+def short(text: str) -> str:
+    """A name or a word as a message shows it: at most 80 characters of it."""
+    return text if len(text) <= QUOTED else text[: QUOTED - 3] + "..."
+
+
+def quote(value: object) -> str:
+    """`repr(value)`, of a long one the first characters and how many there are."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= QUOTED else f"{value[:60]!r}... ({len(value):,} characters)"
+    if isinstance(value, int) and abs(value) >= 10**QUOTED:  # Python refuses to spell one of 4,300 digits
+        return f"a number of {math.ceil(value.bit_length() * math.log10(2)):,} digits"
+    try:
+        return short(repr(value))
+    except Exception:  # an object from Python whose repr fails
+        return f"a {type(value).__name__}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest of `known`, or an empty string when none is close."""
-    match = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    match = difflib.get_close_matches(short(str(word)), [str(name) for name in known], n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else ""
 
 
@@ -25,4 +47,4 @@ def unknown_name(kind: str, word: str, known: Iterable[str], shown: int = 20) ->
     """The error for a name that is not in a registry: kind, word, nearest valid name, and the (first) valid names."""
     names = list(known)
     listed = ", ".join(names[:shown]) + (f" ... ({len(names)} in all)" if len(names) > shown else "")
-    return UserError(f"unknown {kind} '{word}'.{nearest(word, names)} Known: {listed}.")
+    return UserError(f"unknown {kind} '{short(word)}'.{nearest(word, names)} Known: {listed}.")

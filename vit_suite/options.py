@@ -11,13 +11,17 @@ import dataclasses
 import functools
 import math
 import numbers
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vit_suite.config import Range
+from vit_suite.config.limits import Place, Range
+from vit_suite.errors import UserError, short
 from vit_suite.yaml_tree import plain, read_tree
+
+T = TypeVar("T")
 
 REQUIRED = dataclasses.MISSING
 
@@ -60,10 +64,17 @@ class Option(NamedTuple):
     hint: Any  # its type, without limits
     limits: tuple[Range, ...]
     default: Any  # or REQUIRED
+    place: Place | None = None  # what it names on the disk
+
+    @property
+    def item_hint(self) -> Any:
+        """The type of a list's items; None when the option is no list."""
+        lists = (hint for hint in (self.hint, *get_args(self.hint)) if get_origin(hint) is list)
+        return next((get_args(hint)[0] for hint in lists), None)
 
     @property
     def is_list(self) -> bool:
-        return any(get_origin(inner) is list for inner in (self.hint, *get_args(self.hint)))
+        return self.item_hint is not None
 
     @property
     def is_switch(self) -> bool:
@@ -78,13 +89,26 @@ class Option(NamedTuple):
     def type_name(self) -> str:
         """The type in words, with its limits: `int (at least 1)`, `one of cpu, gpu`, `list of float (2 of them, 0 to
         1)`."""
-        limits = ", ".join(map(str, self.limits))
-        return f"{_spell(self.hint)} ({limits})" if limits else _spell(self.hint)
+        return self._type_name()
+
+    def expected(self, wrong: Any) -> str:
+        """The same for the message about a wrong value, or a wrong item of a list: of too large a number the largest
+        that is allowed, too."""
+        if self.is_list and wrong in ([], ()):
+            return f"at least one {_spell(self.item_hint)}".replace("one one", "one")
+        return self._type_name(ceiling=any(_exceeds(wrong, limit.ceiling) for limit in self.limits))
+
+    def _type_name(self, ceiling: bool = False) -> str:
+        limits = ", ".join(limit.words(ceiling) for limit in self.limits)
+        name = "path" if self.place else _spell(self.hint)
+        return f"{name} ({limits})" if limits else name
 
     def convert(self, value: Any) -> Any:
         """`value` (text, None, a list of text, or a Python object) in the type of the option; ValueError where it does
         not fit."""
         value = convert(self.hint, value)
+        if self.place and value is not None:
+            value = [_path(item) for item in value] if isinstance(value, list) else _path(value)
         decimals = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, float)]
         if not all(map(math.isfinite, decimals)) or not all(limit.holds(value) for limit in self.limits):
             raise ValueError(value)
@@ -92,12 +116,15 @@ class Option(NamedTuple):
 
     def culprit(self, value: Any) -> Any:
         """What to show of a value that does not convert: of a list its first item that is wrong in itself."""
-        if self.is_list and isinstance(value, (list, tuple)):
-            inner = next(get_args(inner)[0] for inner in (self.hint, *get_args(self.hint)) if get_origin(inner) is list)
+        if self.is_list:
+            try:
+                value = _items(value)
+            except ValueError:
+                return value
             limits = tuple(limit for limit in self.limits if limit.length is None)
             for item in value:
                 try:
-                    self._replace(hint=inner, limits=limits).convert(item)
+                    self._replace(hint=self.item_hint, limits=limits).convert(item)
                 except ValueError:
                     return item
         return value
@@ -133,19 +160,31 @@ class Schema:
             elif dataclasses.is_dataclass(hint):
                 self._add(key, hint, None if default is REQUIRED else default, chosen)
             else:
-                self.options[key] = Option(key, hint, tuple(_limits(limited[field.name])), default)
+                self.options[key] = Option(
+                    key,
+                    hint,
+                    tuple(_extras(limited[field.name], Range)),
+                    default,
+                    next(_extras(limited[field.name], Place), None),
+                )
 
     def build(self, values: Mapping[str, Any], group: str = "") -> Any:
-        """The config object from a value for every option."""
+        """The config object from a value for every option. UserError where a class finds that its values contradict
+        each other: its method `problem` returns a sentence that begins with the name of an option, or None."""
         keys = {field.name: join(group, field.name) for field in dataclasses.fields(self.groups[group])}
-        return self.groups[group](
+        config = self.groups[group](
             **{name: self.build(values, key) if key in self.groups else values[key] for name, key in keys.items()}
         )
+        if problem := getattr(config, "problem", lambda: None)():
+            raise UserError(join(group, problem))
+        return config
 
     def suggest(self, key: str, prefix: str = "") -> str:
         """`" Did you mean 'optim.lr'?"` for the option closest to a wrong key; the groups there are when none is
         close."""
         from difflib import SequenceMatcher
+
+        key = short(key)  # comparing takes time in proportion to the length
 
         def likeness(known: str) -> float:
             """The last word counts most: it may stand in the wrong group, and many options share a group."""
@@ -174,11 +213,25 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _limits(hint: Any) -> Iterator[Range]:
-    """Every Range in an annotation, however deep: `list[Annotated[float, Range(0, 1)]] | None`."""
-    yield from (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range))
+def _extras(hint: Any, kind: type[T]) -> Iterator[T]:
+    """Every Range, or Place, in an annotation, however deep: `list[Annotated[float, Range(0, 1)]] | None`."""
+    yield from (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, kind))
     for inner in get_args(hint):
-        yield from _limits(inner)
+        yield from _extras(inner, kind)
+
+
+def _path(text: str) -> str:
+    """`~/runs` -> `/home/ada/runs`, `~ada/runs` too. ValueError for what cannot be a path."""
+    if not text.strip() or "\0" in text:
+        raise ValueError(text)
+    return os.path.expanduser(text)
+
+
+def _exceeds(value: Any, ceiling: float) -> bool:
+    """Whether a value, written or not, is a number above `ceiling`."""
+    if isinstance(value, str) and (WHOLE_NUMBER.fullmatch(value) or DECIMAL_NUMBER.fullmatch(value)):
+        value = float(value)
+    return isinstance(value, numbers.Real) and value > ceiling
 
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
@@ -206,7 +259,9 @@ def convert(hint: Any, value: Any) -> Any:
                 return choice
         raise ValueError(value)
     if origin is list:
-        return [convert(inner[0], item) for item in _items(value)]
+        if not (items := _items(value)):
+            raise ValueError(value)
+        return [convert(inner[0], item) for item in items]
     return _convert_scalar(hint, value)
 
 
@@ -248,7 +303,10 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
             if len(text) <= MOST_DIGITS and pattern.fullmatch(text):
                 return hint(text)
         elif isinstance(value, numbers.Integral if hint is int else numbers.Real):
-            return hint(value)
+            try:
+                return hint(value)
+            except OverflowError:  # an int of 309 digits as float
+                pass
     raise ValueError(value)
 
 

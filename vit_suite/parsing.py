@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_suite.config import VERSION, PretrainConfig
-from vit_suite.errors import UserError, nearest
+from vit_suite.errors import UserError, nearest, quote, short
 from vit_suite.options import REQUIRED, Option, Schema, join
 from vit_suite.recipes import config_file
 from vit_suite.yaml_tree import MOST_BYTES, Node, YAMLProblem, plain, read_tree
@@ -97,10 +97,10 @@ def _convert(option: Option, item: Given) -> Any:
     try:
         return option.convert(value)
     except ValueError:
-        value = option.culprit(value)
-        got = "nothing" if value is None else repr(value)
-        hint = nearest(value, option.choices) if isinstance(value, str) else ""
-        raise UserError(f"{item.where}: expected {option.type_name}, got {got}{hint and '.' + hint}") from None
+        wrong = option.culprit(value)
+        got = "nothing" if wrong is None or wrong == [] else quote(wrong)
+        hint = nearest(wrong, option.choices) if isinstance(wrong, str) else ""
+        raise UserError(f"{item.where}: expected {option.expected(wrong)}, got {got}{hint and '.' + hint}") from None
 
 
 def _join(option: Option, item: Given) -> Any:
@@ -114,7 +114,7 @@ def _join(option: Option, item: Given) -> Any:
     if option.is_list and not (len(words) == 1 and (words[0] == "null" or words[0].startswith("["))):
         return words
     if len(words) > 1:
-        raise UserError(f"unexpected argument '{words[1]}' after {item.where} {words[0]}")
+        raise UserError(f"unexpected argument '{short(words[1])}' after {item.where} {short(words[0])}")
     return words[0]
 
 
@@ -131,9 +131,9 @@ def read_arguments(words: Sequence[str]) -> tuple[list[str], dict[str, Given]]:
             if key == "config":
                 configs.append(values)
             else:
-                given[key] = Given(values, f"--{key}", f"unknown option '--{name}'.", argument=True)
+                given[key] = Given(values, f"--{short(key)}", f"unknown option '--{short(name)}'.", argument=True)
         elif values is None:
-            raise UserError(f"unexpected argument '{word}'; options look like --data.root DIR")
+            raise UserError(f"unexpected argument '{short(word)}'; options look like --data.root DIR")
         else:
             values.append(word)
     if not all(configs):
@@ -150,7 +150,9 @@ def read_mapping(values: Mapping[str, Any], group: str = "") -> dict[str, Given]
             given |= read_mapping(value, key)
         else:
             given[key] = Given(
-                os.fspath(value) if isinstance(value, os.PathLike) else value, key, f"unknown key '{key}'."
+                os.fspath(value) if isinstance(value, os.PathLike) else value,
+                short(key),
+                f"unknown key '{short(key)}'.",
             )
     return given
 
@@ -212,9 +214,9 @@ def _collect(root: Node, group: str, path: Path, given: dict[str, Given]) -> Non
             raise UserError(f"{where}: expected a key, got a {name.kind}")
         key = join(group, name.text)
         if key in seen or key in given:
-            raise UserError(f"{where}: key '{key}' stands twice")
+            raise UserError(f"{where}: key '{short(key)}' stands twice")
         seen.add(key)
         if value.kind == "mapping":
             _collect(value, key, path, given)
         else:
-            given[key] = Given(plain(value), f"{where}: {key}", f"{where}: unknown key '{key}'.")
+            given[key] = Given(plain(value), f"{where}: {short(key)}", f"{where}: unknown key '{short(key)}'.")

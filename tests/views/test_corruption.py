@@ -315,7 +315,7 @@ def test_recolored_blocks():
                     torch.testing.assert_close(after[channel], before[channel] * gain + shift, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("ratio", "count"), [(0.15, 10), (0.75, 48), (0.0, 1), (1.0, 64)])
+@pytest.mark.parametrize(("ratio", "count"), [(0.15, 10), (0.75, 48), (0.01, 1), (0.99, 63)])
 def test_mask_hides_an_exact_number_of_patches(ratio, count):
     x = ramp(2, 300)
     made = corrupt(dataclasses.replace(MASK, mask_ratio=ratio), x, alone(300), 4)
@@ -325,6 +325,12 @@ def test_mask_hides_an_exact_number_of_patches(ratio, count):
     assert torch.equal(cells, made.hidden.view(2, 300, 8, 1, 8, 1).expand_as(cells))
     share = made.hidden.double().mean((0, 1))  # every patch as often as every other
     assert (share - count / 64).abs().max() < 4.5 * math.sqrt(count / 64 * (1 - count / 64) / 600) + 1e-9
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.0, "none"), (0.007, "none"), (0.999, "all"), (1.0, "all")])
+def test_mask_that_hides_no_patch_or_every_patch_is_refused(ratio, said):
+    with pytest.raises(UserError, match=rf"method.mask_ratio: {ratio:g} of 64 patches hides {said} of them"):
+        corrupt(dataclasses.replace(MASK, mask_ratio=ratio), ramp(2, 4), alone(4), 4)
 
 
 def test_berts_rule_hides_replaces_and_keeps():

@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vit_suite.config.data import ImagesConfig
-from vit_suite.config.limits import Count, Positive, Range, Share, Whole
+from vit_suite.config.limits import (
+    Batch,
+    Checkpoint,
+    EpochsOrNone,
+    Input,
+    OutputFolder,
+    PositiveShare,
+    Processes,
+    Range,
+    Seed,
+    Side,
+    Width,
+)
 
 
 @dataclass
@@ -15,13 +27,13 @@ class AttentionConfig:
 
     Started by torchrun or srun, the processes share the images; the files are those of one process."""
 
-    checkpoint: str
+    checkpoint: Checkpoint
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
-    images: str | None = None
+    images: Input | None = None
     """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of
     data.name to score."""
     data: ImagesConfig = field(default_factory=lambda: ImagesConfig(name=""))
-    output: str = "attention"
+    output: OutputFolder = "attention"
     """Folder the files are written to, in the tree of `images` (SPLIT/INDEX for a data set), listed in its
     manifest.csv."""
     formats: list[Literal["png", "overlay", "mask", "labels", "npz", "coco", "gif", "mp4"]] = field(
@@ -33,38 +45,38 @@ class AttentionConfig:
     maps: list[Literal["heads", "mean", "max", "rollout"]] = field(default_factory=lambda: ["heads", "mean"])
     """Each head of the last block, their mean, their max (each head at mass 1), the rollout over all blocks (arXiv
     2005.00928)."""
-    threshold: Share = 0.6
+    threshold: PositiveShare = 0.6
     """Share of the attention's mass that a mask keeps."""
-    clip_artifacts: Annotated[float, Range(above=1)] | None = None
+    clip_artifacts: Annotated[float, Range(above=1, ceiling=1_000_000)] | None = None
     """Patches whose token after the last block is longer than so many times the image's median (artifacts of networks
     without registers, arXiv 2309.16588; 2 is a good start) get the median of their neighbours in every map; nothing is
     clipped when not given."""
-    resize: Count | None = None
+    resize: Side | None = None
     """Shorter side in pixels an image is resized to before the backbone; its own size when not given."""
-    max_tokens: Count = 4096
+    max_tokens: Width = 4096
     """Larger images are shrunk until they have at most so many patches."""
-    batch_size: Count = 16
+    batch_size: Batch = 16
     """Images in a forward pass; only images of one size share one."""
     upsample: Literal["nearest", "bilinear", "guided"] = "nearest"
     """From patches to pixels: nearest is the DINO release's; guided draws the bilinear map to the image's edges (He et
     al. 2010)."""
-    guided_radius: Count | None = None
+    guided_radius: Side | None = None
     """Window radius of `guided` in pixels; the side of a patch in the image when not given."""
-    guided_eps: Positive = 1e-3
+    guided_eps: Annotated[float, Range(above=0, ceiling=1000)] = 1e-3
     """Variance of the brightness (0..1) below which a window of `guided` counts as flat."""
-    fps: Positive | None = None
+    fps: Annotated[float, Range(above=0, ceiling=1000)] | None = None
     """Frames a second of gif and mp4; the video's own, or 10 for images, when not given."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the forward pass; auto = bf16 where the hardware multiplies it natively. The softmax is fp32."""
-    workers: Count | None = None
+    workers: Processes | None = None
     """Threads that decode, compute, draw and write, each its own images; the process's cores, at most 8, when not
     given."""
     gallery: bool = False
     """Also write index.html: all images in one page that works from disk, with a slider for the threshold (adds npz to
     the formats)."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Of generated data, and of the draw behind data.test_length."""
     overwrite: bool = False
     """Replace files that stand in `output`."""
@@ -74,8 +86,8 @@ class AttentionConfig:
 class SnapshotConfig:
     """Attention on the same images every few epochs, in RUN/snapshots: one watches it emerge."""
 
-    every_epochs: Whole = 0
+    every_epochs: EpochsOrNone = 0
     """Epochs between two pictures; one is drawn before training and one at the end too, then all side by side. 0 turns
     them off."""
-    images: Count = 8
+    images: Annotated[int, Range(1, ceiling=1024)] = 8
     """Scored images that are drawn, class by class."""

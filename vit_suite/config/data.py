@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from vit_suite.config.limits import Count, NotNegative, Positive, Share, Whole
+from vit_suite.config.limits import Batch, Channels, Count, DataRoot, Gigabytes, Range, Share, Side
 
 
 @dataclass
@@ -15,9 +15,9 @@ class ImagesConfig:
     name: str = "cifar10"
     """Data set: cifar10 cifar100 stl10 flowers102 food101 oxford_pets imagenet tiny_imagenet folder flat list shards
     shapes."""
-    root: str | None = None
+    root: DataRoot | None = None
     """Folder of the data (or list file, or pattern of shards); $VIT_SUITE_DATA when not given."""
-    image_size: Count | None = None
+    image_size: Side | None = None
     """Side in pixels of generated images (`shapes`); files keep their own size."""
     test_split: str | None = None
     """Split that is scored or shown; the data set's own (test, else val) when not given."""
@@ -49,17 +49,17 @@ class ScoreDataConfig(LocalizeDataConfig):
     length: Count | None = None
     """Use at most this many training images, drawn class by class with the seed; for `shapes` how many are
     generated."""
-    workers: Whole | Literal["auto"] = "auto"
+    workers: Annotated[int, Range(0, ceiling=1024)] | Literal["auto"] = "auto"
     """Images decoded at a time on a rank: by threads for scores, by processes in training. auto = 0 for images held in
     memory, else the cores of this rank, at most 8."""
     resident: bool | Literal["auto"] = "auto"
     """Hold the decoded set in memory as uint8; auto = when all images have one size and fit in data.memory_gb."""
-    memory_gb: NotNegative = 4.0
+    memory_gb: Gigabytes = 4.0
     """Limit in GiB for a resident set."""
     mean: list[Share] | None = None
     """Channel means in 0..1 that views subtract; the data set's published ones (ImageNet's for files) when not given.
     Scores take those of the checkpoint; these are for raw pixels, and for channels that no published ones fit."""
-    std: list[Positive] | None = None
+    std: list[Annotated[float, Range(1e-6, 1)]] | None = None
     """Channel standard deviations in 0..1; as for mean."""
 
 
@@ -67,9 +67,9 @@ class ScoreDataConfig(LocalizeDataConfig):
 class DataConfig(ScoreDataConfig):
     """A set to train on, and how its batches are made."""
 
-    batch_size: Count = 256
+    batch_size: Batch = 256
     """GLOBAL batch: images an optimizer step sees, over all ranks and accumulation steps."""
-    channels: Count = 3
+    channels: Channels = 3
     """Channels an image is converted to: 1 (gray), 3 (RGB) or N (files read as they are, which must have N)."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """Where JPEG files are decoded: by the workers, or together on the GPU, where workers only read them (and decode

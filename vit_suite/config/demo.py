@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from vit_suite.config.limits import Count, Positive, Whole
+from vit_suite.config.limits import Epochs, Minutes, OutputFolder, Range, Seed
 
 
 @dataclass
 class DemoConfig:
     """Everything once, offline: generated images, a small ViT, DINO, kNN and attention masks."""
 
-    output: str = "demo"
+    output: OutputFolder = "demo"
     """Run directory."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Seed of the images, the weights and the views."""
-    images: Count = 4000
+    images: Annotated[int, Range(1, ceiling=1_000_000)] = 4000
     """Generated training images."""
-    test_images: Count = 1000
+    test_images: Annotated[int, Range(1, ceiling=1_000_000)] = 1000
     """Generated images that are scored."""
-    epochs: Count = 20
+    epochs: Epochs = 20
     """Passes over the training images."""
-    minutes: Positive = 2.5
+    minutes: Minutes = 2.5
     """Stop training after so many minutes, wherever it stands."""
     progress: bool = True
     """Show a progress bar."""

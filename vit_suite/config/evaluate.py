@@ -6,25 +6,37 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vit_suite.config.data import ScoreDataConfig
-from vit_suite.config.limits import Count, Positive, Range, Whole
+from vit_suite.config.limits import (
+    Batch,
+    Checkpoint,
+    Count,
+    Depth,
+    Epochs,
+    OutputFile,
+    Range,
+    Seed,
+    Side,
+    Temperature,
+    Width,
+)
 
 
 @dataclass
 class ScoreConfig:
     """What every score of a frozen backbone shares."""
 
-    checkpoint: str
+    checkpoint: Checkpoint
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
-    batch_size: Count = 256
+    batch_size: Batch = 256
     """Images in a forward pass; for linear also in an optimizer step of the heads."""
-    image_size: Count | None = None
+    image_size: Side | None = None
     """Side in pixels of the center crop; the one stored with the weights when not given."""
     shots: list[Count] | None = None
     """Few-shot: use only so many labeled images of each class (1 5 10: one score each) instead of all."""
-    draws: Count = 5
+    draws: Annotated[int, Range(1, ceiling=1000)] = 5
     """Few-shot: so many random choices of those images; mean and standard deviation over them are shown."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Seed of few-shot draws, held-out images, heads and their batches; of generated data; of the draw behind
     data.length."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -34,7 +46,7 @@ class ScoreConfig:
     fp32."""
     baselines: bool = False
     """Also score the same backbone untrained, and raw pixels: what the number is read beside."""
-    output: str | None = None
+    output: OutputFile | None = None
     """File the scores are appended to; results.json in the run directory when the checkpoint is one, else in this
     folder."""
 
@@ -45,7 +57,7 @@ class KNNConfig(ScoreConfig):
 
     k: list[Count] = field(default_factory=lambda: [10, 20, 100, 200])
     """Neighbours; one score each."""
-    temperature: Positive = 0.07
+    temperature: Temperature = 0.07
     """Temperature of the vote, exp(similarity / temperature)."""
 
 
@@ -61,9 +73,9 @@ class LinearConfig(ScoreConfig):
     pooling, 30 epochs; dino = the paper's: 1e-3, CLS of 4 blocks (dim 768 and wider: of 1 block, with the mean of the
     patches), augmented, 100 epochs; sit = the first version's: AdamW 5e-4, a head on each of its two tokens, augmented,
     501 epochs."""
-    lr: list[Positive] | None = None
+    lr: list[Annotated[float, Range(above=0, ceiling=1000)]] | None = None
     """Learning rates for a batch of 256, scaled by batch_size / 256; a head each."""
-    blocks: list[Count] | None = None
+    blocks: list[Depth] | None = None
     """How many of the last blocks a head sees; a head each."""
     pool: list[Literal["cls", "mean", "cls_mean", "tokens"]] | None = None
     """What a head sees: cls = the CLS token of each of those blocks; mean = the mean patch token of each; cls_mean =
@@ -71,9 +83,9 @@ class LinearConfig(ScoreConfig):
     logits averaged (SiT). All that the backbone has when not given."""
     head: Literal["linear", "mlp"] = "linear"
     """linear, or two layers with tanh between them (SiT)."""
-    hidden_dim: Count = 1024
+    hidden_dim: Width = 1024
     """Width of the hidden layer of `mlp`."""
-    epochs: Count | None = None
+    epochs: Epochs | None = None
     """Passes over the training images; the learning rate falls to 0 along half a cosine."""
     augment: bool | None = None
     """Crop and flip training images at random, anew each epoch: a forward pass an epoch instead of one in all."""
@@ -82,5 +94,5 @@ class LinearConfig(ScoreConfig):
     choose."""
     shot_steps: Count = 500
     """Few-shot: optimizer steps instead of epochs, which would be one or two batches each."""
-    memory_gb: Positive = 8.0
+    memory_gb: Annotated[float, Range(above=0, ceiling=1_000_000)] = 8.0
     """Limit in GiB for the features that are kept (16 bits a number)."""

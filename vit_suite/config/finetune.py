@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vit_suite.config.data import DataConfig
-from vit_suite.config.limits import Count
+from vit_suite.config.limits import Checkpoint, Side
 from vit_suite.config.shared import (
     BackboneConfig,
     EvaluateConfig,
@@ -21,7 +21,7 @@ from vit_suite.config.supervised import SupervisedConfig, SupervisedOptimConfig,
 class FinetuneViewsConfig(SupervisedViewsConfig):
     """One view of an image: crop, flip, RandAugment or color jitter, erasing."""
 
-    global_size: Count | None = None
+    global_size: Side | None = None
     """Side in pixels of a view; the checkpoint's when not given. Position embeddings are resized once to another."""
 
 
@@ -31,7 +31,7 @@ class FinetuneConfig:
     ViT-B, and the layer decay its paper's (He et al. 2021, arXiv 2111.06377). Of `backbone` only drop_path is free: the
     checkpoint decides the rest."""
 
-    checkpoint: str
+    checkpoint: Checkpoint
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
     method: SupervisedConfig = field(default_factory=lambda: SupervisedConfig(ema=0.0))
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from vit_suite.config.limits import Count, Range, Whole
+from vit_suite.config.limits import Count, Input, Nodes, Processes, Range, Seed
 from vit_suite.config.pretrain import PretrainConfig
 
 
@@ -15,13 +15,13 @@ class LaunchConfig(PretrainConfig):
     the launcher have no group; both may stand in YAML, also in two files (`--config recipe.yaml cluster.yaml`). The job
     saves and queues again before its time is up and when it is pre-empted, and goes on where it was."""
 
-    nodes: Count = 1
+    nodes: Nodes = 1
     """Machines; becomes trainer.nodes."""
-    gpus_per_node: Whole = 1
+    gpus_per_node: Annotated[int, Range(0, ceiling=1024)] = 1
     """GPUs of a machine, a process each; becomes trainer.devices. 0 = train on CPUs."""
-    tasks_per_node: Count | None = None
+    tasks_per_node: Processes | None = None
     """Processes on a machine when gpus_per_node is 0; 1 when not given."""
-    cpus_per_task: Count | None = None
+    cpus_per_task: Processes | None = None
     """Cores of a process, for its threads and its data.workers; what the cluster gives when not given."""
     mem: str | None = None
     """Memory of a machine as sbatch spells it: 64G; what the cluster gives when not given."""
@@ -51,15 +51,15 @@ class LaunchConfig(PretrainConfig):
     """Words before the training's command that run it in a container: `apptainer exec --nv IMAGE`."""
     python: str | None = None
     """Python interpreter of the job; the one that runs this command when not given, in a container `python`."""
-    seeds: list[Whole] | None = None
+    seeds: list[Seed] | None = None
     """A job array with a run for each run.seed of the list, in OUTPUT/seedN."""
-    sweep: str | None = None
+    sweep: Input | None = None
     """A job array with a run for each entry of this YAML file (a list of options), in OUTPUT/000 and so on; with seeds,
     for all pairs."""
     at_once: Count | None = None
     """Most runs of an array at one time."""
     dry_run: bool = False
     """Check the options and print the script; write and submit nothing."""
-    status: str | None = None
+    status: Input | None = None
     """Say how the run in this directory is: queued, running (where it is), pre-empted, done or failed. Every other
     option is ignored."""

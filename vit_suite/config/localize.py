@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 from vit_suite.config.data import LocalizeDataConfig
-from vit_suite.config.limits import Count, Range, Whole
+from vit_suite.config.limits import Batch, Checkpoint, Input, OutputFile, PositiveShare, Seed, Side, Width
 
 
 @dataclass
@@ -15,12 +15,12 @@ class LocalizeConfig:
     pointing game against boxes. Truth is a folder or file beside `images`, or comes with a data set (data.name
     tiny_imagenet or shapes)."""
 
-    checkpoint: str
+    checkpoint: Checkpoint
     """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
-    images: str | None = None
+    images: Input | None = None
     """Folder of images (searched through), with `truth`; without it the split of data.name to score (tiny_imagenet,
     shapes)."""
-    truth: str | None = None
+    truth: Input | None = None
     """Where their objects are: a folder of masks or of VOC XML, a COCO .json, or lines `name [WNID] x0 y0 x1 y1`
     (.txt)."""
     mask_values: Literal["auto", "index", "gray"] = "auto"
@@ -32,21 +32,21 @@ class LocalizeConfig:
     )
     """attention = the CLS token's, each head and their mean; lost, tokencut = from the last block's keys (no CLS token
     needed)."""
-    threshold: list[Annotated[float, Range(above=0, most=1)]] = field(default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8])
+    threshold: list[PositiveShare] = field(default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8])
     """Shares of the attention's mass that masks keep; one of them is chosen on images that are not scored."""
-    image_size: Count | Literal["own"] = "own"
+    image_size: Side | Literal["own"] = "own"
     """Shorter side in pixels that the backbone sees; own = each image's."""
-    max_tokens: Count = 4096
+    max_tokens: Width = 4096
     """Larger images are shrunk until they have at most so many patches."""
-    batch_size: Count = 64
+    batch_size: Batch = 64
     """Images in a forward pass; only images of one size share one."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Of the halves (one chooses thresholds and heads, the other is scored), the untrained backbone, and generated
     data."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the forward pass; auto = bf16 where the hardware multiplies it natively."""
-    output: str | None = None
+    output: OutputFile | None = None
     """File the scores are appended to; results.json in the run directory when the checkpoint is one, else in this
     folder."""

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+from vit_suite.config.limits import (
+    DecimalEpochs,
+    Depth,
+    EpochsOrNone,
+    Norm,
+    Pair,
+    PositiveShare,
+    Range,
+    Rate,
+    Share,
+    TokenWidth,
+)
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import CropConfig
 
@@ -19,25 +30,25 @@ class MAEConfig:
 
     name: Literal["mae"] = "mae"
     """Method."""
-    mask_ratio: Annotated[float, Range(above=0, most=1)] = 0.75
+    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.75
     """Share of the patches that the encoder does not see."""
     decoder: Literal["self", "cross"] = "self"
     """self = transformer blocks over all patches (MAE); cross = hidden patches look at visible ones by cross-attention
     alone (CrossMAE)."""
-    predict_ratio: Annotated[float, Range(above=0, most=1)] | None = None
+    predict_ratio: PositiveShare | None = None
     """Share of ALL patches that the cross decoder predicts, at most method.mask_ratio (CrossMAE: 0.25 to 0.75); all
     hidden ones when not given."""
-    decoder_dim: Count = 512
+    decoder_dim: TokenWidth = 512
     """Width of the decoder."""
-    decoder_depth: Count = 8
+    decoder_depth: Depth = 8
     """Blocks of the decoder (CrossMAE: 12)."""
-    decoder_heads: Count = 16
+    decoder_heads: Depth = 16
     """Attention heads of the decoder."""
-    decoder_mlp_ratio: Positive = 4.0
+    decoder_mlp_ratio: Annotated[float, Range(above=0, ceiling=64)] = 4.0
     """Hidden width of a decoder block's MLP over decoder_dim."""
     norm_pix_loss: bool = True
     """Predict the pixels of a patch less their mean, over their standard deviation (the paper's better results)."""
-    sheet_every_epochs: Whole = 1
+    sheet_every_epochs: EpochsOrNone = 1
     """Epochs between two sheets of clean, masked and reconstructed images in RUN/reconstructions; 0 draws none."""
 
 
@@ -63,17 +74,17 @@ class MAEViewsConfig(CropConfig):
 class MAEOptimConfig(OptimConfig):
     """AdamW as MAE has it."""
 
-    lr: NotNegative = 1.5e-4
+    lr: Rate = 1.5e-4
     """Peak learning rate for a global batch of 256; scaled by batch / 256."""
-    min_lr: NotNegative = 0.0
+    min_lr: Rate = 0.0
     """Learning rate that the cosine approaches (not scaled)."""
-    warmup_epochs: NotNegative = 40
+    warmup_epochs: DecimalEpochs = 40
     """Epochs of linear warm-up from 0."""
-    weight_decay: NotNegative = 0.05
+    weight_decay: Rate = 0.05
     """Weight decay at the start; none on biases and other 1-D parameters."""
-    weight_decay_end: NotNegative = 0.05
+    weight_decay_end: Rate = 0.05
     """Weight decay that the cosine approaches."""
     betas: Pair = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's betas."""
-    clip: NotNegative = 0.0
+    clip: Norm = 0.0
     """Largest L2 norm of a gradient; 0 turns clipping off."""

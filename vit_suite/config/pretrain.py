@@ -9,6 +9,7 @@ from typing import Any
 from vit_suite.config.attention import SnapshotConfig
 from vit_suite.config.data import DataConfig
 from vit_suite.config.dino import DINOConfig
+from vit_suite.config.limits import Checkpoint
 from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import (
     BackboneConfig,
@@ -53,7 +54,7 @@ class PretrainConfig:
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunOptions = field(default_factory=RunOptions)
-    start: str | None = None
+    start: Checkpoint | None = None
     """Checkpoint whose backbone training starts from: a run directory, .ckpt, .safetensors, .pth or timm:NAME. Its
     architecture and normalization become the run's. `finetune` sets it to its --checkpoint."""
     drill: str | None = None

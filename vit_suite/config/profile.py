@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from vit_suite.config.limits import Count
+from vit_suite.config.limits import Count, OutputFolder, Range
 from vit_suite.config.pretrain import PretrainConfig
 
 
@@ -14,13 +15,13 @@ class ProfileConfig(PretrainConfig):
     so its config can be given as it is; nothing is scored, logged or kept, and run.output is not touched. One process
     on one device, which takes the whole of data.batch_size."""
 
-    output: str = "profile"
+    output: OutputFolder = "profile"
     """Folder of trace.json (chrome://tracing and ui.perfetto.dev show it) and profile.json (the figures); both are
     written anew."""
-    steps: Count = 10
+    steps: Annotated[int, Range(1, ceiling=1_000_000)] = 10
     """Optimizer steps that are timed; as many again are timed part by part, and the first three of further ones
     traced."""
-    warmup: Count = 3
+    warmup: Annotated[int, Range(1, ceiling=1_000_000)] = 3
     """Optimizer steps before that."""
     operators: Count = 15
     """Operators shown, those with most time of their own first."""

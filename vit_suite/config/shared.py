@@ -6,7 +6,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+from vit_suite.config.limits import (
+    Batch,
+    Channels,
+    Count,
+    DecimalEpochs,
+    Depth,
+    Epochs,
+    EpochsOrNone,
+    Minutes,
+    Nodes,
+    Norm,
+    OutputFolder,
+    PositiveShare,
+    Processes,
+    Range,
+    Rate,
+    Seed,
+    ShareBelow,
+    Side,
+    Temperature,
+    TokenWidth,
+    Whole,
+)
 
 
 @dataclass
@@ -15,17 +37,17 @@ class BackboneConfig:
 
     name: str = "vit"
     """timm model name (vit_small_patch16_224, deit3_base_patch16_224, vit_small_patch14_reg4_dinov2, ...), or `vit`."""
-    patch_size: Count | None = None
+    patch_size: Side | None = None
     """Side of a patch in pixels; timm's own for a timm name, 16 for `vit`."""
-    dim: Count | None = None
+    dim: TokenWidth | None = None
     """Width of a token; timm's own for a timm name, 384 for `vit`."""
-    depth: Count | None = None
+    depth: Depth | None = None
     """Number of blocks; timm's own for a timm name, 12 for `vit`."""
-    heads: Count | None = None
+    heads: Depth | None = None
     """Attention heads; timm's own for a timm name, dim / 64 (at least 1) for `vit`."""
-    mlp_ratio: Positive | None = None
+    mlp_ratio: Annotated[float, Range(above=0, ceiling=64)] | None = None
     """Hidden width of a block's MLP over dim; timm's own for a timm name, 4 for `vit`."""
-    registers: Whole | None = None
+    registers: Annotated[int, Range(0, ceiling=1024)] | None = None
     """Register tokens (arXiv 2309.16588); timm's own for a timm name, 0 for `vit`."""
     class_token: bool = True
     """Have a CLS token; for `vit`, timm names decide themselves. Without one, backbone.pool has to be mean."""
@@ -36,17 +58,17 @@ class BackboneConfig:
     and column (Beyer et al. 2022). For `vit`."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each branch (ViT), or after each sum, with none at the end (Vaswani et al. 2017). For `vit`."""
-    norm_eps: Positive | None = None
+    norm_eps: PositiveShare | None = None
     """Added to the variance in every LayerNorm; timm's own for a timm name, 1e-6 for `vit`. Hugging Face's ViT has
     1e-12, DINOv3 1e-5."""
     causal: bool = False
     """A patch attends to itself and earlier ones, in raster order; CLS and registers to everything (set by method.order
     causal)."""
-    image_size: Annotated[list[Count], Range(length=2)] | None = None
+    image_size: Annotated[list[Side], Range(length=2)] | None = None
     """[height, width] in pixels of the position grid; the global crop when not given. Other sizes are interpolated."""
-    channels: Count = 3
+    channels: Channels = 3
     """Input channels; follows data.channels in a run."""
-    drop_path: Share = 0.1
+    drop_path: ShareBelow = 0.1
     """Stochastic depth of the student, rising linearly over blocks; the teacher has none (DINO main_dino.py)."""
     checkpointing: bool = False
     """Keep of each block its input alone and compute the rest again in the backward pass (arXiv 1604.06174): far less
@@ -59,50 +81,56 @@ class BackboneConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, set at every optimizer step."""
 
-    lr: NotNegative = 5e-4
+    lr: Rate = 5e-4
     """Peak learning rate for a global batch of 256 (lr_scaling sqrt: of 1,024); scaled to the batch of the run."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """How the rate follows the global batch: lr x batch / 256, or lr x sqrt(batch / 1024) (DINOv2)."""
-    min_lr: NotNegative = 1e-6
+    min_lr: Rate = 1e-6
     """Learning rate that the cosine approaches (not scaled)."""
-    warmup_epochs: NotNegative = 10
+    warmup_epochs: DecimalEpochs = 10
     """Epochs of linear warm-up from 0."""
-    weight_decay: NotNegative = 0.04
+    weight_decay: Rate = 0.04
     """Weight decay at the start; none on biases and other 1-D parameters."""
-    weight_decay_end: NotNegative = 0.4
+    weight_decay_end: Rate = 0.4
     """Weight decay that the cosine approaches."""
     decay_tokens: bool = True
     """Decay the position embedding, CLS token and registers too (DINO does; DeiT and SiT's first version do not)."""
-    betas: Pair = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[ShareBelow], Range(length=2)] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's betas."""
-    clip: NotNegative = 3.0
+    clip: Norm = 3.0
     """Largest L2 norm of a gradient; 0 turns clipping off."""
     clip_mode: Literal["tensor", "global", "network"] = "tensor"
     """Clip each parameter tensor by its own norm (DINO), all of them by the global norm, or backbone and heads each by
     the norm of its own (DINOv2)."""
-    layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
+    layer_decay: PositiveShare = 1.0
     """Factor on the learning rate from one block to the one before it (BEiT; 0.65 to 0.75 in fine-tuning); heads have
     the full rate."""
-    patch_embed_lr: NotNegative = 1.0
+    patch_embed_lr: Rate = 1.0
     """Factor on the learning rate of the patch embedding, besides its layer's (DINOv2: 0.2)."""
+
+    def problem(self) -> str | None:
+        """What is wrong with these values together."""
+        if self.min_lr > self.lr:
+            return f"min_lr: {self.min_lr:g} is above optim.lr {self.lr:g}, which it ends at; lower it too."
+        return None
 
 
 @dataclass
 class TrainerConfig:
     """How long, on what, in which precision."""
 
-    max_epochs: Count = 100
+    max_epochs: Epochs = 100
     """Passes over the training images; schedules span them."""
-    max_steps: Annotated[int, Range(least=-1)] = -1
+    max_steps: Annotated[int, Range(-1, ceiling=1_000_000_000)] = -1
     """Stop after this many optimizer steps and let the schedules span them; -1 = max_epochs decides."""
-    max_minutes: Positive | None = None
+    max_minutes: Minutes | None = None
     """Stop after this many minutes of training, wherever the schedules stand."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
-    devices: Count | Literal["auto"] = "auto"
+    devices: Processes | Literal["auto"] = "auto"
     """Processes (GPUs, or CPU ranks) on a node; auto = as many as torchrun or srun started, else all GPUs, or 1 on a
     CPU."""
-    nodes: Count = 1
+    nodes: Nodes = 1
     """Machines; follows torchrun and srun too."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """Every rank holds all weights (ddp), or weights, gradients, optimizer state and teacher are spread over the ranks
@@ -114,13 +142,13 @@ class TrainerConfig:
     """Have torch.compile merge what the transformer blocks of a training do (blocks), and record it as CUDA graphs too
     (graphs: on a GPU, without accumulation). Results are the same up to rounding. The first steps take half a minute or
     more; on a CPU, which needs a C++ compiler, later ones took 0 to 9% less time. Not measured on a GPU yet."""
-    accumulate: Count = 1
+    accumulate: Annotated[int, Range(1, ceiling=65_536)] = 1
     """Micro-batches whose gradients are summed before an optimizer step."""
     log_every: Count = 20
     """Optimizer steps between two log entries."""
     progress: bool = True
     """Show a progress bar."""
-    threads: Count | None = None
+    threads: Processes | None = None
     """CPU threads a process uses for tensors; PyTorch's choice when not given."""
 
 
@@ -128,14 +156,14 @@ class TrainerConfig:
 class SavingConfig:
     """What is written, when."""
 
-    every_epochs: Count = 1
+    every_epochs: Epochs = 1
     """Epochs between two writes of last.ckpt."""
     every_steps: Count | None = None
     """Optimizer steps between two writes of last.ckpt, besides the above."""
-    every_minutes: Positive | None = None
+    every_minutes: Minutes | None = None
     """Minutes between two writes of last.ckpt, besides the above: the most that a kill without warning costs. The main
     process's clock."""
-    keep_every_epochs: Count | None = None
+    keep_every_epochs: Epochs | None = None
     """Also keep a checkpoint of every so many epochs for good."""
 
 
@@ -144,17 +172,17 @@ class EvaluateConfig:
     """Scores during training: weighted kNN of the representation, and the top-1 of a supervised head on the same test
     images."""
 
-    every_epochs: Whole = 1
+    every_epochs: EpochsOrNone = 1
     """Epochs between two scores; 0 turns them off."""
     k: Count = 20
     """Neighbours."""
-    temperature: Positive = 0.07
+    temperature: Temperature = 0.07
     """Temperature of the vote, exp(similarity / temperature)."""
     bank_size: Whole = 10000
     """Training images in the bank during training (the offline command uses all); 0 = all."""
     test_size: Whole = 2000
     """Scored images during training (the offline command uses all); 0 = all."""
-    batch_size: Count = 256
+    batch_size: Batch = 256
     """Images in a forward pass on one rank."""
 
 
@@ -177,9 +205,9 @@ class RunOptions:
 
     name: str = "run"
     """Name of the run in loggers."""
-    output: str = "runs/run"
+    output: OutputFolder = "runs/run"
     """Run directory. A second start with the same directory resumes."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Seed of weights, sampling, views and generated data."""
     overwrite: bool = False
     """Delete what the run directory holds and start anew."""

@@ -5,10 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+from vit_suite.config.limits import (
+    DecimalEpochs,
+    EpochsOrNone,
+    Norm,
+    Pair,
+    PositiveShare,
+    Range,
+    Rate,
+    Share,
+    Side,
+    Temperature,
+    Width,
+)
 from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import CropConfig, Strength, Two
+
+Sides = Annotated[list[PositiveShare], Range(length=2, rising=True)]
 
 
 @dataclass
@@ -25,11 +39,11 @@ class SiTConfig(MethodConfig):
     (v3)."""
     contrastive_head: Literal["linear", "mlp"] = "linear"
     """linear (v1), or three layers with BatchNorm (v3)."""
-    contrastive_dim: Count = 512
+    contrastive_dim: Width = 512
     """Width of the contrastive head's output (v3: 256)."""
-    hidden_dim: Count = 4096
+    hidden_dim: Width = 4096
     """Width of the hidden layers of the `mlp` head."""
-    temperature: Positive = 0.5
+    temperature: Temperature = 0.5
     """Temperature of the contrastive loss (v3: 0.2)."""
     momentum_teacher: Share = 0.996
     """EMA momentum of the teacher of info_nce at the start; a cosine takes it to 1."""
@@ -40,12 +54,12 @@ class SiTConfig(MethodConfig):
     loss_weights: Literal["july", "april", "fixed"] = "july"
     """Learned uncertainty: july = e^(-a s) L + s/2, april = a e^(-s) L + s/2, with a = 1, 1, 0.5 and s = 1 at the start
     (v1); fixed = rotation + contrastive + reconstruction_weight x reconstruction (v3)."""
-    reconstruction_weight: NotNegative = 1.0
+    reconstruction_weight: Rate = 1.0
     """Lambda of `fixed`: 1, or 5 on small data (v3)."""
     corruption: Literal["blocks", "gmml", "mask", "none"] = "blocks"
     """blocks = gray, blur, noise and replaced blocks (v1); gmml = dropped or replaced blocks (v3); mask = a mask token
     (BERT-like)."""
-    block_side: Pair = field(default_factory=lambda: [0.05, 0.25])
+    block_side: Sides = field(default_factory=lambda: [0.05, 0.25])
     """Side of a block of noise or replacement (v1) as a share of the image's, [least, most]."""
     drop_area: Share = 0.3
     """Most area, as a share, that noise (v1) or dropping (gmml: 0.5) takes. `blocks` draws the area from 0 to it;
@@ -54,18 +68,18 @@ class SiTConfig(MethodConfig):
     """What dropped pixels become: Gaussian noise, or zero, which is the mean color; drawn an image when both (gmml)."""
     replace_area: Share = 0.3
     """Most area, as a share, that is taken from another image of the batch."""
-    align: Count = 1
+    align: Side = 1
     """Corners and sides of gmml blocks are multiples of so many pixels; the patch size aligns them with patches."""
     color: Share = 0.0
     """Probability that a block of an image is recolored too (blocks and gmml; not in the paper's code)."""
-    mask_ratio: Annotated[float, Range(above=0, most=1)] = 0.15
+    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.15
     """Share of patches that `mask` hides (BERT: 0.15; masked autoencoders: up to 0.75)."""
     mask_rule: Literal["token", "80/10/10"] = "token"
     """Hidden patches become the mask token; or 80% of them, 10% another image's patch, 10% stay as they are (BERT)."""
     order: Literal["none", "causal"] = "none"
     """causal = a patch attends to itself and to those before it in raster order and predicts the next one
     (GPT-like)."""
-    sheet_every_epochs: Whole = 1
+    sheet_every_epochs: EpochsOrNone = 1
     """Epochs between two sheets of clean, corrupted and reconstructed images in RUN/reconstructions; 0 draws none."""
 
 
@@ -91,17 +105,17 @@ class SiTViewsConfig(CropConfig):
 class SiTOptimConfig(OptimConfig):
     """AdamW as SiT's first version has it."""
 
-    lr: NotNegative = 5e-4
+    lr: Rate = 5e-4
     """Peak learning rate for a global batch of 256 (the paper's 1e-3 for 512); scaled by batch / 256."""
-    min_lr: NotNegative = 1e-5
+    min_lr: Rate = 1e-5
     """Learning rate that the cosine approaches (not scaled)."""
-    warmup_epochs: NotNegative = 5
+    warmup_epochs: DecimalEpochs = 5
     """Epochs of linear warm-up from 0."""
-    weight_decay: NotNegative = 0.05
+    weight_decay: Rate = 0.05
     """Weight decay at the start; none on biases and other 1-D parameters (v3: 0.04)."""
-    weight_decay_end: NotNegative = 0.05
+    weight_decay_end: Rate = 0.05
     """Weight decay that the cosine approaches (v3: 0.1)."""
     decay_tokens: bool = False
     """Decay the position embedding, CLS token and registers too (v3: true)."""
-    clip: NotNegative = 0.0
+    clip: Norm = 0.0
     """Largest L2 norm of a gradient; 0 turns clipping off (v3: 3.0)."""

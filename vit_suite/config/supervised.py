@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from vit_suite.config.limits import NotNegative, Pair, Range, Share, Whole
+from vit_suite.config.limits import DecimalEpochs, Norm, Pair, Range, Rate, Share, ShareBelow
 from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import CropConfig, Strength
@@ -18,11 +18,11 @@ class SupervisedConfig(MethodConfig):
 
     name: Literal["supervised"] = "supervised"
     """Method."""
-    label_smoothing: Share = 0.1
+    label_smoothing: ShareBelow = 0.1
     """Mass that is spread evenly over all classes."""
-    mixup: NotNegative = 0.8
+    mixup: Rate = 0.8
     """Alpha of mixup's Beta distribution; 0 turns it off."""
-    cutmix: NotNegative = 1.0
+    cutmix: Rate = 1.0
     """Alpha of cutmix's Beta distribution; 0 turns it off."""
     mix_probability: Share = 1.0
     """Probability that a batch is mixed at all."""
@@ -53,7 +53,7 @@ class SupervisedViewsConfig(CropConfig):
     """Probability of Gaussian blur."""
     solarize: Annotated[list[Share], Range(length=1)] = field(default_factory=lambda: [0.0])
     """Probability of solarization."""
-    randaugment: Whole = 2
+    randaugment: Annotated[int, Range(0, ceiling=100)] = 2
     """RandAugment operations an image; 0 turns it off."""
     randaugment_set: Literal["increasing", "original"] = "increasing"
     """increasing = timm's, all operations change more with more magnitude (DeiT); original = TensorFlow's, with Cutout
@@ -62,7 +62,7 @@ class SupervisedViewsConfig(CropConfig):
     """Probability that a drawn operation is applied (timm and DeiT 0.5; the paper and Beyer 1)."""
     magnitude: Annotated[float, Range(0, 10)] = 9.0
     """Strength of RandAugment operations, 0 to 10."""
-    magnitude_std: NotNegative = 0.5
+    magnitude_std: Annotated[float, Range(0, 10)] = 0.5
     """Standard deviation of the strength from one draw to the next."""
     erase: Share = 0.25
     """Probability that a rectangle is replaced by noise."""
@@ -74,17 +74,17 @@ class SupervisedViewsConfig(CropConfig):
 class SupervisedOptimConfig(OptimConfig):
     """AdamW as DeiT has it."""
 
-    lr: NotNegative = 2.5e-4
+    lr: Rate = 2.5e-4
     """Peak learning rate for a global batch of 256 (DeiT's 5e-4 for 512); scaled by batch / 256."""
-    min_lr: NotNegative = 1e-5
+    min_lr: Rate = 1e-5
     """Learning rate that the cosine approaches (not scaled)."""
-    warmup_epochs: NotNegative = 5
+    warmup_epochs: DecimalEpochs = 5
     """Epochs of linear warm-up from 0."""
-    weight_decay: NotNegative = 0.05
+    weight_decay: Rate = 0.05
     """Weight decay at the start; none on biases and other 1-D parameters."""
-    weight_decay_end: NotNegative = 0.05
+    weight_decay_end: Rate = 0.05
     """Weight decay that the cosine approaches."""
     decay_tokens: bool = False
     """Decay the position embedding, CLS token and registers too."""
-    clip: NotNegative = 0.0
+    clip: Norm = 0.0
     """Largest L2 norm of a gradient; 0 turns clipping off."""

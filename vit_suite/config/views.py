@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from vit_suite.config.limits import Count, NotNegative, Pair, Positive, Range, Share, Whole
+from vit_suite.config.limits import Pair, Range, Share, Side
 
-Strength = Annotated[list[NotNegative], Range(length=4)]
+Strength = Annotated[list[Annotated[float, Range(0, 10)]], Range(length=4)]
+Ratios = Annotated[list[Annotated[float, Range(0.001, ceiling=1000)]], Range(length=2, rising=True)]
+Sigmas = Annotated[list[Annotated[float, Range(0, ceiling=1000)]], Range(length=2, rising=True)]
 Two = Annotated[list[Share], Range(length=2)]
 Three = Annotated[list[Share], Range(length=3)]
 
@@ -19,11 +21,11 @@ class CropConfig:
     global_crops: ClassVar[int] = 2
     local_crops: ClassVar[int] = 0
 
-    global_size: Count = 224
+    global_size: Side = 224
     """Side in pixels of a (global) view."""
     global_scale: Pair = field(default_factory=lambda: [0.4, 1.0])
     """Area of a (global) view as a share of the image, [least, most]."""
-    ratio: Annotated[list[Positive], Range(length=2)] = field(default_factory=lambda: [0.75, 4 / 3])
+    ratio: Ratios = field(default_factory=lambda: [0.75, 4 / 3])
     """Width over height of a crop, [least, most]."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
@@ -33,7 +35,7 @@ class CropConfig:
     """Largest change of brightness, contrast, saturation, hue (hue in turns)."""
     gray: Share = 0.2
     """Probability of grayscale."""
-    blur_sigma: Annotated[list[NotNegative], Range(length=2)] = field(default_factory=lambda: [0.1, 2.0])
+    blur_sigma: Sigmas = field(default_factory=lambda: [0.1, 2.0])
     """Standard deviation of the blur in pixels of the crop, [least, most]."""
     backend: Literal["auto", "device", "workers"] = "auto"
     """Where crops are cut: in batches on the device, or by decoding workers; auto = the faster as measured."""
@@ -43,9 +45,9 @@ class CropConfig:
 class ViewsConfig(CropConfig):
     """Multi-crop augmentation of DINO (paper section 3.2 and main_dino.py DataAugmentationDINO)."""
 
-    local_size: Count = 96
+    local_size: Side = 96
     """Side in pixels of a local crop."""
-    local_crops: Whole = 8
+    local_crops: Annotated[int, Range(0, ceiling=1024)] = 8
     """Local crops an image; the global ones are always 2."""
     local_scale: Pair = field(default_factory=lambda: [0.05, 0.4])
     """Area of a local crop as a share of the image, [least, most]."""

@@ -220,12 +220,12 @@ def _gmml(cfg: SiTConfig, views: _Views) -> Corrupted:
 
 
 def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
-    """Exactly round(mask_ratio * N) patches, at least one; of `80/10/10` each by a draw of its own."""
+    """Exactly round(mask_ratio * N) patches; of `80/10/10` each by a draw of its own."""
     flat = _Views(views, draw)
     height, width = views.shape[-2:]
     rows, columns = height // patch_size, width // patch_size
     patches = rows * columns
-    chosen = flat.numbers("patches", patches).argsort(dim=-1, stable=True)[:, : max(1, round(cfg.mask_ratio * patches))]
+    chosen = flat.numbers("patches", patches).argsort(dim=-1, stable=True)[:, : round(cfg.mask_ratio * patches)]
     mask = torch.zeros(len(chosen), patches, dtype=torch.bool, device=views.device).scatter_(1, chosen, True)
 
     def pixels(patch: Tensor) -> Tensor:
@@ -243,12 +243,19 @@ def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupt
 def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
     """Raises UserError that names the setting that cannot be, for views of height x width pixels."""
     side = min(height, width)
-    if cfg.corruption == "blocks" and cfg.block_side[0] > cfg.block_side[1]:
-        raise UserError(f"method.block_side: expected [least, most], least first; got {cfg.block_side}.")
+    if cfg.corruption == "blocks" and not 0 < cfg.block_side[0] <= cfg.block_side[1]:
+        raise UserError(f"method.block_side: expected [least, most], least first, above 0; got {cfg.block_side}.")
     if cfg.corruption == "mask" and (height % patch_size or width % patch_size):
         raise UserError(
             f"method.corruption: mask hides whole patches, but {height}x{width} is not divisible by {patch_size}."
         )
+    if cfg.corruption == "mask":
+        patches = (height // patch_size) * (width // patch_size)
+        if not 0 < round(cfg.mask_ratio * patches) < patches:
+            raise UserError(
+                f"method.mask_ratio: {cfg.mask_ratio:g} of {patches} patches hides"
+                f" {'none' if cfg.mask_ratio < 0.5 else 'all'} of them; choose a ratio that hides some."
+            )
     if cfg.corruption != "gmml":
         return
     if cfg.align > int(GMML_SIDE * side):
