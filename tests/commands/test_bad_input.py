@@ -42,7 +42,7 @@ def refused(vit_suite, tmp_path, monkeypatch):
         (["--trainer.max_epochs", "ten"], "--trainer.max_epochs: expected int (at least 1), got 'ten'"),
         (
             ["--views.global_scale", "0.4", "2"],
-            "--views.global_scale: expected list of float (2 of them, 0 to 1), got '2'",
+            "--views.global_scale: expected list of float (2 of them, least first, 0 to 1), got '2'",
         ),
         (["--trainer.precision", "bf61"], "expected one of auto, bf16, fp32, got 'bf61'. Did you mean 'bf16'?"),
         (
