@@ -1,20 +1,25 @@
-"""Signals that ask a training to stop: noted when they come, answered by the training where it can be gone on with.
+"""Signals that ask a training to stop. A handler only notes them; the training answers after the step.
 
 SIGUSR1 is a cluster's warning (SLURM: `--signal=USR1@90`), SIGTERM its request to end (`scancel`, `kill`), SIGINT
-Ctrl-C. Nothing is
-saved inside a handler: it runs between any two bytecodes, with half a step done and other ranks elsewhere.
+Ctrl-C. Nothing is saved inside a handler, because it runs between any two bytecodes, when half a step is done and other
+ranks are elsewhere. Windows has no SIGUSR1: there is no warning there, and the rest works.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
 from types import FrameType
 
-STATUS = {signal.SIGUSR1: os.EX_TEMPFAIL, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 128 + signal.SIGINT}
-"""Signal -> exit status of a training that it stopped: 75 says "try again", 143 and 130 are what shells give."""
+WARNING: signal.Signals | None = getattr(signal, "SIGUSR1", None)
+"""A cluster's warning that a job's time is nearly up; None on Windows."""
+TRY_AGAIN = 75
+"""Exit status EX_TEMPFAIL of sysexits.h, which Windows' `os` does not name."""
+STATUS: dict[int, int] = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 128 + signal.SIGINT}
+"""Signal -> exit status of a training that it stopped: 143 and 130 are what shells give, 75 means "try again"."""
+if WARNING is not None:
+    STATUS[WARNING] = TRY_AGAIN
 ECHO = 1.0
 """Seconds within which a repeated signal is the same request: a launcher and the system may both deliver it."""
 GRACE = 60
@@ -38,9 +43,9 @@ class Stopped(Exception):
 class Signals:
     """Notes signals between `with` and its end. `noted` is the number of the first one, 0 without.
 
-    SIGUSR1 is noted from the start, SIGTERM and SIGINT only after `listen()`: before the first step there is nothing to
-    save, and they end the process as ever. A second SIGTERM, or SIGINT, ends it at once. SIGUSR1 is a warning, however
-    often it comes.
+    SIGUSR1 is noted from the start. SIGTERM and SIGINT are noted only after `listen()`: before the first step there is
+    nothing to save, and they end the process as usual. A second SIGTERM or SIGINT ends it at once; SIGUSR1 stays a
+    warning, however often it comes.
     """
 
     def __init__(self) -> None:
@@ -50,7 +55,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.getsignal(number) for number in STATUS}
-        self._note(signal.SIGUSR1)
+        if WARNING is not None:
+            self._note(WARNING)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,9 +66,8 @@ class Signals:
     def listen(self) -> None:
         """From now on SIGTERM and SIGINT are noted too, by this alone: the handlers of others are set aside."""
         self._note(signal.SIGTERM)
-        if (
-            self._before[signal.SIGINT] is not signal.SIG_IGN
-        ):  # nohup, and shells for background jobs, shield a process from Ctrl-C
+        # nohup, and shells for background jobs, shield a process from Ctrl-C.
+        if self._before[signal.SIGINT] is not signal.SIG_IGN:
             self._note(signal.SIGINT)
 
     def _note(self, number: int) -> None:
@@ -75,19 +80,22 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number != signal.SIGUSR1 and now - self._came.get(number, now) > ECHO:
+        if number != WARNING and now - self._came.get(number, now) > ECHO:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         self._came.setdefault(number, now)
         self.noted = self.noted or number
 
 
 def outlive(worker: int = 0) -> None:
-    """Make this process, a loader's worker, leave the answer to signals to the main process.
+    """Make this process, a worker of the loader, leave signals to the main process.
 
-    Ctrl-C reaches every process of a terminal, and a cluster may signal every process of a job. A worker that died of
-    it would take the step under way, and the checkpoint after it, along. SIGTERM still ends it, a while later.
+    Ctrl-C reaches every process of a terminal, and a cluster may signal every process of a job. If a worker died of it,
+    the step under way, and the checkpoint after it, would be lost. SIGTERM still ends the worker, `GRACE` seconds
+    later; on Windows, which has no alarm, at once.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    if WARNING is not None:
+        signal.signal(WARNING, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -15,7 +15,7 @@ import torch
 
 from tests.cluster.rank_job import METHODS, TRAINING
 from vit_suite import cli, distributed
-from vit_suite.commands import pretrain
+from vit_suite.training import run as training
 from vit_suite.training.stop import DRILL
 
 SUPERVISED = ["--method.name=supervised", "--optim.layer_decay=0.7"]
@@ -61,8 +61,8 @@ def train(folder: Path, name: str, strategy: str, stop: int | None = None) -> No
 
 def run(folder: Path) -> None:
     """Everything, into FOLDER."""
-    callbacks = pretrain.build_callbacks
-    pretrain.build_callbacks = lambda *arguments: [Held(), *callbacks(*arguments)]
+    callbacks = training.build_callbacks
+    training.build_callbacks = lambda *arguments: [Held(), *callbacks(*arguments)]
     for strategy in ("ddp", "fsdp2"):
         for name in RUNS:
             train(folder / strategy, name, strategy)

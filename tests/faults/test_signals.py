@@ -13,8 +13,8 @@ import pytest
 
 from tests.faults.conftest import assert_same, checkpoint, column, results, start, wait_for_checkpoint, words
 from vit_suite import signals
-from vit_suite.commands import drill
 from vit_suite.signals import Signals
+from vit_suite.training import drill
 from vit_suite.training.keeper import Keeper
 from vit_suite.training.scores import OnlineKNN
 from vit_suite.training.status import read_status

@@ -21,6 +21,10 @@ STORED = 16 * 2**10
 in 7 times the time."""
 
 
+BINARY = getattr(os, "O_BINARY", 0)
+"""Windows changes line ends in a file that is opened without it."""
+
+
 def write_png(path: str | os.PathLike, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
     """uint8 (H, W, 3) or (H, W); a bool mask (H, W), which becomes 0 and 255; or with `palette` uint8 (K, 3) indices
     (H, W) into it.
@@ -43,10 +47,10 @@ def _opened(path: str | os.PathLike) -> int:
     """A file to write into. One that stands there is written over and cut to length, 4 times faster on ext4 than
     emptied first, and 20 times faster than replaced: after deletions, every new file costs a search."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | BINARY, 0o666)
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | BINARY, 0o666)
 
 
 def encode_png(pixels: np.ndarray, palette: np.ndarray | None = None) -> bytes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class ShardSource(ImageSource):
         """The file of image `index` as it was put into the shard. UserError when the shard is gone or has changed."""
         path, offset, size = self._shard(index), int(self.offsets[index]), int(self.sizes[index])
         try:
-            block = os.pread(_open(path, self.read_ahead).number, BLOCK + size, offset - BLOCK)
+            block = _open(path, self.read_ahead).read(BLOCK + size, offset - BLOCK)
         except OSError as error:
             raise UserError(f"shard '{path}' cannot be read: {error.strerror}.") from None
         if len(block) < BLOCK + size or zlib.crc32(block[:BLOCK]) != self.headers[index]:
@@ -100,10 +101,19 @@ class _OpenFile:
     dropped."""
 
     def __init__(self, path: str, read_ahead: bool) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # else Windows changes line ends
+        self.lock = threading.Lock()
         weakref.finalize(self, os.close, self.number)
         if read_ahead and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def read(self, count: int, offset: int) -> bytes:
+        """`count` bytes from byte `offset` on; fewer at the end of the file. Several threads may ask at once."""
+        if hasattr(os, "pread"):
+            return os.pread(self.number, count, offset)
+        with self.lock:  # Windows: one position for all who read
+            os.lseek(self.number, offset, os.SEEK_SET)
+            return os.read(self.number, count)
 
 
 _open = functools.lru_cache(OPEN)(_OpenFile)

@@ -23,13 +23,14 @@ import pytorch_lightning as pl
 from vit_suite.config import PretrainConfig
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.parsing import dump_config
-from vit_suite.signals import STATUS
+from vit_suite.signals import STATUS, WARNING
 from vit_suite.training import rundir
 from vit_suite.training.stop import DRILL
 
 log = logging.getLogger("vit_suite")
 
-SIGNALS = {"preempt": signal.SIGUSR1, "kill": signal.SIGKILL}
+SIGNALS: dict[str, int | None] = {"preempt": WARNING, "kill": getattr(signal, "SIGKILL", None)}
+"""Kind of event -> the signal that does it; None on Windows, which has neither."""
 
 
 class Event(NamedTuple):
@@ -49,6 +50,8 @@ def parse(text: str) -> list[Event]:
         kind, _, step = word.strip().partition("@")
         if kind not in SIGNALS:
             raise unknown_name("kind of drill", kind, SIGNALS)
+        if SIGNALS[kind] is None:
+            raise UserError(f"drill '{word.strip()}': this system has no signal for it.")
         if not step.isascii() or not step.isdigit() or int(step) < 1:
             raise UserError(f"drill '{word.strip()}': expected {kind}@STEP with a step from 1.")
         events.append(Event(kind, int(step)))
@@ -77,7 +80,8 @@ class Drill(pl.Callback):
         if trainer.global_step + 1 == self.event.step and (
             self.event.kind == "kill" or trainer.global_rank == trainer.world_size - 1
         ):
-            os.kill(os.getpid(), SIGNALS[self.event.kind])
+            if (number := SIGNALS[self.event.kind]) is not None:
+                os.kill(os.getpid(), number)
 
 
 def drill_callbacks(done: int, last: int) -> list[Drill]:
@@ -124,7 +128,9 @@ def run_drill(cfg: PretrainConfig) -> int:
 
 
 def _expected(event: Event) -> int:
-    return STATUS[signal.SIGUSR1] if event.kind == "preempt" else -signal.SIGKILL
+    number = SIGNALS[event.kind]
+    assert number is not None  # `parse` saw to it
+    return STATUS[number] if event.kind == "preempt" else -number
 
 
 def _start(cfg: PretrainConfig, scratch: Path, event: Event | None) -> int:

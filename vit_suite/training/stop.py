@@ -10,7 +10,7 @@ import subprocess
 from lightning_fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from vit_suite.errors import UserError
-from vit_suite.signals import Stopped
+from vit_suite.signals import WARNING, Stopped
 
 log = logging.getLogger("vit_suite")
 
@@ -50,7 +50,7 @@ def answer(stop: Stopped, overwrite: bool) -> Stopped:
     """
     if overwrite:
         stop.advice = "the same command without overwrite goes on"
-    if stop.signal is not signal.SIGUSR1 or "SLURM_JOB_ID" not in os.environ or DRILL in os.environ:
+    if stop.signal != WARNING or "SLURM_JOB_ID" not in os.environ or DRILL in os.environ:
         return stop
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
