@@ -18,18 +18,14 @@ class MethodRow(NamedTuple):
     """The LightningModule, a subclass of `methods.base.Method`."""
     config: str
     """Dataclass of the options `method.*`."""
-    views: str = "vit_suite.config.views:CropConfig"
+    views: str = "vit_suite.config.views:ViewsConfig"
     """Dataclass of the options `views.*`, with the method's defaults."""
     optim: str = "vit_suite.config.shared:OptimConfig"
     """Dataclass of the options `optim.*`, with the method's defaults."""
 
 
 METHODS: dict[str, MethodRow] = {
-    "dino": MethodRow(
-        "vit_suite.methods.dino:DINO",
-        "vit_suite.config.dino:DINOConfig",
-        views="vit_suite.config.views:ViewsConfig",
-    ),
+    "dino": MethodRow("vit_suite.methods.dino:DINO", "vit_suite.config.dino:DINOConfig"),
     "sit": MethodRow(
         "vit_suite.methods.sit:SiT",
         "vit_suite.config.sit:SiTConfig",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_suite import distributed
-from vit_suite.config import BackboneConfig, CropConfig, MethodConfig, OptimConfig, PretrainConfig
+from vit_suite.config import BackboneConfig, CropConfig, MethodConfig, OptimConfig, PretrainConfig, ViewsConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.methods.sharding import Sharded
@@ -85,7 +85,7 @@ class Method(pl.LightningModule):
     """
 
     config_class: ClassVar[type[MethodConfig]]
-    views_class: ClassVar[type[CropConfig]] = CropConfig
+    views_class: ClassVar[type[CropConfig]] = ViewsConfig
     optim_class: ClassVar[type[OptimConfig]] = OptimConfig
     """The classes of its options: those of its row in registry.py."""
     online_scores: ClassVar[tuple[str, ...]] = ("knn",)

@@ -98,7 +98,6 @@ class DINO(Method):
     """
 
     config_class = DINOConfig
-    views_class = ViewsConfig
     timed_functions = Method.timed_functions | {"backward_of_group": "backward"}
     method: DINOConfig
     views_config: ViewsConfig
