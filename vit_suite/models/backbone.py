@@ -30,6 +30,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -117,7 +118,7 @@ def _explicit(cfg: BackboneConfig) -> dict:
         "mlp_ratio": 4.0 if cfg.mlp_ratio is None else cfg.mlp_ratio,
         "reg_tokens": cfg.registers or 0,
         "class_token": cfg.class_token,
-        "norm_layer": functools.partial(nn.LayerNorm, eps=cfg.norm_eps or 1e-6),
+        "norm_layer": functools.partial(LayerNorm, eps=cfg.norm_eps or 1e-6),
         "attn_layer": Attention,
         "block_fn": PreNormBlock if cfg.norm == "pre" else PostNormBlock,
         "final_norm": cfg.norm == "pre",
