@@ -105,7 +105,7 @@ def test_every_kind_of_file_gives_the_same_numbers(knn, tiny_run, tmp_path):
 
 
 def test_a_bare_pth_gives_the_same_weights(vit_suite, pretrain, tmp_path):
-    """Dimensions are read off the shapes; heads of 64 dimensions, as in every release."""
+    """Dimensions are read off the shapes; the heads are asked for, since no shape tells them."""
     assert pretrain(backbone__dim=64, backbone__heads=1, trainer__max_steps=2, evaluate__every_epochs=0).status == 0
     loaded = load_backbone(tmp_path / "run")
     torch.save(
@@ -114,7 +114,8 @@ def test_a_bare_pth_gives_the_same_weights(vit_suite, pretrain, tmp_path):
     )
     options = [*SHAPES, "--k", 20, "--output", tmp_path / "scores.json"]
     for checkpoint in (tmp_path / "run", tmp_path / "dino.pth"):
-        assert vit_suite("knn", "--checkpoint", checkpoint, *options).status == 0
+        assert vit_suite("knn", "--checkpoint", checkpoint, "--checkpoint_heads", 1, *options).status == 0
+    refused(vit_suite("knn", "--checkpoint", tmp_path / "dino.pth", *options), "give --checkpoint_heads")
     first, second = results(tmp_path / "scores.json")
     assert first["sha256"] == second["sha256"] == loaded.sha256
 
@@ -243,16 +244,16 @@ def test_checkpoints_that_are_none(vit_suite, tiny_run, photographs, tmp_path, c
 
     whole = (tiny_run / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    refused(load(tmp_path / "cut.ckpt"), f"'{tmp_path}/cut.ckpt' is truncated, or no checkpoint")
+    refused(load(tmp_path / "cut.ckpt"), f"'{tmp_path}/cut.ckpt' is truncated: its end is missing")
     whole = (tiny_run / "backbone.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-50])
     refused(load(tmp_path / "cut.safetensors"), f"'{tmp_path}/cut.safetensors' is truncated or no safetensors file")
     (tmp_path / "text.pth").write_text("hello")
-    refused(load(tmp_path / "text.pth"), f"'{tmp_path}/text.pth' is truncated, or no checkpoint")
+    refused(load(tmp_path / "text.pth"), f"'{tmp_path}/text.pth' is no checkpoint: it begins with b'hello'")
     torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "mlp.pth")
-    refused(load(tmp_path / "mlp.pth"), "holds no ViT", "1 tensors, but no 'cls_token'")
-    (tmp_path / "weights.bin").write_bytes(b"x")
-    refused(load(tmp_path / "weights.bin"), "is not one of .ckpt, .safetensors, .pth")
+    refused(load(tmp_path / "mlp.pth"), "holds no ViT", "1 tensors, the first 'fc.weight', but no 'cls_token'")
+    (tmp_path / "weights.onnx").write_bytes(b"x")
+    refused(load(tmp_path / "weights.onnx"), "is not one of .safetensors, .ckpt, .pth")
     refused(load(tmp_path / "none.ckpt"), f"'{tmp_path}/none.ckpt' does not exist")
     content = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)
     content["vit_suite"]["backbone"]["depth"] = 3

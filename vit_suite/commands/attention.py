@@ -20,7 +20,7 @@ def run(cfg: AttentionConfig) -> None:
     """Write where `cfg.checkpoint` looks in the images of `cfg.images` or `cfg.data`."""
     speak()
     with distributed.launched():
-        loaded = load_backbone(cfg.checkpoint)
+        loaded = load_backbone(cfg.checkpoint, cfg)
         require_cls(loaded.backbone)
         device = rank_device(cfg.accelerator)
         images = cfg.images or open_data(cfg, loaded)

@@ -32,7 +32,7 @@ def run(cfg: KNNConfig) -> None:
     """Score `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`; on one rank or many."""
     speak()
     with distributed.launched():
-        loaded = load_backbone(cfg.checkpoint)
+        loaded = load_backbone(cfg.checkpoint, cfg)
         size, path = view_size(cfg, loaded), results_path(cfg)
         data = open_data(cfg, loaded, "kNN")
         scorer = Scorer(data, cfg.k, cfg.temperature, size, cfg.batch_size, rank_device(cfg.accelerator), cfg.precision)

@@ -50,7 +50,7 @@ def run(cfg: LinearConfig) -> None:
     """Probe `cfg.checkpoint`, beside its untrained self and raw pixels with `baselines`; on one rank or many."""
     speak()
     with distributed.launched():
-        loaded = load_backbone(cfg.checkpoint)
+        loaded = load_backbone(cfg.checkpoint, cfg)
         size, path = view_size(cfg, loaded), results_path(cfg)
         protocol, features = resolve(cfg, loaded.backbone)
         if protocol.augment and size[0] != size[1]:

@@ -33,7 +33,7 @@ def run(cfg: LocalizeConfig) -> None:
     """Score `cfg.checkpoint` against truth, on one rank or many."""
     speak()
     with distributed.launched():
-        loaded = load_backbone(cfg.checkpoint)
+        loaded = load_backbone(cfg.checkpoint, cfg)
         if "attention" in cfg.method and not loaded.backbone.has_cls:
             raise UserError(
                 f"'{cfg.checkpoint}' has no CLS token, so no attention to score: use --method lost tokencut, which need"

@@ -19,16 +19,18 @@ from vit_suite.config.limits import (
     Side,
     Width,
 )
+from vit_suite.config.shared import ReadingConfig
 
 
 @dataclass
-class AttentionConfig:
+class AttentionConfig(ReadingConfig):
     """Where the CLS token looks in each image: attention as heat maps, overlays, masks, labels, numbers and animations.
 
     Started by torchrun or srun, the processes share the images; the files are those of one process."""
 
     checkpoint: Checkpoint
-    """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
+    """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
+    solo-learn, lightly), or timm:NAME."""
     images: Input | None = None
     """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of
     data.name to score."""

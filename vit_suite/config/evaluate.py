@@ -19,14 +19,16 @@ from vit_suite.config.limits import (
     Temperature,
     Width,
 )
+from vit_suite.config.shared import ReadingConfig
 
 
 @dataclass
-class ScoreConfig:
+class ScoreConfig(ReadingConfig):
     """What every score of a frozen backbone shares."""
 
     checkpoint: Checkpoint
-    """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
+    """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
+    solo-learn, lightly), or timm:NAME."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
     batch_size: Batch = 256
     """Images in a forward pass; for linear also in an optimizer step of the heads."""

@@ -10,6 +10,7 @@ from vit_suite.config.shared import (
     BackboneConfig,
     EvaluateConfig,
     LoggerConfig,
+    ReadingConfig,
     RunOptions,
     SavingConfig,
     TrainerConfig,
@@ -26,13 +27,14 @@ class FinetuneViewsConfig(SupervisedViewsConfig):
 
 
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(ReadingConfig):
     """Fine-tune a backbone on labels. Augmentation is DeiT's; rate, length and drop path are those of MAE's code for
     ViT-B, and the layer decay its paper's (He et al. 2021, arXiv 2111.06377). Of `backbone` only drop_path is free: the
     checkpoint decides the rest."""
 
     checkpoint: Checkpoint
-    """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
+    """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
+    solo-learn, lightly), or timm:NAME."""
     method: SupervisedConfig = field(default_factory=lambda: SupervisedConfig(ema=0.0))
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -7,16 +7,18 @@ from typing import Literal
 
 from vit_suite.config.data import LocalizeDataConfig
 from vit_suite.config.limits import Batch, Checkpoint, Input, OutputFile, PositiveShare, Seed, Side, Width
+from vit_suite.config.shared import ReadingConfig
 
 
 @dataclass
-class LocalizeConfig:
+class LocalizeConfig(ReadingConfig):
     """How well a backbone finds objects that nobody named to it: Jaccard index against masks; box IoU, CorLoc and the
     pointing game against boxes. Truth is a folder or file beside `images`, or comes with a data set (data.name
     tiny_imagenet or shapes)."""
 
     checkpoint: Checkpoint
-    """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
+    """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
+    solo-learn, lightly), or timm:NAME."""
     images: Input | None = None
     """Folder of images (searched through), with `truth`; without it the split of data.name to score (tiny_imagenet,
     shapes)."""

@@ -77,6 +77,39 @@ class BackboneConfig:
     """Start from timm's pretrained weights (downloads them)."""
 
 
+@dataclass(kw_only=True)
+class ReadingConfig:
+    """How a checkpoint is read where its file does not say enough; each has an effect only then."""
+
+    checkpoint_heads: Count | None = None
+    """Attention heads, where neither the file nor the size of a published network tells them: shapes do not."""
+    checkpoint_family: (
+        Literal[
+            "vit",
+            "dinov2",
+            "dinov2_reg",
+            "dinov3",
+            "eva",
+            "mae",
+            "sit",
+            "hf_vit",
+            "hf_vitmae",
+            "hf_dinov2",
+            "hf_dinov2_reg",
+            "hf_dinov3",
+            "timm",
+            "vit-suite",
+        ]
+        | None
+    ) = None
+    """Family that the file has to be of (docs/weights.md); told by its keys when not given."""
+    checkpoint_branch: str | None = None
+    """Which network of a file that holds several, by a word of its name: teacher, student, momentum, ema. The one that
+    its authors evaluate when not given."""
+    allow_partial: bool = False
+    """Take the keys that fit although the backbone has others, which stay untrained."""
+
+
 @dataclass
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, set at every optimizer step."""
