@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
-from vit_suite.config import FinetuneConfig, PretrainConfig, SupervisedViewsConfig
+from vit_suite.config import FinetuneConfig, PretrainConfig, ReadingConfig, SupervisedViewsConfig
 from vit_suite.errors import UserError
 from vit_suite.logs import speak
 from vit_suite.training.run import train
@@ -14,7 +14,7 @@ from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 def run(cfg: FinetuneConfig) -> None:
     """Fine-tune, or resume, and leave the scores in the run directory."""
     speak()
-    start = load_backbone(cfg.checkpoint)
+    start = load_backbone(cfg.checkpoint, cfg)
     train(as_run(cfg, start), start)
 
 
@@ -39,4 +39,5 @@ def as_run(cfg: FinetuneConfig, loaded: LoadedBackbone) -> PretrainConfig:
         logger=cfg.logger,
         run=cfg.run,
         start=cfg.checkpoint,
+        **{field.name: getattr(cfg, field.name) for field in fields(ReadingConfig)},
     )

@@ -16,6 +16,7 @@ from vit_suite.config.shared import (
     EvaluateConfig,
     LoggerConfig,
     OptimConfig,
+    ReadingConfig,
     RunOptions,
     SavingConfig,
     TrainerConfig,
@@ -40,7 +41,7 @@ def by_method(variants: Mapping[str, type]) -> dict[str, Any]:
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(ReadingConfig):
     """A training run."""
 
     method: MethodConfig = field(default_factory=DINOConfig, metadata={"variants": METHODS})
@@ -55,8 +56,8 @@ class PretrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunOptions = field(default_factory=RunOptions)
     start: Checkpoint | None = None
-    """Checkpoint whose backbone training starts from: a run directory, .ckpt, .safetensors, .pth or timm:NAME. Its
-    architecture and normalization become the run's. `finetune` sets it to its --checkpoint."""
+    """Checkpoint whose backbone training starts from: whatever --checkpoint of other commands takes. Its architecture
+    and normalization become the run's. `finetune` sets it to its --checkpoint."""
     drill: str | None = None
     """Interrupt the training on purpose and go on, to see that nothing is lost: preempt@STEP (SIGUSR1) or kill@STEP
     (SIGKILL), several with commas."""

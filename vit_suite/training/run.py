@@ -86,7 +86,7 @@ def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | No
 def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals) -> Run:
     """Build and check everything of a run; the run directory appears at the end."""
     if cfg.start:
-        start = start or load_backbone(cfg.start)
+        start = start or load_backbone(cfg.start, cfg)
         cfg = adopt(cfg, start)
     folder = Path(cfg.run.output)
     main = main_process()
