@@ -144,7 +144,8 @@ class Schema:
         """`template` carries the defaults of a group where its parent gives others than its class does."""
         self.groups[group] = cls
         hints, limited = get_type_hints(cls), get_type_hints(cls, include_extras=True)
-        for field in dataclasses.fields(cls):
+        # Options of a base class that come by keyword alone stand behind the class's own.
+        for field in sorted(dataclasses.fields(cls), key=lambda field: field.kw_only):
             key, hint = join(group, field.name), hints[field.name]
             default = _default(field) if template is None else getattr(template, field.name)
             if variants := field.metadata.get("variants"):
