@@ -57,6 +57,10 @@ SYNONYMS = {
 """Names that timm, solo-learn, Lightning and the DINO release use for ours, where spelling alone would not find it."""
 
 
+SHOWN = 14
+"""Names that a message about an unknown one lists."""
+
+
 class Option(NamedTuple):
     """A leaf of the configuration."""
 
@@ -197,11 +201,9 @@ class Schema:
         if best not in self.options:
             best = max(self.options, key=likeness, default=None)
             if best is None or likeness(best) < 0.65:
-                return (
-                    " Known: "
-                    + ", ".join(dict.fromkeys(prefix + known.partition(".")[0] for known in self.options))
-                    + "."
-                )
+                known = list(dict.fromkeys(prefix + option.partition(".")[0] for option in self.options))
+                more = f" ... ({len(known)} in all)" if len(known) > SHOWN else ""
+                return f" Known: {', '.join(known[:SHOWN])}{more}."
         return f" Did you mean '{prefix}{best}'?"
 
 
