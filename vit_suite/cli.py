@@ -67,6 +67,12 @@ COMMANDS = {
         "vit_suite.config:LaunchConfig",
         "vit_suite.commands.launch:run",
     ),
+    "doctor": Command(
+        "Look at a training, a folder or a checkpoint before it waits in a queue",
+        "vit_suite.config:DoctorConfig",
+        "vit_suite.commands.doctor:run",
+        "targets",
+    ),
     "report": Command(
         "Write a page on a run, or on several side by side",
         "vit_suite.config:ReportConfig",

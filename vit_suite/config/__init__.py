@@ -8,6 +8,7 @@ from vit_suite.config.attention import AttentionConfig, SnapshotConfig
 from vit_suite.config.data import DataConfig, ImagesConfig, LocalizeDataConfig, ScoreDataConfig
 from vit_suite.config.demo import DemoConfig
 from vit_suite.config.dino import DINOConfig
+from vit_suite.config.doctor import DoctorConfig
 from vit_suite.config.evaluate import KNNConfig, LinearConfig, ScoreConfig
 from vit_suite.config.finetune import FinetuneConfig, FinetuneViewsConfig
 from vit_suite.config.launch import LaunchConfig
@@ -43,6 +44,7 @@ __all__ = [
     "DINOConfig",
     "DataConfig",
     "DemoConfig",
+    "DoctorConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "FinetuneViewsConfig",

@@ -22,7 +22,7 @@ from vit_suite.reports.about import write_about
 from vit_suite.reports.report import write_report
 from vit_suite.reports.results import append_result
 from vit_suite.signals import Signals, Stopped
-from vit_suite.training import rundir
+from vit_suite.training import checkup, rundir
 from vit_suite.training.callbacks import build_callbacks
 from vit_suite.training.drill import drill_callbacks
 from vit_suite.training.final import score_test, test_protocol
@@ -102,6 +102,10 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals)
     trainer = build_trainer(cfg, folder, callbacks, parts.precision, steps_before)
     parts.data.trainer = trainer
     parts.data.plan()  # says now whether the global batch splits over the ranks
+    if main and checkpoint is None:
+        for finding in checkup.of_run(cfg, parts.data, parts.method, trainer.world_size):
+            if finding.level != "ok":
+                log.warning("%s", finding)
     if main:
         rundir.create(cfg)
         if checkpoint is None:
