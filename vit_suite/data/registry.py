@@ -40,7 +40,7 @@ class DatasetInfo:
 
 
 # Statistics: CIFAR and STL-10 as commonly published for their training splits; Tiny-ImageNet likewise; the others use
-# ImageNet's, as transfer papers do. `shapes`: measured over 5,000 images, std 0.241 at 32 px and 0.245 at 64 px.
+# ImageNet's, as transfer papers do. `shapes`: measured over 3,000 images, std 0.213 at 32 px and 0.218 at 64 px.
 DATASETS: dict[str, DatasetInfo] = {
     "cifar10": DatasetInfo(published.open_cifar10, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616], 10, True),
     "cifar100": DatasetInfo(published.open_cifar100, [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762], 100, True),
@@ -54,7 +54,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "flat": DatasetInfo(files.open_flat, *IMAGENET, 0),
     "list": DatasetInfo(files.open_list, *IMAGENET),
     "shards": DatasetInfo(shards.open_shards, *IMAGENET, pattern=True),
-    "shapes": DatasetInfo(None, [0.453, 0.453, 0.453], [0.226, 0.226, 0.226], len(SHAPES)),
+    "shapes": DatasetInfo(None, [0.6, 0.6, 0.6], [0.215, 0.215, 0.215], len(SHAPES)),
 }
 
 

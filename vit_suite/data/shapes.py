@@ -1,13 +1,15 @@
-"""`shapes`: images generated offline, a textured object on a cluttered background, with the class label and the
-object's mask.
+"""`shapes`: images generated offline, a dark textured object on a lighter cluttered background, with the class label
+and the object's mask.
 
-The class sets the object's outline, the weave of its texture (pattern and fineness), and about where its hue lies (two
-classes share a hue, neighbouring hues overlap). Brightness, saturation, scale, position, rotation, stretch and phase
-are drawn independently of it, as are the background's colors and texture, from the same patterns, and its clutter (line
-segments and blobs): the background says nothing about the class. The object covers 10 to 30% of the image.
+The class sets the outline of the object and nothing else. Drawn independently of the class are: hue, brightness,
+texture, area, position, rotation, stretch and phase of the object; hue, brightness and texture of the background; and
+the clutter (line segments and blobs). So neither colors nor texture nor background tell the class.
 
-Image i of a split is a function of (seed, split, i, height, width) alone: any order, any subset, any worker gives the
-same pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the center.
+Every object is darker than its background, covers 6 to 16% of the image, and lies anywhere within it: a box in the
+center is a poor guess of where it is.
+
+Image i of a split is a function of (seed, split, i, height, width) alone. Any order, any subset and any worker gives
+the same pixels. Axes: H height, W width; x grows to the right, y downwards, in pixels from the center.
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ from vit_suite.data.source import ImageSource, stable_seed
 from vit_suite.errors import UserError
 
 SMALLEST = 16  # pixels: below that outlines blur into each other
-AREA = (0.11, 0.30)  # of the image, before stretching and cropping
+AREA = (0.06, 0.16)  # of the image, before stretching and cropping
 ROTATION = 1.2  # radians, both ways
 TEXTURES = 6
-HUES = 5
-HUE_SPREAD = 0.3  # turns; neighbouring hues, 0.2 apart, overlap
+HUE_GAP = 0.25  # turns: the least distance between the object's hue and the background's
 CLUTTER = 10  # line segments and blobs, in turn
 DRAWS = 22
 
@@ -153,10 +154,10 @@ class ShapesSource(ImageSource):
         coverage = self._coverage(u, index)
         unit = float(min(self.image_size))
         x, y = self._x / unit, self._y / unit
-        back, front = _colors(index, u[13:])
+        back, front = _colors(u[13:])
         canvas = _blend(back, _texture(x, y, u[5:9], random))
         self._clutter(canvas, random, unit)
-        canvas += coverage * (_blend(front, _texture(x, y, _weave(index, u[9:13]), random)) - canvas)
+        canvas += coverage * (_blend(front, _texture(x, y, u[9:13], random)) - canvas)
         canvas += random.standard_normal(self.image_size, dtype=np.float32) * (0.01 + 0.04 * u[21])
         np.minimum(np.maximum(canvas, 0, out=canvas), 1, out=canvas)
         canvas *= 255
@@ -171,8 +172,8 @@ class ShapesSource(ImageSource):
         name = CLASSES[index % len(CLASSES)]
         area, extent = EXTENT[name]
         height, width = self.image_size
-        # The largest object still fits into the image with its enclosing circle; the smallest keeps the range open for
-        # thin outlines.
+        # The enclosing circle of the largest object fits into the image. Thin outlines reach that limit below AREA[1]:
+        # their range of areas starts lower, so that their size varies too.
         most = min(AREA[1], area / extent**2 * 0.25 * min(height, width) / max(height, width))
         share = min(AREA[0], 0.7 * most) + u[0] * (most - min(AREA[0], 0.7 * most))
         radius = math.sqrt(share * height * width / area)
@@ -214,27 +215,19 @@ def _blend(colors: ndarray, share: ndarray) -> ndarray:
     return colors[0, :, None, None] + share * (colors[1] - colors[0])[:, None, None]  # (3, H, W)
 
 
-def _colors(index: int, u: list[float]) -> tuple[ndarray, ndarray]:
-    """Two neighbouring background colors of any hue, and a dark and a light one of the class's hue for the object: (2,
-    3) each.
+def _colors(u: list[float]) -> tuple[ndarray, ndarray]:
+    """Two light colors of neighbouring hues for the background, and two dark ones of another hue for the object: (2, 3)
+    each, RGB in 0..1.
 
-    `u`: uniform draws.
+    `u`: eight uniform draws in 0..1.
     """
-    value, contrast = 0.3 + 0.6 * u[2], 0.12 * u[3]
+    value, contrast = 0.65 + 0.25 * u[2], 0.09 * u[3]
     back = [
-        hsv_to_rgb((u[0] + turn) % 1, 0.9 * u[1], value + sign * contrast) for turn, sign in ((0.04, 1), (-0.04, -1))
+        hsv_to_rgb((u[0] + turn) % 1, 0.6 * u[1], value + sign * contrast) for turn, sign in ((0.04, 1), (-0.04, -1))
     ]
-    hue = (index % len(CLASSES) // 2 / HUES + HUE_SPREAD * (u[4] - 0.5)) % 1
-    front = [hsv_to_rgb(hue, 0.6 + 0.4 * u[5], light) for light in (0.25 + 0.3 * u[6], 0.75 + 0.25 * u[7])]
+    hue = (u[0] + HUE_GAP + (1 - 2 * HUE_GAP) * u[4]) % 1
+    front = [hsv_to_rgb(hue, 0.6 + 0.4 * u[5], light) for light in (0.1 + 0.2 * u[6], 0.35 + 0.2 * u[7])]
     return np.array(back, dtype=np.float32), np.array(front, dtype=np.float32)
-
-
-def _weave(index: int, u: list[float]) -> list[float]:
-    """The class's own pattern and fineness, angle and phase as drawn: five patterns, each coarse or fine (the gradient:
-    or plain)."""
-    fine, pattern = divmod(index % len(CLASSES), 5)
-    kind = 5 if fine and pattern == 4 else pattern
-    return [(kind + 0.5) / TEXTURES, u[1], 0.25 * u[2] + 0.75 * fine, u[3]]
 
 
 def _texture(x: ndarray, y: ndarray, u: list[float], random: np.random.Generator) -> ndarray:
