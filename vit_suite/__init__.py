@@ -1,4 +1,4 @@
-"""vit-suite: train vision transformers three ways, measure what they learned, show where they look.
+"""vit-suite: train vision transformers five ways, measure what they learned, show where they look.
 
 The names below load on first use, so that `import vit_suite` and `vit-suite --help` do not import torch.
 """
@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DINO": "vit_suite.methods.dino",
+    "DINOv2": "vit_suite.methods.dinov2",
+    "MAE": "vit_suite.methods.mae",
     "SiT": "vit_suite.methods.sit",
     "SupervisedViT": "vit_suite.methods.supervised",
     "Backbone": "vit_suite.models.backbone",
@@ -24,7 +26,9 @@ _HOME = {
 __all__ = [
     "Backbone",
     "DINO",
+    "DINOv2",
     "ImageDataModule",
+    "MAE",
     "SiT",
     "SupervisedViT",
     "attention_maps",
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     from vit_suite.evaluation.knn import knn_classify
     from vit_suite.evaluation.linear import linear_probe
     from vit_suite.methods.dino import DINO
+    from vit_suite.methods.dinov2 import DINOv2
+    from vit_suite.methods.mae import MAE
     from vit_suite.methods.sit import SiT
     from vit_suite.methods.supervised import SupervisedViT
     from vit_suite.models.backbone import Backbone

@@ -26,6 +26,18 @@ class MethodRow(NamedTuple):
 
 METHODS: dict[str, MethodRow] = {
     "dino": MethodRow("vit_suite.methods.dino:DINO", "vit_suite.config.dino:DINOConfig"),
+    "dinov2": MethodRow(
+        "vit_suite.methods.dinov2:DINOv2",
+        "vit_suite.config.dinov2:DINOv2Config",
+        views="vit_suite.config.dinov2:DINOv2ViewsConfig",
+        optim="vit_suite.config.dinov2:DINOv2OptimConfig",
+    ),
+    "mae": MethodRow(
+        "vit_suite.methods.mae:MAE",
+        "vit_suite.config.mae:MAEConfig",
+        views="vit_suite.config.mae:MAEViewsConfig",
+        optim="vit_suite.config.mae:MAEOptimConfig",
+    ),
     "sit": MethodRow(
         "vit_suite.methods.sit:SiT",
         "vit_suite.config.sit:SiTConfig",

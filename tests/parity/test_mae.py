@@ -89,21 +89,21 @@ def parameters(fixture: str, backbone: Backbone, decoder: Decoder) -> dict[str, 
 def test_masked_autoencoder(fixture):
     hyper, tensors = load_golden(fixture)
     backbone, decoder = build(fixture, hyper, with_prefix(tensors, "state."))
-    kept = random_patches(tensors["noise"], hyper["mask_ratio"], hyper.get("kept_mask_ratio"))
-    record(fixture, "mask", largest_error(kept.predicted.float(), tensors["mask"]), 0)
-    record(fixture, "order", largest_error(kept.order, tensors["ids_restore"]), 0)
-    levels = encode_visible(backbone, tensors["x"], kept.visible)
+    split = random_patches(tensors["noise"], hyper["mask_ratio"], hyper.get("kept_mask_ratio"))
+    record(fixture, "mask", largest_error(split.predicted.float(), tensors["mask"]), 0)
+    record(fixture, "order", largest_error(split.order, tensors["ids_restore"]), 0)
+    levels = encode_visible(backbone, tensors["x"], split.visible)
     if fixture == "mae":
-        record(fixture, "visible patches", largest_error(kept.visible, tensors["ids_keep"]), 0)
+        record(fixture, "visible patches", largest_error(split.visible, tensors["ids_keep"]), 0)
         tokens = backbone.vit.norm(levels[-1])
         record(fixture, "latent", largest_error(tokens, tensors["latent"]), OUTPUT)
-        output = decoder(tokens, kept)
+        output = decoder(tokens, split)
     else:
         for index, level in enumerate(levels):
             record(fixture, "features of each level", largest_error(level, tensors[f"feat{index}"]), OUTPUT)
         mixed = decoder.mixtures(levels).movedim(0, -1)
         record(fixture, "mixtures", largest_error(mixed, tensors["weighted_feats"]), OUTPUT)
-        output = decoder(levels, kept)
+        output = decoder(levels, split)
     record(fixture, "prediction", largest_error(output, tensors["pred"]), OUTPUT)
     patches = patchify(tensors["x"], hyper["patch"])
     grid = backbone.native_grid
@@ -113,7 +113,7 @@ def test_masked_autoencoder(fixture):
     mean, std = patch_statistics(patches)
     named = parameters(fixture, backbone, decoder)
     for kind, target in (("normpix", (patches - mean) / std), ("rawpix", patches)):
-        loss = masked_mse(output, target, kept.predicted)
+        loss = masked_mse(output, target, split.predicted)
         record(fixture, f"loss, {kind}", largest_error(loss, tensors[f"loss_{kind}"]), LOSS)
         gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
         for name, gradient in zip(named, gradients, strict=True):

@@ -66,10 +66,10 @@ def test_extremes():
 
 def test_the_smallest_noise_is_visible_and_the_largest_is_predicted():
     noise = torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4]])
-    kept = random_patches(noise, 0.75)
-    assert kept.visible.tolist() == [[1, 5]]
-    assert kept.predicted.tolist() == [[True, False, True, True, True, False, True, True]]
-    assert kept.order[0, kept.visible[0]].tolist() == [0, 1]
+    split = random_patches(noise, 0.75)
+    assert split.visible.tolist() == [[1, 5]]
+    assert split.predicted.tolist() == [[True, False, True, True, True, False, True, True]]
+    assert split.order[0, split.visible[0]].tolist() == [0, 1]
     part = random_patches(noise, 0.75, 0.25)
     assert part.visible.tolist() == [[1, 5]]
     assert part.predicted.nonzero()[:, 1].tolist() == [0, 6]

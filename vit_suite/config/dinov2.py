@@ -18,12 +18,13 @@ from vit_suite.config.limits import (
     Whole,
     Width,
 )
+from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import Three, ViewsConfig
 
 
 @dataclass
-class DINOv2Config:
+class DINOv2Config(MethodConfig):
     """DINOv2 (Oquab et al. 2023, arXiv 2304.07193): DINO on CLS tokens, iBOT on masked patches, KoLeo; and Gram
     anchoring of DINOv3 (arXiv 2508.10104). Defaults are the official ImageNet-1k recipe, ViT-L/16; see
     configs/dinov2/*.yaml for its backbone options."""

@@ -17,6 +17,7 @@ from vit_suite.config.limits import (
     Share,
     TokenWidth,
 )
+from vit_suite.config.method import MethodConfig
 from vit_suite.config.shared import OptimConfig
 from vit_suite.config.views import CropConfig
 
@@ -24,7 +25,7 @@ One = Annotated[list[Share], Range(length=1)]
 
 
 @dataclass
-class MAEConfig:
+class MAEConfig(MethodConfig):
     """MAE (He et al. 2021, arXiv 2111.06377) and CrossMAE (arXiv 2401.14391); defaults are MAE's, ViT-B/16. Recipes
     set backbone.positions sincos_2d and backbone.drop_path 0, as both have them."""
 

@@ -5,6 +5,37 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
+from vit_suite import distributed
+
+
+@torch.no_grad()
+def distillation_signs(loss: Tensor, target: Tensor, features: Tensor) -> dict[str, Tensor]:
+    """Values that tell learning from collapse, over the images of all ranks.
+
+    Args:
+        loss: scalar, the cross-entropy between the CLS tokens' outputs.
+        target: (2, B, K) the teacher's probabilities.
+        features: (2, B, D) the teacher's CLS tokens.
+
+    Returns:
+        teacher_entropy and kl in nats; prototypes_used, the share of prototypes that are some image's first choice;
+        feature_std, of the L2-normalized features over the images, times sqrt(D): 1 is isotropic.
+    """
+    entropy = -torch.special.xlogy(target, target).sum(-1).mean()
+    unit = torch.stack(
+        [distributed.gather_rows(view) for view in torch.nn.functional.normalize(features.float(), dim=-1)]
+    )
+    used = distributed.gather_rows(target.argmax(-1).T).unique().numel()
+    return {
+        "teacher_entropy": entropy,
+        "kl": loss - entropy,  # cross-entropy = entropy + KL, averaged over the same images
+        "prototypes_used": target.new_tensor(used / target.shape[-1]),
+        "feature_std": unit.flatten(0, 1).std(0).mean() * features.shape[-1] ** 0.5,
+    }
+
 
 class CollapseMonitor:
     """Watches logged values and answers with one sentence, once per kind of collapse.

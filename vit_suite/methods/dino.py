@@ -26,7 +26,7 @@ from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
 from vit_suite.losses.koleo import koleo_loss
 from vit_suite.methods.base import Losses, Method
-from vit_suite.methods.collapse import CollapseMonitor
+from vit_suite.methods.collapse import CollapseMonitor, distillation_signs
 from vit_suite.methods.gradients import Gradients, add_gradients, with_gradients
 from vit_suite.models.backbone import Backbone, check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
@@ -172,7 +172,8 @@ class DINO(Method):
         else:
             values = self.student_losses(crops, target, range(len(crops)), kept)
         if logged:
-            values |= self.diagnostics(values.get("dino", values["loss"]).detach(), target, features)
+            loss = values.get("dino", values["loss"]).detach()
+            values |= distillation_signs(loss, target, features) | {"center_norm": self.center.norm()}
         return Losses(values, sums)
 
     def student_losses(
@@ -211,23 +212,6 @@ class DINO(Method):
         add_gradients(
             gradients, loss, [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         )
-
-    @torch.no_grad()
-    def diagnostics(self, loss: Tensor, target: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Values that tell learning from collapse; `target` (2, B, K) probabilities, `features` (2, B, D) teacher
-        CLS."""
-        entropy = -torch.special.xlogy(target, target).sum(-1).mean()
-        unit = torch.stack(
-            [distributed.gather_rows(view) for view in torch.nn.functional.normalize(features.float(), dim=-1)]
-        )
-        used = distributed.gather_rows(target.argmax(-1).T).unique().numel()
-        return {
-            "teacher_entropy": entropy,
-            "kl": loss - entropy,  # cross-entropy = entropy + KL, averaged over the same images
-            "center_norm": self.center.norm(),
-            "prototypes_used": target.new_tensor(used / self.method.out_dim),
-            "feature_std": unit.flatten(0, 1).std(0).mean() * features.shape[-1] ** 0.5,
-        }
 
     def watch(self, values: Losses) -> None:
         used = round(float(values["prototypes_used"]) * self.method.out_dim)

@@ -38,7 +38,7 @@ class DINOHead(nn.Module):
     """MLP -> L2 normalization -> weight-normed linear to K prototypes. (B, dim) -> logits (B, K).
 
     Hidden layers use exact GELU and, if `batch_norm`, BatchNorm before it. With one layer the MLP is a single linear
-    map.
+    map. Without `weight_norm` the last layer is a plain linear map, as in DINOv3.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class DINOHead(nn.Module):
         layers: int = 3,
         batch_norm: bool = False,
         norm_last_layer: bool = True,
+        weight_norm: bool = True,
     ):
         super().__init__()
         if layers == 1:
@@ -61,7 +62,11 @@ class DINOHead(nn.Module):
                 hidden += [nn.Linear(before, after), *([BatchNorm1d(after)] if batch_norm else []), nn.GELU()]
             self.mlp = nn.Sequential(*hidden, nn.Linear(hidden_dim, bottleneck_dim))
         init_linear_(self.mlp)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, trainable_gain=not norm_last_layer)
+        if weight_norm:
+            self.last_layer: nn.Module = WeightNormLinear(bottleneck_dim, out_dim, trainable_gain=not norm_last_layer)
+        else:  # DINOv3's
+            self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+            init_linear_(self.last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim) -> (B, K)."""

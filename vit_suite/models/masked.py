@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.blocks import Attention, PreNormBlock, sincos_positions
-from vit_suite.views.masks import Kept
+from vit_suite.views.masks import Split
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 """The epsilon of the official factories; torch's 1e-5 moves the outputs by 1e-3."""
 
 
-def encode_visible(backbone: Backbone, images: Tensor, visible: Tensor) -> list[Tensor]:
+def encode_visible(backbone: Backbone, images: Tensor, visible: Tensor, kept: Tensor | None = None) -> list[Tensor]:
     """Tokens (B, P + n, D) that enter the first block, and those after each block, before the final norm.
 
     Positions are added before patches are dropped, so the cost of the blocks is that of n patches.
@@ -35,12 +35,13 @@ def encode_visible(backbone: Backbone, images: Tensor, visible: Tensor) -> list[
     Args:
         images: (B, C, H, W), normalized.
         visible: (B, n) places of the patches that are seen.
+        kept: (2 depth, B) which paths the blocks keep (`Backbone.drawn_paths`).
     """
     x, _ = backbone.embed(images)
     prefix = backbone.prefix_tokens
     patches = x[:, prefix:].gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     x = torch.cat([x[:, :prefix], patches], dim=1)
-    return [x, *backbone.blocks(x)]
+    return [x, *backbone.blocks(x, kept)]
 
 
 class Decoder(nn.Module):
@@ -75,14 +76,14 @@ class SelfDecoder(Decoder):
         options = {"qkv_bias": True, "norm_layer": layer_norm, "attn_layer": Attention}
         self.blocks = nn.ModuleList(PreNormBlock(dim, heads, mlp_ratio, **options) for _ in range(depth))
 
-    def forward(self, tokens: Tensor, kept: Kept) -> Tensor:
+    def forward(self, tokens: Tensor, split: Split) -> Tensor:
         """Normed tokens (B, P + n, D) of the encoder -> pixels (B, N, p p C) of all patches."""
         x = self.embed(tokens)
         prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
-        hidden = kept.order.shape[1] - visible.shape[1]
+        hidden = split.order.shape[1] - visible.shape[1]
         fill = self.mask_token.to(x.dtype).expand(len(x), hidden, -1)
         patches = torch.cat([visible, fill], dim=1)  # visible, then hidden, as `order` counts them
-        patches = patches.gather(1, kept.order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        patches = patches.gather(1, split.order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         x = torch.cat([prefix, patches + self.positions], dim=1)  # the prefix has no position: zeros, as in MAE
         for block in self.blocks:
             x = block(x)
@@ -146,21 +147,21 @@ class CrossDecoder(Decoder):
         stacked = torch.stack(levels)  # (levels, B, T, D)
         return (self.mix.weight.to(stacked.dtype) @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])
 
-    def queries(self, kept: Kept) -> Tensor:
+    def queries(self, split: Split) -> Tensor:
         """Mask token and position of each predicted patch, in row-major order: (B, m, E)."""
-        count = len(kept.predicted)
-        return self.mask_token + self.positions.expand(count, -1, -1)[kept.predicted].unflatten(0, (count, -1))
+        count = len(split.predicted)
+        return self.mask_token + self.positions.expand(count, -1, -1)[split.predicted].unflatten(0, (count, -1))
 
-    def forward(self, levels: list[Tensor], kept: Kept) -> Tensor:
+    def forward(self, levels: list[Tensor], split: Split) -> Tensor:
         """Encoder tokens of each level -> pixels (B, m, p p C) of the predicted patches, in row-major order."""
-        x = self.queries(kept)
+        x = self.queries(split)
         for block, norm, tokens in zip(self.blocks, self.norms, self.mixtures(levels), strict=True):
             x = block(x, norm(tokens))
         return self.predict(self.norm(x))
 
-    def attention(self, levels: list[Tensor], kept: Kept, index: int = -1) -> Tensor:
+    def attention(self, levels: list[Tensor], split: Split, index: int = -1) -> Tensor:
         """What each predicted patch looks at in decoder block `index`: (B, heads, m, P + n) in fp32."""
-        x = self.queries(kept)
+        x = self.queries(split)
         index %= len(self.blocks)
         for place, (block, norm, tokens) in enumerate(zip(self.blocks, self.norms, self.mixtures(levels), strict=True)):
             if place == index:

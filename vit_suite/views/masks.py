@@ -159,7 +159,7 @@ def targets_of(places: Tensor, shares: Tensor, edges: Tensor, patches: int) -> T
     return torch.where(masked, (patches * (low + (high - low) * shares)).floor(), 0)
 
 
-class Kept(NamedTuple):
+class Split(NamedTuple):
     """The patches that a masked autoencoder sees, and those that it predicts."""
 
     visible: Tensor
@@ -170,7 +170,7 @@ class Kept(NamedTuple):
     """(B, N) bool, True where the loss counts."""
 
 
-def random_patches(noise: Tensor, mask_ratio: float, predict_ratio: float | None = None) -> Kept:
+def random_patches(noise: Tensor, mask_ratio: float, predict_ratio: float | None = None) -> Split:
     """MAE's masking by sorted noise.
 
     Args:
@@ -184,4 +184,4 @@ def random_patches(noise: Tensor, mask_ratio: float, predict_ratio: float | None
     skipped = 0 if predict_ratio is None else int(patches * (mask_ratio - predict_ratio))
     shuffled = noise.argsort(dim=1)
     order = shuffled.argsort(dim=1)
-    return Kept(shuffled[:, :visible], order, order >= visible + skipped)
+    return Split(shuffled[:, :visible], order, order >= visible + skipped)

@@ -158,9 +158,10 @@ class MultiCrop:
         groups = [(slice(0, count), self.cfg.global_size)]
         if self.cfg.local_crops:
             groups.append((slice(count, None), self.cfg.local_size))
-        return [view for part, size in groups for view in self._group(images, parameters.views(part), size)]
+        return [view for part, size in groups for view in self.group(images, parameters.views(part), size)]
 
-    def _group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
+    def group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
+        """The views that `drawn` describes (`ViewParameters.views`), with sides of `size` pixels."""
         views = crop_resize_views(images, drawn.boxes, drawn.flip, size)
         x = views.flatten(0, 1)  # (V * B, C, S, S)
         recolor_(x, drawn)

@@ -1,0 +1,383 @@
+"""DINOv2: DINO on CLS tokens, iBOT on masked patches, and KoLeo (Oquab et al. 2023, arXiv 2304.07193;
+facebookresearch/dinov2 dinov2/train/ssl_meta_arch.py), with DINOv3's Gram anchoring (arXiv 2508.10104;
+facebookresearch/dinov3 dinov3/train/ssl_meta_arch.py).
+
+A student sees all crops, the global ones masked; an EMA teacher sees the global ones whole. Deliberate differences from
+the official code:
+
+- Masks, Sinkhorn-Knopp, centers and KoLeo are those of the global batch, so any number of ranks trains alike. DINOv2
+  spreads masks over the images of a rank, and compares a rank's images alone in KoLeo.
+- Centers move once per optimizer step, from all its micro-batches. Without accumulation the two agree.
+- Drop path draws for every image. DINOv2 runs a part of the batch through a branch instead, which is faster.
+- Buffers of masked patches have a fixed length, as there, but a place in them that no patch fills counts for nothing.
+
+Axes: V views (G = 2 global ones first), B images, N = h w patches, M masked patches, D width, K prototypes.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vit_suite import distributed
+from vit_suite.config import BackboneConfig
+from vit_suite.config.dinov2 import DINOv2Config, DINOv2OptimConfig, DINOv2ViewsConfig
+from vit_suite.errors import UserError
+from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
+from vit_suite.losses.gram import gram_loss, resize_features
+from vit_suite.losses.ibot import ibot_loss, patch_weights
+from vit_suite.losses.koleo import koleo_loss
+from vit_suite.losses.sinkhorn import sinkhorn_knopp
+from vit_suite.methods.base import Losses, Method
+from vit_suite.methods.collapse import CollapseMonitor, distillation_signs
+from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.ema import assert_twins, copy_weights, ema_update
+from vit_suite.models.heads import DINOHead
+from vit_suite.optim.groups import parameter_groups
+from vit_suite.optim.schedules import cosine, teacher_temperature
+from vit_suite.views.draw import Draw, alone
+from vit_suite.views.masks import Masks, Spread, draw_block_masks
+from vit_suite.views.staged import StagedMultiCrop
+
+log = logging.getLogger("vit_suite")
+
+GLOBAL_CROPS = 2
+
+
+class Features(NamedTuple):
+    """What a backbone says of V views."""
+
+    cls: Tensor
+    """(V, B, D) representations."""
+    patches: Tensor
+    """(G B, N, D) patch tokens of the global crops, crop by crop."""
+    grid: tuple[int, int]
+    """(h, w) of those."""
+
+
+class MaskedPatches(NamedTuple):
+    """Where the masked patches are, in a buffer of fixed length."""
+
+    places: Tensor
+    """(M,) int64 places in (G B N)."""
+    counted: Tensor
+    """(M,) bool: False for what only fills the buffer."""
+    weights: Tensor
+    """(M,) 1 / number of masked patches of the crop; 0 where not counted."""
+
+
+class Network(nn.Module):
+    """Backbone, mask token and heads; the student and the teacher are one each."""
+
+    def __init__(self, backbone: BackboneConfig, method: DINOv2Config):
+        super().__init__()
+        self.backbone = Backbone(backbone)
+        self.head = self.new_head(method, method.out_dim, method.bottleneck_dim)
+        self.ibot_head: DINOHead | None = None
+        if method.separate_head and method.ibot_weight:
+            self.ibot_head = self.new_head(
+                method,
+                method.ibot_out_dim or method.out_dim,
+                method.ibot_bottleneck_dim or method.bottleneck_dim,
+            )
+        self.mask_token = nn.Parameter(torch.zeros(1, self.backbone.dim)) if method.mask_probability else None
+
+    def new_head(self, method: DINOv2Config, out_dim: int, bottleneck_dim: int) -> DINOHead:
+        """A projection head on the backbone's width."""
+        return DINOHead(
+            self.backbone.dim,
+            out_dim,
+            method.hidden_dim,
+            bottleneck_dim,
+            method.head_layers,
+            norm_last_layer=False,
+            weight_norm=method.last_layer == "weight_norm",
+        )
+
+    def features(self, crops: list[Tensor], hidden: Tensor | None = None, kept: Tensor | None = None) -> Features:
+        """Features of the global crops, the first two, and of the local ones, if any.
+
+        Args:
+            crops: V tensors (B, C, S_v, S_v).
+            hidden: (G, B, N) bool, patches of the global crops that the mask token stands for.
+            kept: (2 depth, V, B) which paths the blocks keep of each crop (`Backbone.drawn_paths`).
+        """
+        images = torch.cat(crops[:GLOBAL_CROPS])
+        tokens = self.backbone.tokens(
+            images,
+            hidden=None if hidden is None else hidden.flatten(0, 1),
+            mask_token=self.mask_token,
+            kept=None if kept is None else kept[:, :GLOBAL_CROPS].flatten(1),
+        )
+        pooled = tokens.patches.mean(1) if self.backbone.cfg.pool == "mean" else tokens.cls
+        found = [pooled]
+        if len(crops) > GLOBAL_CROPS:
+            own = None if kept is None else kept[:, GLOBAL_CROPS:].flatten(1)
+            found.append(self.backbone(torch.cat(crops[GLOBAL_CROPS:]), own))
+        return Features(torch.cat(found).unflatten(0, (len(crops), -1)), tokens.patches, tokens.grid)
+
+    def logits(self, cls: Tensor) -> Tensor:
+        """(V, B, D) -> (V, B, K); the head runs once over all crops."""
+        return self.head(cls.flatten(0, 1)).unflatten(0, cls.shape[:2])
+
+    def patch_logits(self, patches: Tensor, masked: MaskedPatches) -> Tensor:
+        """(G B, N, D) -> logits (M, K) of the masked patches, from the head for patches, or the one for both."""
+        rows = patches.flatten(0, 1).index_select(0, masked.places)
+        return (self.ibot_head or self.head)(rows)
+
+
+class DINOv2(Method):
+    """DINOv2 as a LightningModule. The teacher is what is scored and exported.
+
+    The centers and the Gram teacher are in the checkpoint, so they survive a resume. Logged: loss; its parts `dino`,
+    `ibot`, `koleo`, `gram` without their weights; and the signs of collapse that DINO logs.
+    """
+
+    config_class = DINOv2Config
+    views_class = DINOv2ViewsConfig
+    optim_class = DINOv2OptimConfig
+    method: DINOv2Config
+    views_config: DINOv2ViewsConfig
+
+    def build(self, backbone: BackboneConfig) -> None:
+        method = self.method
+        check_options(method, self.views_config)
+        self.student = Network(backbone, method)
+        still = replace(backbone, drop_path=0.0, pretrained=False)
+        self.teacher = Network(still, method)
+        copy_weights(self.teacher, self.student)
+        self.gram_teacher: Backbone | None = None
+        if method.gram_weight:
+            self.gram_teacher = Backbone(still)
+            copy_weights(self.gram_teacher, self.student.backbone)
+        check_sizes(method, self.views_config, self.student.backbone.patch_size)
+        self.spread = Spread(method.mask_probability, *method.mask_ratio)
+        self.ibot = bool(method.ibot_weight and method.mask_probability)
+        if method.centering == "ema":
+            self.register_buffer("center", torch.zeros(method.out_dim))
+            if self.ibot:
+                own = method.ibot_out_dim if method.separate_head else None
+                self.register_buffer("patch_center", torch.zeros(own or method.out_dim))
+        self.monitor = CollapseMonitor(method.out_dim)
+
+    @staticmethod
+    def build_views(views: DINOv2ViewsConfig, mean: list[float], std: list[float]) -> StagedMultiCrop:
+        return StagedMultiCrop(views, mean, std)
+
+    def trained(self) -> nn.Module:
+        return self.student
+
+    def evaluation_backbone(self) -> Backbone:
+        return self.teacher.backbone
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student forward": self.student, "teacher forward": self.teacher}
+
+    def gathered_parts(self) -> list[nn.Module]:
+        heads = [(network.head, network.ibot_head) for network in (self.student, self.teacher)]
+        return [head for pair in heads for head in pair if head is not None]
+
+    def compares_images(self) -> list[str]:
+        there = {
+            "KoLeo": self.method.koleo_weight > 0,
+            "Sinkhorn-Knopp": self.method.centering == "sinkhorn_knopp",
+        }
+        return super().compares_images() + [name for name in there if there[name]]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.global_step == 0:  # a resumed run, whose step is restored by now, has a teacher that lags behind
+            assert_twins(self.teacher, self.student)
+
+    def losses(
+        self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
+    ) -> Losses:
+        """The weighted sum for global crops, local crops, and with views.gram_size the global ones at that size.
+
+        `sums` are what the centers need.
+        """
+        draw = draw or alone(len(crops[0]), self.seed)
+        anchors = crops[:GLOBAL_CROPS]
+        if self.views_config.gram_size:
+            crops, anchors = crops[:-GLOBAL_CROPS], crops[-GLOBAL_CROPS:]
+        masks = self.masks(crops[0], draw)
+        masked = masked_patches(masks) if self.ibot and masks else None
+        with torch.no_grad():
+            features = self.teacher.features(crops[:GLOBAL_CROPS])
+            target, patch_target, sums = self.targets(features, masked)
+        kept = self.student.backbone.drawn_paths(draw, len(crops))
+        found = self.student.features(crops, masks.hidden if masks else None, kept)
+        values = self.parts(found, target, patch_target, masked)
+        if self.gram_teacher is not None and self.global_step >= self.method.gram_from:
+            values["gram"] = gram_loss(
+                found.patches, self.anchor(anchors, found.grid), negatives=self.method.gram_negatives
+            )
+        weights = {name: getattr(self.method, f"{name}_weight") for name in values}
+        total = sum(weights[name] * value for name, value in values.items())
+        signs = distillation_signs(values["dino"].detach(), target, features.cls) if logged else {}
+        if logged and self.method.centering == "ema":
+            signs["center_norm"] = self.center.norm()
+        return Losses({"loss": total} | values | signs, sums)
+
+    def masks(self, images: Tensor, draw: Draw) -> Masks | None:
+        """Which patches of the global crops, of the size of `images`, the student does not see."""
+        if not self.method.mask_probability:
+            return None
+        patch = self.student.backbone.patch_size
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        return draw_block_masks(draw, GLOBAL_CROPS, grid, self.spread, images.device)
+
+    def targets(
+        self, features: Features, masked: MaskedPatches | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The teacher's probabilities (G, B, K) and (M, K2), and the sums that move the centers."""
+        temperature = teacher_temperature(
+            self.current_epoch,
+            self.method.warmup_teacher_temperature_epochs,
+            self.method.warmup_teacher_temperature,
+            self.method.teacher_temperature,
+        )
+        logits = self.teacher.logits(features.cls).float()  # (G, B, K)
+        patch_logits = self.teacher.patch_logits(features.patches, masked).float() if masked else None
+        if self.method.centering == "sinkhorn_knopp":
+            target = sinkhorn_knopp(logits.flatten(0, 1), temperature).view_as(logits)
+            if masked is None:
+                return target, None, {}
+            return target, sinkhorn_knopp(patch_logits, temperature, counted=masked.counted), {}
+        sums = {"logits": logits.sum((0, 1)), "count": logits.new_full((), logits.shape[:2].numel())}
+        target = teacher_probabilities(logits, self.center, temperature)
+        if masked is None:
+            return target, None, sums
+        sums["patch_logits"] = (patch_logits * masked.counted.unsqueeze(-1)).sum(0)
+        sums["patch_count"] = masked.counted.sum().float()
+        return target, teacher_probabilities(patch_logits, self.patch_center, temperature), sums
+
+    def parts(
+        self, student: Features, target: Tensor, patch_target: Tensor | None, masked: MaskedPatches | None
+    ) -> dict[str, Tensor]:
+        """The losses without their weights. DINO's is the mean over all pairs of crops. It is DINOv2's sum of a global
+        and a local part, each with its share of the pairs."""
+        temperature = self.method.student_temperature
+        values = {"dino": dino_loss(self.student.logits(student.cls), target, temperature)}
+        if masked is not None:
+            logits = self.student.patch_logits(student.patches, masked)
+            values["ibot"] = ibot_loss(logits, patch_target, temperature, masked.weights, len(student.patches))
+        if self.method.koleo_weight:
+            count = student.cls.shape[1]
+            own = slice(distributed.rank() * count, (distributed.rank() + 1) * count)
+            crops = student.cls[:GLOBAL_CROPS]
+            values["koleo"] = sum(koleo_loss(distributed.gather_rows(crop), own) for crop in crops)
+        return values
+
+    @torch.no_grad()
+    def anchor(self, crops: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        """The Gram teacher's features of whole global crops at the student's patches: (G B, N, D)."""
+        tokens = self.gram_teacher.tokens(torch.cat(crops))
+        return resize_features(tokens.patches, tokens.grid, grid)
+
+    def watch(self, values: Losses) -> None:
+        used = round(float(values["prototypes_used"]) * self.method.out_dim)
+        sentence = self.monitor.update(float(values["dino"].detach()), float(values["teacher_entropy"]), used)
+        if sentence and distributed.rank() == 0:
+            log.warning("%s", sentence)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.optim
+        groups = parameter_groups(
+            self.student, optim.layer_decay, optim.decay_tokens, optim.patch_embed_lr, last_layer_apart=True
+        )
+        return torch.optim.AdamW(
+            groups, lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True
+        )
+
+    def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        super().set_rates(optimizer, step)
+        if self.current_epoch < self.method.freeze_last_layer_epochs:
+            for group in optimizer.param_groups:
+                if group["last_layer"]:  # the rate alone: AdamW's moments go on, as in DINOv2
+                    group["lr"] = 0.0
+
+    def use_sums(self, sums: dict[str, Tensor]) -> None:
+        """Move the centers, after the optimizer step: the loss of this step used the old ones."""
+        momentum = self.method.center_momentum
+        for center, name in ((self.center, ""), (getattr(self, "patch_center", None), "patch_")):
+            if center is not None:
+                total, count = (distributed.mean_over_ranks(sums[f"{name}{what}"]) for what in ("logits", "count"))
+                moved = updated_center(center, total / count.clamp(min=1e-6), momentum)
+                center.copy_(torch.where(count > 0, moved, center))  # a batch without a masked patch moves nothing
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher, and at its time take the Gram teacher anew."""
+        ema_update(self.teacher, self.student, cosine(step, self.max_steps, self.method.momentum_teacher, 1.0))
+        if self.gram_teacher is not None and refresh_due(self.method, step + 1):
+            ema_update(self.gram_teacher, self.teacher.backbone, 0.0)
+            if distributed.rank() == 0:
+                log.info("step %d: the Gram teacher is now the teacher of this moment", step + 1)
+
+
+def refresh_due(method: DINOv2Config, done: int) -> bool:
+    """Whether the Gram teacher is copied when `done` steps are done. At step 0 it is what the run started from."""
+    since = done - method.gram_from
+    if since <= 0 or not method.gram_every:
+        return since == 0
+    times, rest = divmod(since, method.gram_every)
+    return rest == 0 and (method.gram_refreshes is None or times <= method.gram_refreshes)
+
+
+def masked_patches(masks: Masks) -> MaskedPatches:
+    """The masked patches in a buffer as long as their upper bound. Their number is never read, so a GPU does not
+    wait."""
+    hidden = masks.hidden.flatten(0, 1)  # (G B, N)
+    length = max(1, masks.most)  # at least one, because all ranks take part in Sinkhorn-Knopp
+    places = (~hidden.flatten()).to(torch.uint8).argsort(stable=True)[:length]
+    return MaskedPatches(
+        places, hidden.flatten().index_select(0, places), patch_weights(hidden).flatten().index_select(0, places)
+    )
+
+
+def check_options(method: DINOv2Config, views: DINOv2ViewsConfig) -> None:
+    """UserError for options that exclude each other, or that have no effect."""
+    if method.mask_ratio[0] > method.mask_ratio[1]:
+        raise UserError(f"method.mask_ratio: expected [least, most], least first; got {method.mask_ratio}.")
+    if method.ibot_weight and not method.mask_probability:
+        raise UserError(
+            "method.mask_probability is 0, and method.ibot_weight asks for the loss of masked patches: set"
+            " method.ibot_weight 0 too."
+        )
+    serves = {
+        "gram_from": (method.gram_weight, "method.gram_weight above 0"),
+        "gram_every": (method.gram_weight, "method.gram_weight above 0"),
+        "gram_refreshes": (method.gram_weight and method.gram_every, "method.gram_every"),
+        "gram_negatives": (method.gram_weight, "method.gram_weight above 0"),
+        "ibot_out_dim": (method.separate_head, "method.separate_head true"),
+        "ibot_bottleneck_dim": (method.separate_head, "method.separate_head true"),
+    }
+    for option, (has_effect, needed) in serves.items():
+        if getattr(method, option) != getattr(DINOv2Config, option) and not has_effect:
+            raise UserError(f"method.{option} {getattr(method, option)} has no effect here: it is for {needed}.")
+    if views.gram_size and not method.gram_weight:
+        raise UserError(f"views.gram_size {views.gram_size} has no effect here: it is for method.gram_weight above 0.")
+    late = views.late_global_size or views.late_local_size
+    if (views.late_from_epoch is None) != (late is None):
+        given, missing = ("late_from_epoch", "late_global_size") if late is None else ("a late size", "late_from_epoch")
+        raise UserError(f"views.{given} has no effect without views.{missing}.".replace("views.a late", "a late"))
+
+
+def check_sizes(method: DINOv2Config, views: DINOv2ViewsConfig, patch: int) -> None:
+    """UserError where patches do not tile a crop, or a mask would have no patch."""
+    sizes = ["global_size", "late_global_size", "gram_size"] + ["local_size", "late_local_size"] * (
+        views.local_crops > 0
+    )
+    for name in sizes:
+        if (size := getattr(views, name)) is not None:
+            check_image_size([size], patch, f"views.{name}")
+    patches = (views.global_size // patch) ** 2
+    if method.mask_probability and int(patches * method.mask_ratio[1]) < 1:
+        raise UserError(
+            f"method.mask_ratio {method.mask_ratio} of the {patches} patches of a global crop is less than one patch:"
+            " raise it, or use smaller patches."
+        )

@@ -1,0 +1,214 @@
+"""Masked autoencoders: MAE (He et al. 2021, arXiv 2111.06377; facebookresearch/mae) and CrossMAE (arXiv 2401.14391;
+TonyLianLong/CrossMAE).
+
+An encoder sees a quarter of the patches, and a decoder predicts the pixels of the hidden ones. Deliberate differences
+from the official code:
+
+- The masks come from the run's counter of random numbers, an image at a time, so that any number of ranks masks alike.
+- The encoder may have registers, or no CLS token; both were not there. The decoder sees registers as it sees CLS.
+- CrossMAE's encoder has no final LayerNorm. Here it stays, as it starts, for kNN, probes and fine-tuning.
+
+Axes: B images, C channels, N patches, p side of a patch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vit_suite import distributed
+from vit_suite.config import BackboneConfig
+from vit_suite.config.mae import MAEConfig, MAEOptimConfig, MAEViewsConfig
+from vit_suite.errors import UserError
+from vit_suite.losses.reconstruction import masked_mse, patch_statistics, patchify, psnr, unpatchify
+from vit_suite.methods.base import Losses, Method
+from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.masked import CrossDecoder, SelfDecoder, encode_visible, init_mae_
+from vit_suite.views.draw import Draw, alone
+from vit_suite.views.masks import Split, random_patches
+
+
+class Network(nn.Module):
+    """Encoder and decoder."""
+
+    def __init__(self, backbone: BackboneConfig, method: MAEConfig):
+        super().__init__()
+        self.backbone = Backbone(backbone)
+        kind = CrossDecoder if method.decoder == "cross" else SelfDecoder
+        self.decoder = kind(
+            self.backbone,
+            method.decoder_dim,
+            method.decoder_depth,
+            method.decoder_heads,
+            method.decoder_mlp_ratio,
+        )
+        init_mae_(self.decoder if backbone.pretrained else self)
+        if isinstance(self.decoder, CrossDecoder):  # no part of the loss, so DDP would wait for its gradient
+            self.backbone.vit.norm.requires_grad_(False)
+
+    def forward(self, images: Tensor, split: Split, kept: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) -> pixels (B, N, p p C) of all patches, or of the predicted ones (cross).
+
+        `kept` (2 depth, B): which paths the encoder's blocks keep (`Backbone.drawn_paths`).
+        """
+        levels = encode_visible(self.backbone, images, split.visible, kept)
+        if isinstance(self.decoder, CrossDecoder):
+            return self.decoder(levels, split)
+        return self.decoder(self.backbone.vit.norm(levels[-1]), split)
+
+
+class MAE(Method):
+    """A masked autoencoder as a LightningModule. The encoder is what is scored and exported.
+
+    Logged: loss (mean squared error of normalized pixels), and PSNR in dB of the predicted patches.
+    """
+
+    config_class = MAEConfig
+    views_class = MAEViewsConfig
+    optim_class = MAEOptimConfig
+    method: MAEConfig
+
+    def build(self, backbone: BackboneConfig) -> None:
+        check_options(self.method, backbone)
+        size = self.views_config.global_size
+        self.student = Network(backbone, self.method)
+        self.patch: int = self.student.backbone.patch_size
+        check_image_size([size], self.patch, "views.global_size")
+        self.grid = (size // self.patch, size // self.patch)
+        check_masks(self.method, self.student.backbone, self.grid)
+        self.register_buffer("pixel_std", torch.tensor(self.std), persistent=False)
+
+    def trained(self) -> nn.Module:
+        return self.student
+
+    def evaluation_backbone(self) -> Backbone:
+        return self.student.backbone
+
+    def gathered_parts(self) -> list[nn.Module]:
+        return [self.student.decoder]
+
+    @property
+    def sheet_every_epochs(self) -> int:
+        return self.method.sheet_every_epochs
+
+    def sheet(self, clean: Tensor) -> list[Tensor]:
+        """Clean, what the encoder sees, and the picture with its predictions; under the same masks each time, so that
+        epochs compare."""
+        return [clean, *self.reconstruct(clean, alone(len(clean), self.seed))]
+
+    def split_patches(self, device: torch.device, draw: Draw, predict_ratio: float | None) -> Split:
+        """Which patches the images of `draw` show."""
+        noise = draw.uniform(self.grid[0] * self.grid[1], purpose="mae patches").to(device)
+        return random_patches(noise, self.method.mask_ratio, predict_ratio)
+
+    def losses(
+        self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
+    ) -> Losses:
+        """The reconstruction loss of one view of each image."""
+        images = crops[0]
+        draw = draw or alone(len(images), self.seed)
+        split = self.split_patches(images.device, draw, self.method.predict_ratio)
+        kept = self.student.backbone.drawn_paths(draw, 1)
+        output = self.student(images, split, None if kept is None else kept.flatten(1))
+        patches = patchify(images, self.patch)
+        mean, std = patch_statistics(patches) if self.method.norm_pix_loss else (0.0, 1.0)
+        values = {"loss": masked_mse(output, (patches - mean) / std, split.predicted)}
+        if logged:
+            values["psnr"] = self.psnr(output.detach(), patches, split)
+        return Losses(values)
+
+    def psnr(self, output: Tensor, patches: Tensor, split: Split) -> Tensor:
+        """PSNR in dB of the predicted patches in the image's own colors; the patch's true mean and contrast are given
+        back where the loss took them."""
+        target = patches[split.predicted].unflatten(0, (len(patches), -1))  # (B, m, p p C)
+        if output.shape[1] == patches.shape[1]:
+            output = output[split.predicted].view_as(target)
+        if self.method.norm_pix_loss:
+            mean, std = patch_statistics(target)
+            output = output.float() * std + mean
+        pixels = (values.unflatten(-1, (-1, len(self.pixel_std))).movedim(-1, 1) for values in (output, target))
+        return psnr(*pixels, self.pixel_std, distributed.mean_over_ranks)
+
+    @torch.no_grad()
+    def reconstruct(self, clean: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
+        """What the encoder sees of views (B, C, S, S), hidden patches as 0, and the picture with their predictions.
+
+        All hidden patches are predicted, also where a training predicts a part of them.
+        """
+        split = self.split_patches(clean.device, draw or alone(len(clean), self.seed), None)
+        patches = patchify(clean, self.patch)
+        training = self.student.training
+        output = self.student.eval()(clean, split).float()
+        self.student.train(training)
+        if self.method.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            if output.shape[1] < patches.shape[1]:
+                mean, std = (values[split.predicted].unflatten(0, (len(clean), -1)) for values in (mean, std))
+            output = output * std + mean
+        hidden = split.predicted.unsqueeze(-1)
+        if output.shape[1] == patches.shape[1]:
+            filled = torch.where(hidden, output, patches)
+        else:
+            filled = patches.masked_scatter(hidden, output)
+        shown = torch.where(hidden, 0, patches)
+        return unpatchify(shown, self.patch, self.grid), unpatchify(filled, self.patch, self.grid)
+
+    @torch.no_grad()
+    def decoder_attention(self, clean: Tensor, draw: Draw | None = None, index: int = -1) -> tuple[Tensor, Split]:
+        """What hidden patches of views (B, C, S, S) look at in block `index` of the cross decoder.
+
+        Returns:
+            (B, heads, N, N) in fp32: row = patch that asks, column = visible patch that is looked at; rows of visible
+            patches and columns of hidden ones are 0. What goes to CLS and registers is left out, so a row may sum to
+            less than 1. And the masks.
+
+        Raises:
+            UserError: the decoder has no cross-attention.
+        """
+        if not isinstance(self.student.decoder, CrossDecoder):
+            raise UserError("method.decoder is self: only the cross decoder has cross-attention to show.")
+        split = self.split_patches(clean.device, draw or alone(len(clean), self.seed), None)
+        levels = encode_visible(self.student.backbone, clean, split.visible)
+        found = self.student.decoder.attention(levels, split, index)[..., self.student.backbone.prefix_tokens :]
+        count, heads, _, visible = found.shape
+        patches = split.predicted.shape[1]
+        columns = split.visible[:, None, None, :].expand(-1, heads, found.shape[2], -1)
+        wide = found.new_zeros(count, heads, found.shape[2], patches).scatter(3, columns, found)
+        maps = found.new_zeros(count, patches, heads, patches)
+        maps[split.predicted] = wide.transpose(1, 2).flatten(0, 1)
+        return maps.transpose(1, 2), split
+
+
+def check_options(method: MAEConfig, backbone: BackboneConfig) -> None:
+    """UserError for options that exclude each other."""
+    if backbone.causal:
+        raise UserError(
+            "backbone.causal needs all patches in their order, and method mae shows the encoder some: use sit."
+        )
+    if method.predict_ratio is not None and method.decoder == "self":
+        raise UserError(
+            "method.predict_ratio is for method.decoder cross; the self decoder predicts all hidden patches."
+        )
+    if method.predict_ratio is not None and method.predict_ratio > method.mask_ratio:
+        raise UserError(
+            f"method.predict_ratio {method.predict_ratio:g} is more than method.mask_ratio {method.mask_ratio:g}:"
+            " visible patches need no prediction."
+        )
+
+
+def check_masks(method: MAEConfig, backbone: Backbone, grid: tuple[int, int]) -> None:
+    """UserError where the view has other patches than the decoder's positions, or a ratio leaves none."""
+    if grid != backbone.native_grid:
+        size = [side * backbone.patch_size for side in backbone.native_grid]
+        raise UserError(
+            f"backbone.image_size {size} is not views.global_size {grid[0] * backbone.patch_size}: method mae decodes"
+            " the patches of one size; leave backbone.image_size out."
+        )
+    patches = grid[0] * grid[1]
+    split = random_patches(torch.rand(1, patches, device="cpu"), method.mask_ratio, method.predict_ratio)
+    if not split.visible.shape[1] or not split.predicted.any():
+        what = "visible" if not split.visible.shape[1] else "to predict"
+        raise UserError(
+            f"method.mask_ratio {method.mask_ratio:g} of {patches} patches leaves none {what}: change it, or use"
+            " smaller patches."
+        )
