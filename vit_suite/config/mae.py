@@ -15,6 +15,7 @@ from vit_suite.config.limits import (
     Range,
     Rate,
     Share,
+    ShareBelow,
     TokenWidth,
 )
 from vit_suite.config.method import MethodConfig
@@ -85,7 +86,7 @@ class MAEOptimConfig(OptimConfig):
     """Weight decay at the start; none on biases and other 1-D parameters."""
     weight_decay_end: Rate = 0.05
     """Weight decay that the cosine approaches."""
-    betas: Pair = field(default_factory=lambda: [0.9, 0.95])
+    betas: Annotated[list[ShareBelow], Range(length=2)] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's betas."""
     clip: Norm = 0.0
     """Largest L2 norm of a gradient; 0 turns clipping off."""
