@@ -185,7 +185,7 @@ SCALE = "expected list of float (2 of them, least first, 0 to 1), got"
         ),
         (
             "method: {queue: 3, name: dno}",
-            ":1: method.name: expected one of dino, sit, supervised, got 'dno'. Did you mean 'dino'?",
+            ":1: method.name: expected one of dino, dinov2, mae, sit, supervised, got 'dno'. Did you mean 'dino'?",
         ),
         ("optim:\n  lr: 1\n  lr: 2", ":3: key 'optim.lr' stands twice"),
         ("optim: {lr: 1}\noptim: {clip: 1}", ":2: key 'optim' stands twice"),
