@@ -52,6 +52,16 @@ COMMANDS = {
         "vit_suite.config:AttentionConfig",
         "vit_suite.commands.attention:run",
     ),
+    "embed": Command(
+        "Write the features of images to a file",
+        "vit_suite.config:EmbedConfig",
+        "vit_suite.commands.embed:run",
+    ),
+    "neighbours": Command(
+        "Look at a file of features: nearest images, duplicates, clusters",
+        "vit_suite.config:NeighboursConfig",
+        "vit_suite.commands.neighbours:run",
+    ),
     "localize": Command(
         "Score where a backbone looks against masks or boxes",
         "vit_suite.config:LocalizeConfig",

@@ -12,7 +12,7 @@ PARTIAL = ".partial"
 """How the name of an unfinished file ends; a process that is killed leaves it behind."""
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None], sync: bool = True) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object], sync: bool = True) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step: readers see the old file or
     the new one."""
     path = Path(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -51,6 +52,18 @@ def pick_precision(precision: Literal["auto", "bf16", "fp32"], device: torch.dev
     if precision == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return precision
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for each tensor operation, whatever the launcher set: on two threads a matrix product may round
+    differently. Threads that are started inside follow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> contextlib.AbstractContextManager:

@@ -36,7 +36,7 @@ from vit_suite.data.decode import DecodeError
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.evaluation.features import frozen
-from vit_suite.hardware import cores, pick_precision
+from vit_suite.hardware import cores, one_thread, pick_precision
 
 __all__ = ["FORMATS", "MAPS", "UPSAMPLING", "ExportSummary", "export_attention", "view_size"]
 
@@ -222,14 +222,9 @@ def _device_of(backbone: Any) -> torch.device:
 
 @contextmanager
 def _alone(backbone: Any) -> Iterator[None]:
-    """One thread for each tensor operation, whatever the launcher set: a matrix product may round otherwise on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    """The backbone in eval mode, and one thread for each tensor operation."""
+    with one_thread(), frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
+        yield
 
 
 def _bar(total: int, shown: bool):

@@ -9,6 +9,7 @@ from vit_suite.config.data import DataConfig, ImagesConfig, LocalizeDataConfig, 
 from vit_suite.config.demo import DemoConfig
 from vit_suite.config.dino import DINOConfig
 from vit_suite.config.doctor import DoctorConfig
+from vit_suite.config.embed import EmbedConfig, NeighboursConfig
 from vit_suite.config.evaluate import KNNConfig, LinearConfig, ScoreConfig
 from vit_suite.config.finetune import FinetuneConfig, FinetuneViewsConfig
 from vit_suite.config.launch import LaunchConfig
@@ -45,6 +46,7 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "DoctorConfig",
+    "EmbedConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "FinetuneViewsConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "LocalizeDataConfig",
     "LoggerConfig",
     "MethodConfig",
+    "NeighboursConfig",
     "OptimConfig",
     "PretrainConfig",
     "ProfileConfig",
