@@ -104,6 +104,21 @@ def test_two_ranks_mix_as_one_does():
             torch.testing.assert_close(torch.cat([half[index] for half in halves]), whole[index])
 
 
+def test_each_slice_of_the_global_batch_has_its_own_mixture():
+    """Ranks of 96 images, whose rows lie in one or two slices of 128, mix as one rank with all 288 does."""
+    images = torch.arange(288.0).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    labels, cfg = torch.arange(288) % 5, SupervisedConfig(mixup=1.0, cutmix=0.0)
+    whole, targets = mix(images, labels, alone(288), cfg, 5)
+    parts = [slice(start, start + 96) for start in (0, 96, 192)]
+    mixed = [mix(images[part], labels[part], Draw(0, 0, 0, part, 288), cfg, 5) for part in parts]
+    torch.testing.assert_close(torch.cat([part for part, _ in mixed]), whole)
+    torch.testing.assert_close(torch.cat([part for _, part in mixed]), targets)
+    moved = (whole - images)[:, 0, 0, 0].abs()  # a neighbour is 1 away, so this is 1 - lambda
+    slices = moved.split(128)
+    assert all(torch.allclose(part, part[:1], atol=1e-4) for part in slices)
+    assert len({round(float(part[0]), 3) for part in slices}) == 3
+
+
 def test_arguments_stay():
     images, labels = IMAGES.clone(), LABELS.clone()
     for step in range(6):

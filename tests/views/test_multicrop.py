@@ -180,7 +180,11 @@ def test_same_generator_same_views_and_other_steps_other_views():
 
 def test_neighbouring_steps_are_independent():
     first = torch.stack(
-        [torch.rand(64, generator=alone(1, 0, epoch, step).generator()) for epoch in range(8) for step in range(32)]
+        [
+            torch.rand(64, generator=alone(1, 0, epoch, step).generator("views"))
+            for epoch in range(8)
+            for step in range(32)
+        ]
     )
     assert len(first[:, 0].unique()) == 256
     correlation = torch.corrcoef(first.double()) - torch.eye(256)

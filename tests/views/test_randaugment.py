@@ -191,6 +191,19 @@ def test_strength_has_timms_noise(monkeypatch):
     assert levels == pytest.approx([0.9])
 
 
+def test_each_slice_of_the_global_batch_has_its_own_strength(monkeypatch):
+    levels = []
+    spy = {"spy": lambda x, level, context: levels.append(level) or x}
+    monkeypatch.setitem(randaugment.SETS, "increasing", type(SETS["increasing"])(spy, {}))
+    cfg = SupervisedViewsConfig(randaugment=1, randaugment_probability=1.0)
+    randaugment_(noise(300, 1), alone(300), cfg, FILL)
+    whole = list(levels)
+    assert len(set(whole)) == 3
+    for part in (slice(0, 192), slice(192, 300)):
+        randaugment_(noise(part.stop - part.start, 1), Draw(0, 0, 0, part, 300), cfg, FILL)
+    assert levels[3:] == [whole[0], whole[1], whole[1], whole[2]]
+
+
 @pytest.mark.parametrize("kind", list(SETS))
 def test_ranks_augment_as_one_process_does(kind):
     cfg = SupervisedViewsConfig(randaugment_set=kind, randaugment_probability=1.0)

@@ -1,14 +1,16 @@
 """Mixup (Zhang et al. 2017, arXiv 1710.09412), CutMix (Yun et al. 2019, arXiv 1905.04899) and smoothed labels, timm's
 batch mode.
 
-One lambda and one rectangle an optimizer step, as timm draws them a batch. Deviation: an image is mixed with its
-neighbour (`Draw.partners`), where timm takes the batch in reverse: neighbours are on one rank, so any number of ranks
-mixes alike.
+One lambda and one rectangle for each slice of 128 rows of the global batch (`Draw.slices`), where timm draws them for a
+rank's batch (DeiT: 128 images): so any number of ranks mixes alike. Deviation: an image is mixed with its neighbour
+(`Draw.partners`), where timm takes the batch in reverse: neighbours are on one rank.
 
 Axes: B images, C channels, K classes.
 """
 
 from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +27,8 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def cut_box(height: int, width: int, lam: float, y: float, x: float) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) in pixels of CutMix's rectangle: sides sqrt(1 - lam) of the image's, centerd at shares
-    y, x of the image, cut off at its edges."""
+    """(top, bottom, left, right) in pixels of CutMix's rectangle: sides sqrt(1 - lam) of the image's, centered at y, x
+    (shares of the image's sides), cut off at its edges."""
     tall, wide = (int(side * (1 - lam) ** 0.5) for side in (height, width))
     middle, across = int(height * y), int(width * x)
     top, bottom = (min(max(edge, 0), height) for edge in (middle - tall // 2, middle + (tall + 1) // 2))
@@ -35,27 +37,58 @@ def cut_box(height: int, width: int, lam: float, y: float, x: float) -> tuple[in
 
 
 def mix(images: Tensor, labels: Tensor, draw: Draw, cfg: SupervisedConfig, classes: int) -> tuple[Tensor, Tensor]:
-    """Mixed images (B, C, H, W) and their targets (B, K), each row of which sums to 1; the arguments stay as they are.
-
-    CutMix's share is that of the pixels that stay, after the rectangle was cut off at the edges.
-    """
+    """Mixed images (B, C, H, W) and their targets (B, K), each row of which sums to 1; the arguments stay as they
+    are."""
     targets = smoothed(labels, classes, cfg.label_smoothing)
     if not (cfg.mixup or cfg.cutmix):
         return images, targets
-    seed = torch.randint(2**62, (), generator=draw.generator("mix"))
+    partners = draw.partners(images.device)
+    mixed = [
+        _mix(images[rows], images[partners[rows]], targets[rows], targets[partners[rows]], _drawn(draw, name, cfg))
+        for rows, name in draw.slices()
+    ]
+    if len(mixed) == 1:
+        return mixed[0]
+    return torch.cat([part for part, _ in mixed]), torch.cat([part for _, part in mixed])
+
+
+class _Mixture(NamedTuple):
+    """What a slice draws."""
+
+    kind: Literal["none", "mixup", "cutmix"]
+    lam: float
+    """Share of the image itself."""
+    y: float
+    x: float
+    """Center of CutMix's rectangle, in shares of the image's height and width."""
+
+
+def _drawn(draw: Draw, name: str, cfg: SupervisedConfig) -> _Mixture:
+    """The mixture of the slice of that name."""
+    seed = torch.randint(2**62, (), generator=draw.generator(f"mix {name}"))
     random = np.random.default_rng(int(seed))  # PyTorch's Beta takes no generator
     whether, which, y, x = random.random(4)
     if whether >= cfg.mix_probability:
-        return images, targets
+        return _Mixture("none", 1.0, y, x)
     cut = bool(cfg.cutmix) and (not cfg.mixup or which < cfg.cutmix_share)
     alpha = cfg.cutmix if cut else cfg.mixup
-    lam = float(random.beta(alpha, alpha))
-    partners = draw.partners(images.device)
-    if cut:
-        top, bottom, left, right = cut_box(*images.shape[-2:], lam, y, x)
-        mixed = images.clone()
-        mixed[..., top:bottom, left:right] = images[partners, :, top:bottom, left:right]
-        lam = 1 - (bottom - top) * (right - left) / images[0, 0].numel()
-    else:
-        mixed = torch.lerp(images[partners], images, lam)
-    return mixed, torch.lerp(targets[partners], targets, lam)
+    return _Mixture("cutmix" if cut else "mixup", float(random.beta(alpha, alpha)), y, x)
+
+
+def _mix(
+    images: Tensor, others: Tensor, targets: Tensor, other_targets: Tensor, mixture: _Mixture
+) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W) and targets (n, K) mixed with those of their partners.
+
+    CutMix's share is that of the pixels that stay, after the rectangle was cut off at the edges.
+    """
+    lam = mixture.lam
+    if mixture.kind == "none":
+        return images, targets
+    if mixture.kind == "mixup":
+        return torch.lerp(others, images, lam), torch.lerp(other_targets, targets, lam)
+    top, bottom, left, right = cut_box(*images.shape[-2:], lam, mixture.y, mixture.x)
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    lam = 1 - (bottom - top) * (right - left) / images[0, 0].numel()
+    return mixed, torch.lerp(other_targets, targets, lam)

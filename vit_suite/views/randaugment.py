@@ -8,8 +8,8 @@
 Ranges, and the mean color behind moved images, are timm's. Deviations, of both sets:
 
 - Images that drew the same operation and direction are worked on together, since torchvision's operations take one
-  strength a call. So the noise on the strength is drawn for each such group of a step, not for each image; over steps
-  it has timm's distribution.
+  strength a call. So the noise on the strength is drawn for each such group of a slice of 128 rows of the global batch
+  (`Draw.slices`), not for each image. Over slices and steps it has timm's distribution.
 - Values stay float between operations (equalize works on 256 levels), where Pillow rounds to 8 bits after each.
 - Posterizing keeps a bit at least; timm's keeps none at full strength, which newer Pillows refuse.
 - Moved images are interpolated bilinearly; timm picks bilinear or bicubic at random, TensorFlow the nearest pixel.
@@ -163,19 +163,34 @@ def randaugment_(x: Tensor, draw: Draw, cfg: SupervisedViewsConfig, fill: Sequen
     plain, directed = SETS[cfg.randaugment_set]
     operations = [*plain.values(), *directed.values()]
     uniform = draw.uniform(cfg.randaugment, 5, purpose="randaugment")  # operation, direction, whether at all, place (2)
-    noise = torch.randn(cfg.randaugment, len(operations), 2, generator=draw.generator("randaugment strength"))
-    levels = ((cfg.magnitude + cfg.magnitude_std * noise).clamp(0, MOST) / MOST).tolist()
     with full_precision(x.device), nullcontext() if x.device.type == "cpu" else _NoWait():
-        for layer, drawn in enumerate(uniform.unbind(1)):
-            operation = (drawn[:, 0] * len(operations)).long()
-            back = (drawn[:, 1] < 0.5) & (operation >= len(plain))
-            group = torch.where(drawn[:, 2] < cfg.randaugment_probability, 2 * operation + back, -1)
-            for code in group[group >= 0].unique().tolist():
-                members = (group == code).nonzero().squeeze(1)
-                level = levels[layer][code // 2][code % 2]
-                context = Context(list(fill), send(drawn[members, 3:], x.device))
-                rows = send(members, x.device)
-                x.index_copy_(
-                    0, rows, operations[code // 2](x.index_select(0, rows), -level if code % 2 else level, context)
-                )
+        for rows, name in draw.slices():
+            noise = torch.randn(
+                cfg.randaugment, len(operations), 2, generator=draw.generator(f"randaugment strength {name}")
+            )
+            levels = (cfg.magnitude + cfg.magnitude_std * noise).clamp(0, MOST) / MOST
+            for layer in range(cfg.randaugment):
+                drawn = uniform[rows, layer]
+                operation = (drawn[:, 0] * len(operations)).long()
+                back = (drawn[:, 1] < 0.5) & (operation >= len(plain))
+                group = torch.where(drawn[:, 2] < cfg.randaugment_probability, 2 * operation + back, -1)
+                _apply(x[rows], group, levels[layer].flatten().tolist(), operations, list(fill), drawn[:, 3:])
     return x
+
+
+def _apply(
+    x: Tensor,
+    group: Tensor,
+    levels: list[float],
+    operations: list[Operation],
+    fill: list[float],
+    place: Tensor,
+) -> None:
+    """One operation on each image of x (n, C, S, S), in place. group (n,): 2 x the operation's number, + 1 for
+    backwards, or -1 for none; levels: strength 0..1 of each group; place (n, 2): Cutout's."""
+    for code in group[group >= 0].unique().tolist():
+        members = (group == code).nonzero().squeeze(1)
+        rows = send(members, x.device)
+        context = Context(fill, send(place[members], x.device))
+        level = -levels[code] if code % 2 else levels[code]
+        x.index_copy_(0, rows, operations[code // 2](x.index_select(0, rows), level, context))
