@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vit_suite.config import DataConfig
-from vit_suite.data.decode import Quarantine
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.registry import open_split
 from vit_suite.data.resident import make_resident
 from vit_suite.data.source import FileSource

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_suite.data.decode import DecodeError, Quarantine, convert_channels, decode, image_size, is_image
-from vit_suite.errors import UserError
+from vit_suite.data.decode import DecodeError, decode, image_size, is_image
+from vit_suite.data.pixels import convert_channels
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -161,14 +161,14 @@ def test_n_channel_files(tmp_path):
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
     for name in ("last.npy", "first.npy", "z.npz", "deep.npy", "unit.npy", "pages.tif"):
         assert (decode(tmp_path / name, 5) == cube.transpose(2, 0, 1)).all(), name
-    with pytest.raises(UserError, match=r"no axis of 4 channels"):
+    with pytest.raises(DecodeError, match=r"no axis of 4 channels"):
         decode(tmp_path / "last.npy", 4)
-    with pytest.raises(UserError, match="data.channels is 4"):
+    with pytest.raises(DecodeError, match="data.channels is 4"):
         decode(tmp_path / "pages.tif", 4)
     Image.fromarray(cube[..., :4], "RGBA").save(tmp_path / "four.tif")
     assert (decode(tmp_path / "four.tif", 4) == cube[..., :4].transpose(2, 0, 1)).all()  # alpha kept: read as it is
     quadrants().save(tmp_path / "rgb.png")
-    with pytest.raises(UserError, match="has 3 channels, but data.channels is 2"):
+    with pytest.raises(DecodeError, match="has 3 channels, but data.channels is 2"):
         decode(tmp_path / "rgb.png", 2)
     np.save(tmp_path / "nan.npy", np.full((4, 4, 5), np.nan))
     with pytest.raises(DecodeError, match="floats in 0..1"):
@@ -183,37 +183,3 @@ def test_image_names():
         and not is_image("._a.jpg")
         and not is_image("jpg")
     )
-
-
-def test_quarantine_lists_once_counts_and_stops(tmp_path):
-    file = tmp_path / "run" / "quarantine.txt"
-    quarantine = Quarantine(file, limit=0.1)
-    quarantine.report([], "set train", 20)
-    assert not file.parent.exists()  # no trace without a bad file
-    quarantine.report([DecodeError("a\tb.jpg", "cut\nshort")], "set train", 20)
-    quarantine.report([DecodeError("a\tb.jpg", "cut short"), DecodeError("ü c.jpg", "empty")], "set train", 20)
-    assert file.read_text(encoding="utf-8") == "a\\tb.jpg\tcut short\nü c.jpg\tempty\n" and len(quarantine) == 2
-    resumed = Quarantine(file, limit=0.1)
-    resumed.report([DecodeError("ü c.jpg", "empty")], "set train", 20)
-    assert len(file.read_text(encoding="utf-8").splitlines()) == 2
-    with pytest.raises(UserError) as caught:
-        quarantine.report([DecodeError("d.jpg", "bad")], "set train", 20)
-    message = str(caught.value)
-    assert (
-        "3 of the 20 images of set train" in message
-        and "15.0%" in message
-        and "allows 10.0%" in message
-        and str(file) in message
-    )
-    assert file.read_text(encoding="utf-8").count("d.jpg") == 1  # listed before stopping
-
-
-def test_quarantine_counts_sets_apart_and_mends_a_cut_line(tmp_path):
-    file = tmp_path / "quarantine.txt"
-    file.write_bytes(b"old.jpg\tcut by a cra")
-    quarantine = Quarantine(file, limit=0.5)
-    quarantine.report([DecodeError("a", "x")], "train", 2)
-    quarantine.report([DecodeError("b", "x")], "test", 2)
-    assert file.read_bytes() == b"old.jpg\tcut by a cra\na\tx\nb\tx\n"
-    with pytest.raises(UserError, match="max_corrupt is 2"):
-        Quarantine(None, 2)

@@ -12,11 +12,11 @@ from PIL import Image
 
 from vit_suite import DINO
 from vit_suite.config import BackboneConfig, DataConfig, DINOConfig, PretrainConfig, ViewsConfig
-from vit_suite.data.decode import Quarantine
 from vit_suite.data.gpu_decode import check_decoder, decode_jpegs, is_plain, read_file
 from vit_suite.data.loader import FileLoader
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import EpochPlan
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.source import ArraySource, FileSource
 from vit_suite.errors import UserError
 from vit_suite.training.parts import check_decode

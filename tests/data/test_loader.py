@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from tests.data.make import make_files, resident
-from vit_suite.data.decode import DecodeError, Quarantine
+from vit_suite.data.decode import DecodeError
 from vit_suite.data.loader import FileLoader, _Decoder, auto_workers
 from vit_suite.data.order import EpochPlan, epoch_order
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.reading import read
 from vit_suite.data.resident import make_resident
 from vit_suite.data.source import ResidentSource, Subset

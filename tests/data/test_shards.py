@@ -19,10 +19,11 @@ from PIL import Image
 from tests.commands.conftest import column, sha256, words
 from vit_suite import cli
 from vit_suite.data import shard_index
-from vit_suite.data.decode import DecodeError, Quarantine
+from vit_suite.data.decode import DecodeError
 from vit_suite.data.loader import FileLoader
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import EpochPlan, epoch_order, shard_order
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.reading import read
 from vit_suite.data.registry import open_split, open_test, open_train
 from vit_suite.data.shards import OPEN, ShardSource

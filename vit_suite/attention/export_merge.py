@@ -17,7 +17,8 @@ from vit_suite.attention.coco import write_coco
 from vit_suite.attention.export_draw import ANIMATED, Drawing, column, files_of, unpacked
 from vit_suite.attention.export_inputs import Pictures
 from vit_suite.attention.manifest import NAME, OK, Records, discard_parts, write_manifest
-from vit_suite.data.decode import DecodeError, Quarantine
+from vit_suite.data.decode import DecodeError
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.reading import prefetch
 from vit_suite.errors import UserError
 

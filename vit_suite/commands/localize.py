@@ -12,7 +12,7 @@ from vit_suite import distributed
 from vit_suite.attention.localize import Localizer, Looked, without_model
 from vit_suite.commands.data_of import results_path
 from vit_suite.config import LocalizeConfig
-from vit_suite.data.decode import Quarantine
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource, stable_seed
 from vit_suite.data.truth import Truths, open_truths, source_truths

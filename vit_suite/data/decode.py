@@ -1,16 +1,17 @@
-"""A file, or its bytes -> uint8 pixels (C, H, W), and the list of files that do not decode.
+"""A file, or its bytes -> uint8 pixels (C, H, W).
 
 Axes: C channels, H height, W width. What a file may be, and what becomes of it:
 
 - 8-bit RGB, gray, palette, CMYK, YCbCr: Pillow's conversion to RGB, or to luma (ITU-R 601) for one channel.
-- transparency (alpha channel or transparent palette entry): composited on white, because what lies under a transparent
-  pixel is arbitrary (often black, so that dropping alpha draws silhouettes that nobody sees in a viewer).
-- 16-bit gray: divided by 257. Floating point: 0..1 is stretched to 0..255; other values are refused, since a guess per
-  file would give neighbouring files different scales.
-- EXIF orientation is applied.
-- N channels (not 1 or 3), and every .npy or .npz file: read as it is; N must match (else `UserError`: the option is
-  wrong, not the file). An array is (H, W), (H, W, N) or (N, H, W); TIFF has up to 4 bands, or N gray pages; more bands
-  need `tifffile`.
+- Transparency (alpha channel or transparent color): composited on white. What lies under a transparent pixel is
+  arbitrary, often black, and dropping alpha would draw silhouettes that nobody sees in a viewer.
+- Values wider than 8 bits, in PNG, TIFF, NumPy arrays and DICOM: `data.value_range`, see `pixels.py`.
+- EXIF orientation is applied; a damaged EXIF block is ignored, and so is an orientation in XMP, as in OpenCV and
+  libvips.
+- N channels (not 1 or 3): bands as they are; N must match. An array is (H, W), (H, W, N) or (N, H, W).
+- Several pages or frames: the first, or all of them where they are as many gray ones as there are channels.
+
+The size is read from the header first: one limit of pixels holds for every format, before memory is taken.
 """
 
 from __future__ import annotations
@@ -18,97 +19,180 @@ from __future__ import annotations
 import io
 import os
 import re
-from pathlib import Path
+import stat
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from vit_suite.data.pixels import AUTO, Unfit, ValueRange, Wide, convert_channels, finish
+from vit_suite.data.science import DICOM, INSTALL, is_plain, read_array, read_dicom, read_tiff
 from vit_suite.errors import UserError
-from vit_suite.files import lock
 
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .npy .npz .jp2 .avif".split()
+    (
+        ".jpg .jpeg .jpe .jfif .jif .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga"
+        " .jp2 .j2k .j2c .jpx .jpf .avif .npy .npz .dcm .dicom"
+    ).split()
 )
 ARRAYS = (".npy", ".npz")
-JPEG = (".jpg", ".jpeg")
+JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif")
+ROOTS = (".tif", ".tiff")
+MAX_PIXELS = 178_956_970
+"""Pixels of the largest image that is read when `data.max_pixels` is not given: Pillow's own limit for a decompression
+bomb. As RGB it takes 0.5 GiB."""
+ORIENTATION = 0x0112
+"""EXIF tag."""
 
 
 class DecodeError(Exception):
-    """The file at `path` holds no readable image; `reason` is one line."""
+    """The file at `path` gives no image; `reason` is one line."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = str(path), " ".join(str(reason).split())[:300]
         super().__init__(f"{self.path}: {self.reason}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return DecodeError, (self.path, self.reason)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's extension is one of `EXTENSIONS` (any case)."""
+    """Whether a file's extension is one of `EXTENSIONS` (any case), and it is none of macOS's `._` files."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not os.path.basename(name).startswith("._")
 
 
-def decode(path: str | os.PathLike, channels: int = 3, content: bytes | None = None) -> np.ndarray:
-    """The image at `path` as uint8 (C, H, W); where `content` is given it is the file's bytes, and `path` its name
-    alone.
-
-    Raises DecodeError when it cannot be read, UserError when it is readable but has another number of channels than an
-    N-channel set (N not 1 or 3) asks for.
-    """
+def decode(
+    path: str | os.PathLike,
+    channels: int = 3,
+    content: bytes | None = None,
+    value_range: ValueRange = AUTO,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """The image at `path` as uint8 (channels, H, W); where `content` is given it is the file's bytes, and `path` only
+    its name. DecodeError, with one line, for whatever is wrong with this file."""
     path = os.fspath(path)
+
+    def convert() -> np.ndarray:
+        found = read_raw(path, channels, content, max_pixels)
+        if isinstance(found, Wide):
+            return finish(found, channels, value_range, "it")
+        return convert_channels(found, channels, "it")
+
+    return _guarded(path, convert)
+
+
+def read_wide(path: str, content: bytes | None, channels: int, max_pixels: int) -> Wide | None:
+    """What a file holds whose values are wider than 8 bits; None for every other file. DecodeError as `decode`."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in JPEG or suffix in (".gif", ".webp", ".bmp", ".avif", ".tga", ".pbm"):
+        return None
+    found = _guarded(path, lambda: read_raw(path, channels, content, max_pixels, only_wide=True))
+    return found if isinstance(found, Wide) and found.values.dtype not in (np.uint8, np.bool_) else None
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """(H, W) from the header alone, EXIF orientation applied; None when Pillow cannot read the header."""
+    path = os.fspath(path)
+    if path.lower().endswith((*ARRAYS, *DICOM)):
+        return None
     try:
-        if (os.path.getsize(path) if content is None else len(content)) == 0:
-            raise DecodeError(path, "the file is empty (0 bytes)")
-        if path.lower().endswith(ARRAYS):
-            return _read_array(path, channels, content)
-        if channels in (1, 3) and path.lower().endswith(JPEG) and (pixels := _jpeg(path, content)) is not None:
-            return convert_channels(pixels, channels, path)
-        with Image.open(_file(path, content)) as image:
-            return _pixels(path, image, channels, content)
-    except (UserError, DecodeError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with Image.open(path) as image:
+            turned = _orientation(image) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # Pillow's plugins raise almost anything
+        return None
+
+
+def _guarded(path: str, work: Callable[[], Any]) -> Any:
+    """`work()`, whatever it raises for a bad file turned into a DecodeError of one line."""
+    try:
+        return work()
+    except DecodeError:
         raise
+    except (Unfit, UserError) as error:
+        raise DecodeError(path, str(error)) from None
     except FileNotFoundError:
         raise DecodeError(path, "the file does not exist") from None
-    except (
-        Exception
-    ) as error:  # Pillow's plugins raise almost anything on damaged input (OSError, SyntaxError, struct.error, ...)
+    except PermissionError:
+        raise DecodeError(path, "no permission to read the file") from None
+    except Exception as error:  # Pillow's plugins, numpy, tifffile and pydicom raise almost anything on damaged input
         reason = re.sub(rf"{re.escape(repr(path))}|<_io\.BytesIO[^>]*>", "the file", str(error))
         raise DecodeError(path, f"{type(error).__name__}: {reason}") from None
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """(H, W) from the header alone, EXIF orientation applied; None when the header cannot be read (or the file is an
-    array)."""
-    if os.fspath(path).lower().endswith(ARRAYS):
-        return None
+def read_raw(
+    path: str, channels: int, content: bytes | None, max_pixels: int, only_wide: bool = False
+) -> np.ndarray | Wide | None:
+    """uint8 (C, H, W), or what the file holds where that is wider than 8 bits.
+
+    only_wide: give None as soon as the header says 8 bits. Raises whatever the readers raise.
+    """
+    _check_file(path, content)
+
+    def check(height: int, width: int) -> None:
+        if height * width > max_pixels:
+            raise Unfit(
+                f"{width} x {height} pixels are more than the {max_pixels:,} allowed; data.max_pixels raises the limit"
+            )
+
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in ARRAYS:
+        return read_array(_file(path, content), channels, check)
+    if suffix in DICOM:
+        return read_dicom(_file(path, content), channels, check)
+    if suffix in JPEG and channels in (1, 3) and not only_wide:
+        if content is None:
+            with open(path, "rb") as file:
+                content = file.read()
+        if (pixels := _jpeg(content, check)) is not None:
+            return pixels
+    if max_pixels > MAX_PIXELS:  # the user has asked for more than Pillow itself allows
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
-        with Image.open(path) as image:
-            turned = "exif" in image.info and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception:
-        return None
+        with Image.open(_file(path, content)) as image:
+            check(image.height, image.width)
+            return _pixels(image, path, channels, content, check, only_wide)
+    except Image.DecompressionBombError:
+        raise Unfit(f"more than the {max_pixels:,} pixels allowed; data.max_pixels raises the limit") from None
+    except (Unfit, UserError):
+        raise
+    except Exception as error:
+        if suffix not in ROOTS:
+            raise
+        try:
+            return read_tiff(_file(path, content), channels, check)
+        except Unfit as other:
+            if INSTALL in str(other):
+                raise
+            raise error from None
+        except Exception:  # neither reads it: Pillow's reason is the shorter one
+            raise error from None
 
 
-def convert_channels(pixels: np.ndarray, channels: int, what: str) -> np.ndarray:
-    """uint8 (..., C, H, W) -> (..., channels, H, W): luma for 3 -> 1, copies for 1 -> 3. UserError for any other
-    change."""
-    have = pixels.shape[-3]
-    if have == channels:
-        return pixels
-    if have == 3 and channels == 1:  # Pillow's integer luma, so that arrays and files give the same gray
-        red, green, blue = (pixels[..., i : i + 1, :, :].astype(np.uint32) for i in range(3))
-        return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
-    if have == 1 and channels == 3:
-        return np.repeat(pixels, 3, axis=-3)
-    raise UserError(f"{what} has {have} channel{'s' * (have != 1)}, but data.channels is {channels}.")
+def _check_file(path: str, content: bytes | None) -> None:
+    if content is not None:
+        size = len(content)
+    else:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for a writer
+            raise Unfit("is no regular file")
+        size = status.st_size
+    if size == 0:
+        raise Unfit("the file is empty (0 bytes)")
 
 
 def _file(path: str, content: bytes | None) -> str | io.BytesIO:
     return path if content is None else io.BytesIO(content)
 
 
-def _jpeg(path: str, content: bytes | None) -> np.ndarray | None:
+# JPEG
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _jpeg(content: bytes, check: Callable[[int, int], None]) -> np.ndarray | None:
     """Plain JPEG through torchvision; None for whatever it does not take (damaged, CMYK, not a JPEG), which Pillow then
     settles.
 
@@ -116,28 +200,83 @@ def _jpeg(path: str, content: bytes | None) -> np.ndarray | None:
     orientations it gave Pillow's pixels to the bit, and accepted one damaged file that Pillow refused.
     """
     import torch
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.io import ImageReadMode, decode_jpeg
 
+    size = jpeg_size(content)
+    if size is None:
+        return None
+    check(*size)
     try:
-        encoded = read_file(path) if content is None else torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         pixels = decode_jpeg(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
     except RuntimeError:
         return None
     return pixels if len(pixels) in (1, 3) else None
 
 
-def _pixels(path: str, image: Image.Image, channels: int, content: bytes | None) -> np.ndarray:
-    if image.format == "TIFF" and channels not in (1, 3):
-        return _read_tiff(path, image, channels, content)
-    if image.format != "JPEG" or "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    if channels not in (1, 3):
-        return convert_channels(_channels_first(np.asarray(image)), channels, f"'{path}' (mode {image.mode})")
+def jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(H, W) that the first frame header of a JPEG claims, before any rotation; None where there is none.
+
+    A file of 700 bytes may claim 65,500 x 65,500 pixels, and the decoder would take the memory for them.
+    """
+    if content[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(content) and content[place] == 0xFF:
+        kind = content[place + 1]
+        if kind == 0xFF:  # padding
+            place += 1
+        elif 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame
+            return int.from_bytes(content[place + 5 : place + 7], "big"), int.from_bytes(
+                content[place + 7 : place + 9], "big"
+            )
+        elif kind == 0x01 or 0xD0 <= kind <= 0xD8:  # markers without a length
+            place += 2
+        else:
+            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return None
+
+
+# What Pillow opens
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _pixels(
+    image: Image.Image,
+    path: str,
+    channels: int,
+    content: bytes | None,
+    check: Callable[[int, int], None],
+    only_wide: bool,
+) -> np.ndarray | Wide | None:
+    pages = getattr(image, "n_frames", 1) if channels not in (1, 3) else 1
+    if image.format == "TIFF" and (
+        not is_plain(image.tag_v2) or (channels not in (1, 3) and _needs_bands(image, pages))
+    ):
+        return _wide_tiff(image, path, channels, content, check)
+    if image.format == "PNG" and _is_16_bit(image):
+        return _png16(image, path, content)
     if image.mode.startswith("I") or image.mode == "F":
-        return convert_channels(_to_bytes(path, np.asarray(image))[None], channels, path)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return Wide(np.asarray(_upright(image))[..., None])
+    if only_wide:
+        return None
+    frame = _frame_box(image)
+    image = _upright(image)
+    if channels not in (1, 3):
+        return _channels_first(np.asarray(image))
+    if image.mode == "La":  # premultiplied: Pillow's only way out of it
+        image = image.convert("LA")
+    if image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+        image = image.convert("RGB")  # writers leave the fourth byte 0 and mean no transparency
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info or frame:
         image = image.convert("RGBA")
+        if frame:  # what lies outside of the first frame of a GIF is transparent
+            inner = Image.new("RGBA", image.size)
+            inner.paste(image.crop(frame), frame)
+            image = inner
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":
+        image = _from_lab(image)
     target = "RGB" if channels == 3 else "L"
     return _channels_first(np.asarray(image if image.mode == target else image.convert(target)))
 
@@ -146,130 +285,113 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def _to_bytes(path: str, array: np.ndarray) -> np.ndarray:
-    """Integers and floats of any width -> uint8, by the rules of this file's docstring."""
-    if array.size == 0:
-        raise DecodeError(path, f"the array is empty (shape {array.shape})")
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    least, most = array.min(), array.max()
-    if array.dtype.kind in "iu" and 0 <= least and most <= 65535:
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind == "f" and 0 <= least and most <= 1:  # NaN fails both comparisons
-        return (array * 255 + 0.5).astype(np.uint8)
-    raise DecodeError(
-        path, f"{array.dtype} values from {least} to {most}; expected 8 or 16 bit integers, or floats in 0..1"
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none, or where the EXIF block is damaged: the pixels may be good."""
+    try:
+        if image.format == "TIFF":
+            return int(image.getexif().get(ORIENTATION, 1))
+        exif = Image.Exif()
+        if "exif" in image.info:
+            exif.load(image.info["exif"])
+        elif "Raw profile type exif" in image.info:
+            exif.load(bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:])))
+        return int(exif.get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what shows the image upright."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "TIFF":
+        image.load()  # Pillow turns it here by itself, and forgets the tag
+    turn = TURNS.get(_orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info, turned.format = image.info, image.format
+    return turned
+
+
+def _frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Where the first frame of a GIF lies, if it does not fill the canvas."""
+    if image.format != "GIF" or not image.tile:
+        return None
+    box = tuple(image.tile[0][1])
+    return box if box != (0, 0, *image.size) else None
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    return ImageCms.profileToProfile(
+        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
 
 
-def _read_array(path: str, channels: int, content: bytes | None) -> np.ndarray:
-    loaded = np.load(_file(path, content), allow_pickle=False)  # a pickle from a stranger must not run
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        with loaded:
-            names = loaded.files
-            if len(names) != 1 and "image" not in names:
-                raise DecodeError(path, f"expected one array or one named 'image', found {names[:5]}")
-            loaded = loaded["image" if "image" in names else names[0]]
-    if loaded.ndim == 2:
-        loaded = loaded[..., None]
-    if loaded.ndim != 3:
-        raise DecodeError(path, f"an array of shape {loaded.shape} is not an image (H, W), (H, W, N) or (N, H, W)")
-    if loaded.shape[2] != channels and loaded.shape[0] != channels:
-        raise UserError(f"'{path}' has shape {loaded.shape}: no axis of {channels} channels (data.channels).")
-    last = loaded.shape[2] == channels
-    return np.ascontiguousarray(_to_bytes(path, loaded.transpose(2, 0, 1) if last else loaded))
+def _is_16_bit(image: Image.Image) -> bool:
+    return bool(image.tile) and "16B" in str(image.tile[0][3])
 
 
-def _read_tiff(path: str, image: Image.Image, channels: int, content: bytes | None) -> np.ndarray:
-    """Bands as they are, or gray pages stacked. Pillow drops bands after the fourth, so those go through `tifffile`."""
+def _png16(image: Image.Image, path: str, content: bytes | None) -> Wide:
+    """All 16 bits of a PNG, which Pillow keeps for gray alone."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    if content is None:
+        with open(path, "rb") as file:
+            content = file.read()
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    values = decode_png(encoded, ImageReadMode.UNCHANGED).numpy().transpose(1, 2, 0)
+    clear = image.info.get("transparency")
+    if values.shape[2] in (2, 4):
+        return Wide(values[..., :-1], values[..., -1].astype(np.float32) / 65535)
+    if clear is None or isinstance(clear, bytes):
+        return Wide(values)
+    return Wide(values, (values != np.array(clear).reshape(1, 1, -1)).any(-1).astype(np.float32))
+
+
+# TIFF
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _needs_bands(image: Image.Image, pages: int) -> bool:
+    """Whether Pillow would not give the bands of an N-channel TIFF as they are."""
     bands = int(image.tag_v2.get(277, 1))  # SamplesPerPixel
-    pages = getattr(image, "n_frames", 1)
-    if bands == 1 and pages == channels:
+    return pages > 1 or bands > 4 or len(image.getbands()) != bands
+
+
+def _wide_tiff(
+    image: Image.Image, path: str, channels: int, content: bytes | None, check: Callable[[int, int], None]
+) -> Wide:
+    """Through tifffile; without it what Pillow reads rightly: gray values of 16 and 32 bits, and gray pages."""
+    try:
+        return read_tiff(_file(path, content), channels, check)
+    except Unfit as error:
+        bands = int(image.tag_v2.get(277, 1))
+        if INSTALL not in str(error) or bands != 1:
+            raise
+    if channels not in (1, 3) and (pages := getattr(image, "n_frames", 1)) > 1:
+        if pages != channels:
+            raise Unfit(f"has 1 band in {pages} pages, but data.channels is {channels}")
         found = []
         for page in range(pages):
             image.seek(page)
-            found.append(_to_bytes(path, np.array(image)))
-        return np.stack(found)
-    if bands != channels:
-        raise UserError(f"'{path}' has {bands} bands in {pages} pages, but data.channels is {channels}.")
-    if bands <= 4 and len(image.getbands()) == bands:
-        return _channels_first(_to_bytes(path, np.asarray(image)))
-    try:
-        import tifffile
-    except ImportError:
-        raise UserError(
-            f"'{path}' has {bands} bands: reading more than 4 needs tifffile (pip install tifffile)."
-        ) from None
-    array = tifffile.imread(_file(path, content))
-    return _to_bytes(path, array if array.shape[0] == channels else np.moveaxis(array, -1, 0))
-
-
-class Quarantine:
-    """Files that did not decode: counted per set, listed once in a text file `path<TAB>reason`, and limited.
-
-    `file` is `quarantine.txt` of the run directory (None: only counted); it and its folder come into being with the
-    first entry. `limit` is the share of a set that may fail. Several ranks may write the same file: each entry is one
-    appended line, written under a lock after reading what is there, so that neither ranks nor resumed runs repeat one.
-    """
-
-    def __init__(self, file: str | os.PathLike | None = None, limit: float = 0.01) -> None:
-        if not 0 <= limit <= 1:
-            raise UserError(f"data.max_corrupt is {limit}; expected a share from 0 to 1.")
-        self.file = None if file is None else Path(file)
-        self.limit = limit
-        self.failures: dict[str, dict[str, str]] = {}  # set -> path -> reason
-        self.totals: dict[str, int] = {}  # set -> its images
-
-    def __len__(self) -> int:
-        return len({path for found in self.failures.values() for path in found})
-
-    def __bool__(self) -> bool:
-        return True  # an empty one is still there: `quarantine or Quarantine()` must keep it
-
-    def report(self, failures: list[DecodeError], what: str, total: int) -> None:
-        """Record `failures` of the set `what` of `total` images. UserError when the set now has more than its share of
-        them.
-
-        Samples of a set report under its name: the largest total counts, lest a sample be charged with all of the set's
-        failures.
-        Each rank counts what it has met itself.
-        """
-        total = self.totals[what] = max(total, self.totals.get(what, 0))
-        found = self.failures.setdefault(what, {})
-        new = [failure for failure in failures if failure.path not in found]
-        found.update((failure.path, failure.reason) for failure in new)
-        if new:
-            self._append(new)
-        if found and len(found) > self.limit * total:
-            path, reason = next(iter(found.items()))
-            listed = f" All are listed in {self.file}." if self.file else ""
-            raise UserError(
-                f"{len(found)} of the {total} images of {what} do not decode ({len(found) / total:.1%};"
-                f" data.max_corrupt allows {self.limit:.1%}). First: {path} ({reason}).{listed}"
-            )
-
-    def list_again(self) -> None:
-        """Write what has been reported to `file` once more, where it was removed since (a run directory that starts
-        anew)."""
-        for found in filter(None, self.failures.values()):
-            self._append([DecodeError(path, reason) for path, reason in found.items()])
-
-    def _append(self, failures: list[DecodeError]) -> None:
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file, "a+b", buffering=0) as handle:
-            lock(handle)
-            handle.seek(0)
-            text = handle.read()
-            known = {line.split(b"\t")[0] for line in text.splitlines()}
-            lines = {_escape(failure.path): failure.reason for failure in failures}
-            fresh = b"".join(key + b"\t" + why.encode() + b"\n" for key, why in lines.items() if key not in known)
-            if fresh:  # a line cut off by a crash must not swallow the next entry
-                handle.write((b"\n" if text and not text.endswith(b"\n") else b"") + fresh)
-
-
-def _escape(path: str) -> bytes:
-    return os.fsencode(path.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r"))
+            found.append(np.array(image))
+        return Wide(np.stack(found, -1))
+    values = np.asarray(_upright(image))
+    if image.tag_v2.get(339, (1,))[0] == 2 and values.dtype == np.uint8:  # Pillow takes signed bytes for unsigned ones
+        values = values.view(np.int8)
+    if image.tag_v2.get(262) == 0 and image.mode == "I;16":  # white is zero
+        values = 65535 - values
+    return Wide(values[..., None])

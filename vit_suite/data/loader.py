@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vit_suite.data.decode import DecodeError, Quarantine
+from vit_suite.data.decode import DecodeError
 from vit_suite.data.gpu_decode import decode_jpegs, read_file
 from vit_suite.data.order import Batch, EpochLoader, EpochPlan
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.reading import MOST_THREADS, try_load
 from vit_suite.data.source import ImageSource, ResidentSource, stable_seed
 from vit_suite.errors import UserError

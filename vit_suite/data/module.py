@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from vit_suite.config import DataConfig
-from vit_suite.data.decode import Quarantine
 from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
 from vit_suite.data.order import Batch, EpochPlan
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.registry import dataset_info, open_split, open_test, open_train, statistics
 from vit_suite.data.resident import make_resident, to_device
 from vit_suite.data.source import ImageSource, ResidentSource, stratified

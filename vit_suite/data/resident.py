@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_suite.data.decode import JPEG, DecodeError, Quarantine, convert_channels, image_size
+from vit_suite.data.decode import JPEG, DecodeError, image_size
+from vit_suite.data.pixels import convert_channels
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.reading import MOST_THREADS, read, try_load
 from vit_suite.data.source import ArraySource, FileSource, ImageSource, ResidentSource, Subset
 from vit_suite.errors import UserError

@@ -23,7 +23,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from vit_suite.data.decode import convert_channels
+from vit_suite.data.pixels import convert_channels
 from vit_suite.data.source import ImageSource, stable_seed
 from vit_suite.errors import UserError
 

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_suite.data.decode import DecodeError, Quarantine, convert_channels, decode
+from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.pixels import convert_channels
+from vit_suite.data.quarantine import Quarantine
 
 __all__ = ["ArraySource", "FileSource", "ImageSource", "ResidentSource", "Subset", "stable_seed", "stratified"]
 

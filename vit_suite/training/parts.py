@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 
 from vit_suite.config import METHODS, PretrainConfig
-from vit_suite.data.decode import Quarantine
 from vit_suite.data.gpu_decode import check_decoder
 from vit_suite.data.module import ImageDataModule
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.hardware import pick_device, pick_precision
 from vit_suite.methods.base import Method
