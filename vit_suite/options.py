@@ -90,6 +90,12 @@ class Option(NamedTuple):
         return _choices(self.hint)
 
     @property
+    def words(self) -> list[str]:
+        """The words that may stand in place of a list: `auto` of `list of float or one of auto, minmax`."""
+        inner = () if get_origin(self.hint) is list else get_args(self.hint)
+        return [str(word) for hint in inner if get_origin(hint) is Literal for word in get_args(hint)]
+
+    @property
     def type_name(self) -> str:
         """The type in words, with its limits: `int (at least 1)`, `one of cpu, gpu`, `list of float (2 of them, 0 to
         1)`."""

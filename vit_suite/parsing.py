@@ -111,7 +111,8 @@ def _join(option: Option, item: Given) -> Any:
         return "true"
     if not words:
         raise UserError(f"{item.where}: expected {option.type_name}, got nothing")
-    if option.is_list and not (len(words) == 1 and (words[0] == "null" or words[0].startswith("["))):
+    whole = len(words) == 1 and (words[0] in ("null", *option.words) or words[0].startswith("["))
+    if option.is_list and not whole:
         return words
     if len(words) > 1:
         raise UserError(f"unexpected argument '{short(words[1])}' after {item.where} {short(words[0])}")

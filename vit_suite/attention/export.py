@@ -32,7 +32,9 @@ from vit_suite.attention.export_worker import Limits, Worker
 from vit_suite.attention.grids import cut, view_size
 from vit_suite.attention.manifest import NAME, discard_parts, part
 from vit_suite.attention.maps import require_cls
+from vit_suite.config import ImagesConfig
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.registry import set_reading
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.evaluation.features import frozen
@@ -94,6 +96,7 @@ def export_attention(
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     workers: int | None = None,
     overwrite: bool = False,
+    reading: ImagesConfig | None = None,
     progress: bool = False,
 ) -> ExportSummary:
     """Write what the CLS token looks at, for every image of `images`: a folder tree, an image, a list of paths, a
@@ -118,6 +121,7 @@ def export_attention(
     upsample: nearest repeats patches as the DINO release does; bilinear interpolates, guided then draws the map to the
         picture's edges (window radius in pixels, a patch when None; eps); masks are then taken pixel by pixel.
     fps: frames a second of gif and mp4; the video's own, else 10, when None.
+    reading: how files are read (value_range, max_pixels); a data set brings its own.
     device, precision: of the forward pass; the backbone's own device when None. workers: threads (the cores, at most 8,
     when None).
 
@@ -134,6 +138,8 @@ def export_attention(
         raise UserError(f"clip_artifacts is {clip_artifacts}; expected a multiple of the median norm, above 1")
     started = time.monotonic()
     pictures, rate = _open(images, drawing, len(mean), overwrite)
+    if reading is not None and not isinstance(images, ImageSource):
+        set_reading(pictures.source, reading)
     device = torch.device(device) if device is not None else _device_of(backbone)
     limits = Limits(resize, max_tokens, batch_size)
     worker = Worker(

@@ -45,6 +45,7 @@ def run(cfg: AttentionConfig) -> None:
             precision=cfg.precision,
             workers=cfg.workers,
             overwrite=cfg.overwrite,
+            reading=cfg.data,
             progress=True,
         )
         if distributed.rank() == 0:

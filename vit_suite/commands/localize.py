@@ -13,7 +13,7 @@ from vit_suite.attention.localize import Localizer, Looked, without_model
 from vit_suite.commands.data_of import results_path
 from vit_suite.config import LocalizeConfig
 from vit_suite.data.quarantine import Quarantine
-from vit_suite.data.registry import open_test
+from vit_suite.data.registry import open_test, set_reading
 from vit_suite.data.source import ImageSource, stable_seed
 from vit_suite.data.truth import Truths, open_truths, source_truths
 from vit_suite.errors import UserError
@@ -81,7 +81,8 @@ def open_images(cfg: LocalizeConfig, channels: int) -> tuple[ImageSource, Truths
             raise UserError(
                 f"both images and data.name {cfg.data.name} are given; expected a folder with its truth, or a data set."
             )
-        return open_truths(cfg.images, cfg.truth, cfg.mask_values, channels)
+        source, truths = open_truths(cfg.images, cfg.truth, cfg.mask_values, channels)
+        return set_reading(source, cfg.data), truths
     if cfg.truth is not None:
         raise UserError("truth is given without images; data sets bring their own.")
     if not cfg.data.name:

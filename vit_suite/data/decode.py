@@ -164,10 +164,8 @@ def read_raw(
             raise
         try:
             return read_tiff(_file(path, content), channels, check)
-        except Unfit as other:
-            if INSTALL in str(other):
-                raise
-            raise error from None
+        except Unfit:  # it understood the file, and says more
+            raise
         except Exception:  # neither reads it: Pillow's reason is the shorter one
             raise error from None
 

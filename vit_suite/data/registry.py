@@ -7,10 +7,13 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from vit_suite.config import DataConfig
+from vit_suite.config import DataConfig, ImagesConfig
 from vit_suite.data import files, published, shards
+from vit_suite.data.pixels import parse_range
+from vit_suite.data.ranges import settle
 from vit_suite.data.shapes import CLASSES as SHAPES
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.data.source import ImageSource, stratified
@@ -146,9 +149,19 @@ def open_split(cfg: DataConfig, split: str | None, seed: int = 0) -> ImageSource
     try:
         root = find_root(cfg)
         with _one_downloads(root) if cfg.download and info.download else nullcontext():
-            return info.open(cfg, root, split)
+            source = info.open(cfg, root, split)
+        train = None if split == cfg.train_split else partial(info.open, cfg, root, cfg.train_split)
+        set_reading(source, cfg, train)
+        return source
     except PermissionError as error:
         raise UserError(f"data set '{cfg.name}': no permission to read '{error.filename}'.") from None
+
+
+def set_reading(source: ImageSource, cfg: ImagesConfig, train: Callable[[], ImageSource] | None = None) -> ImageSource:
+    """`source`, whose files are read as `cfg` says. `train`: see `ranges.settle`."""
+    source.max_pixels = cfg.max_pixels
+    settle(source, parse_range(cfg.value_range), train)
+    return source
 
 
 def _one_downloads(root: Path) -> AbstractContextManager:

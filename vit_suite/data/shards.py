@@ -71,7 +71,8 @@ class ShardSource(ImageSource):
         return len(self.names)
 
     def load(self, index: int) -> Tensor:
-        return torch.from_numpy(writable(decode(self.path(index), self.channels, self.content(index))))
+        pixels = decode(self.path(index), self.channels, self.content(index), self.value_range, self.max_pixels)
+        return torch.from_numpy(writable(pixels))
 
     def path(self, index: int) -> str:
         return os.path.join(self._shard(index), os.fsdecode(self.names[index]))

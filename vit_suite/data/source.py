@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_suite.data.decode import DecodeError, decode
-from vit_suite.data.pixels import convert_channels
+from vit_suite.data.decode import MAX_PIXELS, DecodeError, decode
+from vit_suite.data.pixels import AUTO, ValueRange, convert_channels
 from vit_suite.data.quarantine import Quarantine
 
 __all__ = ["ArraySource", "FileSource", "ImageSource", "ResidentSource", "Subset", "stable_seed", "stratified"]
@@ -29,6 +29,7 @@ class ImageSource:
     channels: C. image_size: (H, W) when every image is known to have it, else None. has_masks: whether `mask` works.
     shards: int64 (N,), the number of the tar file that holds an image; None where images lie in files of their own.
     quarantine: where `get` reports; set by the data module.
+    value_range, max_pixels: how files are read (`data.value_range`, `data.max_pixels`); set by whoever opens the set.
     """
 
     name: str
@@ -41,6 +42,8 @@ class ImageSource:
     has_masks: bool = False
     shards: Tensor | None = None
     quarantine: Quarantine | None = None
+    value_range: ValueRange = AUTO
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -141,7 +144,8 @@ class FileSource(ImageSource):
         return len(self.paths)
 
     def load(self, index: int) -> Tensor:
-        return torch.from_numpy(writable(decode(self.path(index), self.channels)))
+        pixels = decode(self.path(index), self.channels, None, self.value_range, self.max_pixels)
+        return torch.from_numpy(writable(pixels))
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
