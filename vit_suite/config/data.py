@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from vit_suite.config.limits import Batch, Channels, Count, DataRoot, Gigabytes, Range, Share, Side
 
+Limits = Annotated[list[float], Range(-1e12, ceiling=1e12, length=2, rising=True)]
+"""Values of a file that become black and white."""
+
 
 @dataclass
 class ImagesConfig:
@@ -24,7 +27,9 @@ class ImagesConfig:
     test_length: Count | None = None
     """Use at most this many images of that split, drawn class by class with the seed; for `shapes` how many are
     generated."""
-    value_range: Annotated[list[float], Range(length=2, rising=True)] | Literal["auto", "minmax"] = "auto"
+    value_range: (
+        Annotated[list[float], Range(-1e12, ceiling=1e12, length=2, rising=True)] | Literal["auto", "minmax"]
+    ) = "auto"
     """What becomes black and white in files of more than 8 bits: auto = integers by the bits that the set uses (10, 12,
     14, 16), floats 0..1, DICOM by its window; minmax = each image's own least and largest value; or two numbers."""
     max_pixels: Count = 178_956_970

@@ -82,11 +82,13 @@ def decode(
     return _guarded(path, convert)
 
 
+def may_be_wide(path: str) -> bool:
+    """Whether a file of this name can hold values wider than 8 bits."""
+    return os.path.splitext(path)[1].lower() not in (*JPEG, ".gif", ".webp", ".bmp", ".avif", ".tga", ".pbm")
+
+
 def read_wide(path: str, content: bytes | None, channels: int, max_pixels: int) -> Wide | None:
     """What a file holds whose values are wider than 8 bits; None for every other file. DecodeError as `decode`."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in JPEG or suffix in (".gif", ".webp", ".bmp", ".avif", ".tga", ".pbm"):
-        return None
     found = _guarded(path, lambda: read_raw(path, channels, content, max_pixels, only_wide=True))
     return found if isinstance(found, Wide) and found.values.dtype not in (np.uint8, np.bool_) else None
 

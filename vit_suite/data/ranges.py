@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vit_suite.data.decode import DecodeError, read_wide
-from vit_suite.data.pixels import Unfit, ValueRange, depth
+from vit_suite.data.decode import DecodeError, may_be_wide, read_wide
+from vit_suite.data.pixels import ValueRange, Wide, depth
 from vit_suite.data.source import FileSource, ImageSource, Subset
 from vit_suite.errors import UserError
 
@@ -75,15 +75,17 @@ def largest(source: ImageSource) -> tuple[float, np.dtype, int]:
     return most, kind, count
 
 
-def _wide(source: ImageSource, index: int):
+def _wide(source: ImageSource, index: int) -> Wide | None:
     while isinstance(source, Subset):
         source, index = source.base, int(source.indices[index])
+    if not may_be_wide(path := source.path(index)):
+        return None
     content = None if isinstance(source, FileSource) else source.content(index)
     if content is None and not isinstance(source, FileSource):
         return None
     try:
-        return read_wide(source.path(index), content, source.channels, source.max_pixels)
-    except (DecodeError, Unfit):
+        return read_wide(path, content, source.channels, source.max_pixels)
+    except DecodeError:
         return None
 
 
