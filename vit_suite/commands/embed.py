@@ -7,7 +7,7 @@ from pathlib import Path
 from vit_suite import distributed
 from vit_suite.attention.export_inputs import is_video, open_pictures
 from vit_suite.config import EmbedConfig
-from vit_suite.data.decode import Quarantine
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
