@@ -210,7 +210,7 @@ def test_wrong_sizes_and_numbers(knn):
     refused(knn("--image_size", 30), "image_size 30x30 is not divisible by the patch size 8", "24 and 32")
     refused(knn("--image_size", 4), "image_size 4x4 is smaller than a patch of 8 pixels")
     refused(knn("--k", 0), "--k: expected list of int (at least 1), got '0'")
-    refused(knn("--temperature", 0), "--temperature: expected float (above 0), got '0'")
+    refused(knn("--temperature", 0), "--temperature: expected float (at least 0.001), got '0'")
 
 
 def test_unlabeled_data(knn, photographs):

@@ -110,7 +110,7 @@ def test_two_ranks_repeat_the_losses_of_one(pretrain, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method__mask_ratio": 1.5}, "--method.mask_ratio: expected float (at most 1, above 0), got '1.5'"),
+        ({"method__mask_ratio": 1.5}, "--method.mask_ratio: expected float (above 0, below 1), got '1.5'"),
         (
             {"method__corruption": "masc"},
             "--method.corruption: expected one of blocks, gmml, mask, none, got 'masc'. Did you mean 'mask'?",
