@@ -51,8 +51,8 @@ def test_output_folder(tmp_path):
     check_folder("run.output", tmp_path / "a" / "b")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    assert "is a file, expected a folder; name another." in error_of(check_folder, "o", tmp_path / "file" / "x")
-    assert "is a broken link, expected a folder" in error_of(check_folder, "o", tmp_path / "link" / "x")
+    assert f"cannot be made: '{tmp_path}/file' is a file." in error_of(check_folder, "o", tmp_path / "file" / "x")
+    assert f"'{tmp_path}/link' is a broken link" in error_of(check_folder, "o", tmp_path / "link" / "x")
     assert "is a folder; name a file in it." in error_of(check_file, "output", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 

@@ -60,7 +60,18 @@ def lock(handle) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """One at a time: whoever comes second waits here. `path` is an empty file that stays."""
-    with open(path, "a") as handle:
+    """One at a time: whoever comes second waits here. `path` is an empty file that is there meanwhile."""
+    while True:
+        handle = open(path, "a")
         lock(handle)
-        yield
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(handle.fileno())):
+                break
+        except FileNotFoundError:  # its owner has just removed it
+            pass
+        handle.close()
+    with handle:
+        try:
+            yield
+        finally:
+            Path(path).unlink(missing_ok=True)

@@ -41,7 +41,7 @@ def check_places(config: Any, skip: Callable[[str], bool] = lambda key: False) -
         elif place.kind == "data":
             if not (PATTERN.search(value) or getattr(owner, "download", False) or owner.name == "shapes"):
                 check_input(key, value)
-        elif place.kind == "input" or not SCHEME.match(value):
+        elif place.kind == "input" or place.kind == "checkpoint" and not SCHEME.match(value):
             check_input(key, value)
 
 
@@ -67,7 +67,9 @@ def check_folder(key: str, folder: Path) -> None:
         there = there.parent
     if not there.is_dir():
         what = "is a broken link" if there.is_symlink() and not there.exists() else "is a file"
-        raise UserError(f"{key} '{folder}': '{there}' {what}, expected a folder; name another.")
+        if there == folder:
+            raise UserError(f"{key} '{folder}' {what}; expected a directory.")
+        raise UserError(f"{key} '{folder}' cannot be made: '{there}' {what}.")
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(4096))

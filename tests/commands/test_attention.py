@@ -118,7 +118,7 @@ def test_images_that_are_none_and_output_that_is_taken(vit_suite, tiny_run, odd,
     refused(attention(odd, tmp_path / "words" / "a.txt"), "is a file")
     refused(attention(odd, odd), "is the images folder itself")
     refused(attention(odd, tmp_path / "maps", "--formats", "pngg"), "got 'pngg'. Did you mean 'png'?")
-    refused(attention(odd, tmp_path / "maps", "--threshold", 0), "threshold is 0")
+    refused(attention(odd, tmp_path / "maps", "--threshold", 0), "--threshold: expected float (above 0, at most 1)")
     refused(attention(odd, tmp_path / "maps", "--maps", "maxx"), "got 'maxx'. Did you mean 'max'?")
     refused(attention(odd, tmp_path / "maps", "--clip_artifacts", 1), "expected float (above 1)")
     refused(

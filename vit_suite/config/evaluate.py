@@ -75,7 +75,7 @@ class LinearConfig(ScoreConfig):
     pooling, 30 epochs; dino = the paper's: 1e-3, CLS of 4 blocks (dim 768 and wider: of 1 block, with the mean of the
     patches), augmented, 100 epochs; sit = the first version's: AdamW 5e-4, a head on each of its two tokens, augmented,
     501 epochs."""
-    lr: list[Annotated[float, Range(above=0, ceiling=1000)]] | None = None
+    lr: list[Annotated[float, Range(above=0, ceiling=3.4e38)]] | None = None
     """Learning rates for a batch of 256, scaled by batch_size / 256; a head each."""
     blocks: list[Depth] | None = None
     """How many of the last blocks a head sees; a head each."""

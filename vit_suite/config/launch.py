@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from vit_suite.config.limits import Count, Input, Nodes, Processes, Range, Seed
+from vit_suite.config.limits import ConfigFile, Count, Input, Nodes, Processes, Range, Seed
 from vit_suite.config.pretrain import PretrainConfig
 
 
@@ -53,7 +53,7 @@ class LaunchConfig(PretrainConfig):
     """Python interpreter of the job; the one that runs this command when not given, in a container `python`."""
     seeds: list[Seed] | None = None
     """A job array with a run for each run.seed of the list, in OUTPUT/seedN."""
-    sweep: Input | None = None
+    sweep: ConfigFile | None = None
     """A job array with a run for each entry of this YAML file (a list of options), in OUTPUT/000 and so on; with seeds,
     for all pairs."""
     at_once: Count | None = None

@@ -59,10 +59,10 @@ class Place:
     """What an option names on the disk: `~` is expanded in it, and it is checked before anything is imported.
 
     checkpoint: a file, a folder, or a name such as `timm:NAME`; input: a file or folder that must exist; data: the
-    same, or a pattern; folder and file: where a command writes.
+    same, or a pattern; folder and file: where a command writes; config: a YAML file, which its reader checks.
     """
 
-    kind: Literal["checkpoint", "input", "data", "folder", "file"]
+    kind: Literal["checkpoint", "input", "data", "folder", "file", "config"]
 
 
 Count = Annotated[int, Range(1, ceiling=1_000_000_000)]
@@ -108,5 +108,6 @@ Pair = Annotated[list[Share], Range(length=2, rising=True)]
 Checkpoint = Annotated[str, Place("checkpoint")]
 Input = Annotated[str, Place("input")]
 DataRoot = Annotated[str, Place("data")]
+ConfigFile = Annotated[str, Place("config")]
 OutputFolder = Annotated[str, Place("folder")]
 OutputFile = Annotated[str, Place("file")]

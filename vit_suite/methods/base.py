@@ -292,6 +292,7 @@ class Method(pl.LightningModule):
                 "optim.warmup_epochs %g is longer than the run: its learning rate is never reached",
                 self.optim.warmup_epochs,
             )
+        self._say_jump()
         compared = self.compares_images()
         if compared and self.trainer.accumulate_grad_batches > 1 and self.trainer.is_global_zero:
             log.warning(
@@ -302,6 +303,30 @@ class Method(pl.LightningModule):
                 self.global_batch // self.trainer.accumulate_grad_batches,
                 self.global_batch,
             )
+
+    def _say_jump(self) -> None:
+        """Say that a resumed run has other schedules than before, as with more epochs: the rate is another at once."""
+        step, optimizer = self.global_step, self.optimizers(use_pl_optimizer=False)
+        if self.peak_lr < self.optim.min_lr:
+            log.warning(
+                "the learning rate rises from %.3g to optim.min_lr %.3g, which is not scaled to the batch",
+                self.peak_lr,
+                self.optim.min_lr,
+            )
+        group = optimizer.param_groups[0]
+        before, now = group["lr"] / group["lr_scale"], self.rate(step)
+        if step and not math.isclose(before, self.rate(step - 1), rel_tol=1e-3, abs_tol=1e-12):
+            log.warning(
+                "the schedules now span %d steps, not those of before: the learning rate goes from %.3g to %.3g",
+                self.max_steps,
+                before,
+                now,
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, before any layer's factor."""
+        warmup = round(self.optim.warmup_epochs * self.steps_per_epoch)
+        return cosine(step, self.max_steps, self.peak_lr, self.optim.min_lr, warmup)
 
     def planned_steps(self) -> int:
         """Optimizer steps of the whole training, which schedules span. UserError where the trainer and its data do not
@@ -380,8 +405,7 @@ class Method(pl.LightningModule):
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Write learning rate and weight decay of optimizer step `step` into the parameter groups."""
-        warmup = round(self.optim.warmup_epochs * self.steps_per_epoch)
-        lr = cosine(step, self.max_steps, self.peak_lr, self.optim.min_lr, warmup)
+        lr = self.rate(step)
         decay = cosine(step, self.max_steps, self.optim.weight_decay, self.optim.weight_decay_end)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_suite.errors import UserError
-from vit_suite.files import write_atomically
+from vit_suite.files import locked, write_atomically
 
 
 def read_results(path: str | Path) -> list[dict]:
@@ -34,8 +34,11 @@ def read_results(path: str | Path) -> list[dict]:
 def append_result(
     path: str | Path, task: str, metrics: Mapping[str, Any], protocol: Mapping[str, Any], sha256: str | None = None
 ) -> dict:
-    """Add an entry (task, metrics, full protocol, sha256 of the weights, command, time in UTC); the file is replaced
-    atomically."""
+    """Add an entry (task, metrics, full protocol, sha256 of the weights, command, time in UTC).
+
+    The file is replaced in one step, and processes that append at the same time wait for each other.
+    """
+    path = Path(path)
     entry = {
         "task": task,
         "metrics": dict(metrics),
@@ -44,8 +47,10 @@ def append_result(
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    entries = [*read_results(path), entry]
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(entries, indent=2) + "\n"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        entries = [*read_results(path), entry]
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(entries, indent=2) + "\n"))
     return entry
 
 

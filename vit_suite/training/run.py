@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from vit_suite.training import checkup, rundir
 from vit_suite.training.callbacks import build_callbacks
 from vit_suite.training.drill import drill_callbacks
 from vit_suite.training.final import score_test, test_protocol
+from vit_suite.training.lock import held
 from vit_suite.training.loggers import remember
 from vit_suite.training.parts import Parts, build_parts
 from vit_suite.training.progress import Progress
@@ -72,8 +74,8 @@ def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | No
     """
     if cfg.run.overwrite and requeued():
         cfg = replace(cfg, run=replace(cfg.run, overwrite=False))
-    with Signals() as signals:
-        run = prepare(cfg, start, signals)
+    with Signals() as signals, ExitStack() as stack:
+        run = prepare(cfg, start, signals, stack)
         started = time.perf_counter()
         finished = fit(run)
         if finished is None:
@@ -83,8 +85,9 @@ def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | No
         return finished.folder
 
 
-def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals) -> Run:
-    """Build and check everything of a run; the run directory appears at the end."""
+def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals, stack: ExitStack) -> Run:
+    """Build and check everything of a run. The run directory appears at the end; its lock is held until `stack`
+    closes."""
     if cfg.start:
         start = start or load_backbone(cfg.start, cfg)
         cfg = adopt(cfg, start)
@@ -106,7 +109,11 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals)
         for finding in checkup.of_run(cfg, parts.data, parts.method, trainer.world_size):
             if finding.level != "ok":
                 log.warning("%s", finding)
+    if checkpoint and main:
+        rundir.check_images(folder, parts.data.train_source)
     if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(held(folder))
         rundir.create(cfg)
         if checkpoint is None:
             write_about(folder, parts.data.train_source, trainer.world_size)

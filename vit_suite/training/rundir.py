@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -10,12 +11,18 @@ from pathlib import Path
 import torch
 
 from vit_suite.config import VERSION, PretrainConfig
+from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.files import remove_partial, write_atomically
+from vit_suite.logs import main_process
 from vit_suite.parsing import Given, dump_config, load_config, read_yaml
+from vit_suite.reports.about import fingerprint
 from vit_suite.reports.results import read_results
+from vit_suite.training.lock import FILE as LOCK
+from vit_suite.training.lock import refuse_second
 
 CONFIG = "config.yaml"
+ABOUT = "about.json"
 FIXED = ("start", "method", "backbone", "views", "optim", "data", "run.seed")
 """What a resumed run may not change: the rest of its training would be another run's."""
 FREE = (
@@ -30,7 +37,7 @@ FREE = (
     "method.crops_at_once",
 )
 """Except these, which change where things are and how fast they come, not what they are."""
-LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log", f".{CONFIG}.*", "status.json")
+LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log", f".{CONFIG}.*", "status.json", LOCK)
 """What a start that failed, or was killed while it wrote its config, may have put there."""
 LAUNCHED = ("launch.*", "slurm-*.log")
 """What a job that is about to start has there already, and writes to."""
@@ -50,6 +57,8 @@ def check(cfg: PretrainConfig) -> Path | None:
         return None
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
+    if main_process():  # the other ranks find the lock of their own first rank
+        refuse_second(folder)
     # Listed before the config is looked for: other ranks come while the first one starts the run.
     found = list(folder.iterdir())
     written = _options(folder)
@@ -86,6 +95,27 @@ def check(cfg: PretrainConfig) -> Path | None:
     return last
 
 
+def check_images(folder: Path, source: ImageSource) -> None:
+    """UserError when the images of the run that is resumed were others, whatever its config says: files that came, went
+    or changed their class since."""
+    try:
+        before = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["data"]
+        images, classes, names = int(before["images"]), int(before["classes"]), str(before["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):  # an old run, or one that was killed as it began
+        return
+    now = f"{len(source)} images in {len(source.classes)} classes"
+    if (images, classes) != (len(source), len(source.classes)):
+        found = f"{source.title} has {now} now"
+    elif names != fingerprint(source):
+        found = f"the names or classes of the files of {source.title} have changed since"
+    else:
+        return
+    raise UserError(
+        f"'{folder}' holds a run on {images} images in {classes} classes, but {found}. "
+        "Put the images back to resume, name another run.output, or give --run.overwrite to start anew."
+    )
+
+
 def _options(folder: Path) -> dict[str, Given]:
     """The options in the folder's config.yaml. Only that of a run has run.output, and only what a run left may be
     deleted."""
@@ -118,7 +148,7 @@ def create(cfg: PretrainConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.run.overwrite:
         for path in folder.iterdir():  # one by one: the folder itself may be a link to a larger disk
-            if path.name != CONFIG and not _matches(path, LAUNCHED):
+            if path.name not in (CONFIG, LOCK) and not _matches(path, LAUNCHED):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     remove_partial(folder)
     write_atomically(folder / CONFIG, lambda path: path.write_text(f"version: {VERSION}\n{dump_config(cfg)}"))
