@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vit_suite import cli, registry
+from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.parsing import load_config
 
@@ -116,3 +118,32 @@ def test_documented_commands_have_options_that_exist(page, line, monkeypatch):
 
 def test_there_are_documented_commands():
     assert len(documented()) > 40
+
+
+def test_the_python_of_the_documents_runs(tmp_path, monkeypatch):
+    """The blocks of docs/python.md in order, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", text)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), names)
+    assert len(blocks) == 4 and names["maps"].shape == (64, 3, 4, 4) and names["folder"].is_dir()
+    loaded, photos = names["loaded"], Photos(names["photos"])
+    scored = names["extract_features"](loaded.backbone, photos, 32, loaded.mean, loaded.std, precision="fp32").features
+    torch.testing.assert_close(torch.nn.functional.normalize(names["features"], dim=-1), scored)
+
+
+class Photos(ImageSource):
+    """A tensor of images as a source."""
+
+    name, split, classes, labels = "photos", "test", [], None
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, index):
+        return self.images[index]

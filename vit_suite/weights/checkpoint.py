@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vit_suite.config import BackboneConfig, ReadingConfig
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.files import write_atomically
 from vit_suite.models.backbone import Backbone
+from vit_suite.views.evaluate import eval_view
 from vit_suite.weights.description import check_own, check_statistics, find_heads, infer
 from vit_suite.weights.families import ANCHORS, FAMILIES, HEADS, IMAGENET, Family, by_name, recognize
 from vit_suite.weights.reading import SUFFIXES, Content, checked, read_content, read_folder
@@ -57,6 +58,13 @@ class LoadedBackbone:
     """The row of `weights/families.py` that its names are of, `timm`, or this suite's own."""
     report: KeyReport | None = None
     """Which keys were taken."""
+
+    def transform(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """The view that scores and exports see: (B, C, h, w), normalized, h x w = `image_size`.
+
+        images: uint8 or float in 0..1, (B, C, H, W), or a list of (C, H_i, W_i) of different sizes.
+        """
+        return eval_view(images, (self.image_size[0], self.image_size[-1]), self.mean, self.std)
 
     def untrained(self, seed: int = 0) -> LoadedBackbone:
         """The same architecture with fresh weights: the baseline that a score is read beside."""
