@@ -20,6 +20,9 @@ for name in ("EX_TEMPFAIL", "sched_getaffinity", "posix_fadvise", "pread", "getu
     delattr(os, name)
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None  # importing it raises ImportError
+from pytorch_lightning.trainer.connectors import signal_connector
+signal_connector._IS_WINDOWS = True  # Lightning then leaves these names alone too
+signal.valid_signals = lambda: {getattr(signal, f"SIG{name}") for name in ("ABRT", "FPE", "ILL", "INT", "SEGV", "TERM")}
 import vit_suite
 for module in pkgutil.walk_packages(vit_suite.__path__, "vit_suite."):
     if module.name != "vit_suite.__main__":

@@ -406,6 +406,39 @@ def test_wandb_without_an_account_goes_on_with_its_run(pretrain, monkeypatch, tm
     assert logs[0].stat().st_size >= 1000 and len(column(tmp_path / "run", "train/loss")) == 4
 
 
+def test_tensorboard_has_the_scalars_of_metrics_csv_and_goes_on_after_a_resume(pretrain, monkeypatch, tmp_path):
+    """The steps after the last checkpoint are logged twice, and shown once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    options = {"logger__tensorboard": True, "snapshots__every_epochs": 1}
+    batch_end, seen = Keeper.on_train_batch_end, []
+
+    def crash(self, trainer, *rest):
+        batch_end(self, trainer, *rest)
+        seen.append(trainer.global_step)
+        if len(seen) == 6:
+            raise RuntimeError("as a crash would")
+
+    monkeypatch.setattr(Keeper, "on_train_batch_end", crash)
+    assert pretrain(**options).status == 1
+    assert pretrain(**options).status == 0
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    for name in ("train/loss", "train/lr", "knn/top1"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(column(run, name)), name
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(8))
+    assert {"attention", "attention/epochs"} <= set(events.Tags()["images"])
+    assert not (run / "tensorboard" / "hparams.yaml").exists()
+
+
+def test_tensorboard_that_is_not_installed_is_refused_before_the_run_starts(pretrain, monkeypatch, tmp_path):
+    monkeypatch.setattr("vit_suite.training.loggers.find_spec", lambda name: None)
+    said = pretrain(logger__tensorboard=True)
+    assert said.status == 2 and "pip install 'vit-suite[tensorboard]'" in said.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_wandb_online_without_an_account_is_refused_before_the_run_starts(pretrain, monkeypatch, tmp_path):
     wandb = pytest.importorskip("wandb")
 

@@ -1,12 +1,19 @@
-"""The progress bar of a GPU shows the loss, and reads it only when it is drawn."""
+"""What a training says while it runs: a bar on a terminal, lines elsewhere, and whether it waits for its images."""
 
 from __future__ import annotations
 
+import logging
+import re
+import time
+
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from vit_suite.training.progress import PatientBar
+from tests.commands.conftest import words
+from vit_suite.training.progress import Length, PatientBar, Progress
+from vit_suite.training.status import read_status
 
 
 class Line(pl.LightningModule):
@@ -35,3 +42,93 @@ def test_the_bar_reads_the_loss_when_it_is_drawn(tmp_path, monkeypatch):
     trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(8, 1))))
     assert [shown["train/loss"] for shown in read] == [3, 7, 7]  # the last of them when the epoch ends
     assert "train/loss=7" in bar.train_progress_bar.postfix
+
+
+# Without a terminal
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Slow(torch.utils.data.Dataset):
+    """Images that take `seconds` each to load."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        time.sleep(self.seconds)
+        return (torch.ones(1),)
+
+
+class Step(Line):
+    """A step that takes `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def training_step(self, batch: list, number: int) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return super().training_step(batch, number)
+
+
+def watched(folder, module, dataset, **options) -> Progress:
+    """A training that `Progress` follows, with status.json written after every step."""
+    progress = Progress(folder, Length(1, 12, 12), **options)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        callbacks=[progress],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        profiler=progress.clock,
+    )
+    trainer.fit(module, DataLoader(dataset))
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("load", "step", "least", "most", "warned"), [(0.15, 0.0, 0.6, 1.0, True), (0.0, 0.15, 0.0, 0.25, False)]
+)
+def test_the_share_of_waiting_tells_a_slow_loader_from_a_slow_model(
+    tmp_path, monkeypatch, caplog, load, step, least, most, warned
+):
+    monkeypatch.setattr("vit_suite.training.progress.EVERY", 0.0)
+    monkeypatch.setattr("vit_suite.training.progress.PATIENCE", 0.2)
+    watched(tmp_path, Step(step), Slow(load))
+    status = read_status(tmp_path)
+    assert least <= status.waiting <= most and status.step == 12
+    said = [record.getMessage() for record in caplog.records if "waiting for images" in record.getMessage()]
+    assert len(said) == warned
+    assert not warned or "the loader is slower than the model" in said[0]
+
+
+def test_lines_in_the_log(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("vit_suite.training.progress.EVERY", 0.0)
+    with caplog.at_level(logging.INFO, "vit_suite"):
+        watched(tmp_path, Step(0.05), Slow(0.0), line_every=0.2)
+    lines = [record.getMessage() for record in caplog.records if " of 12" in record.getMessage()]
+    assert 2 <= len(lines) <= 5  # twelve steps of at least 0.05 s, a line in 0.2 s at most
+    assert re.fullmatch(r"epoch 1, step \d+ of 12, \d+ images/s, .*left", lines[0]), lines
+
+
+def test_no_lines_without_line_every(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "vit_suite"):
+        watched(tmp_path, Step(0.0), Slow(0.0))
+    assert not [record for record in caplog.records if " of 12" in record.getMessage()]
+
+
+def test_a_command_without_a_terminal_writes_lines_and_no_bar(vit_suite, tmp_path, monkeypatch):
+    monkeypatch.setattr("vit_suite.training.progress.EVERY", 0.0)
+    options = {"run__output": tmp_path / "run", "trainer__max_epochs": 1, "evaluate__every_epochs": 0}
+    said = vit_suite("pretrain", *words(trainer__progress=True, trainer__line_every=0.1, **options))
+    assert said.status == 0 and "step 4 of 4" in said.log and "loss " in said.log
+    assert "it/s" not in said.out + said.err
+    options["run__output"] = tmp_path / "quiet"
+    assert "step 4 of 4" not in vit_suite("pretrain", *words(trainer__progress=False, **options)).log

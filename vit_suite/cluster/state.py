@@ -9,7 +9,7 @@ from pathlib import Path
 from vit_suite.cluster.script import RECORD
 from vit_suite.cluster.slurm import Entry, queue
 from vit_suite.errors import UserError
-from vit_suite.training.status import Status, read_status
+from vit_suite.training.status import Status, duration, progress_text, read_status
 
 
 def report(folder: Path) -> str:
@@ -66,7 +66,7 @@ def describe(status: Status | None, entry: Entry | None, asked: bool) -> str:
         if entry.time_left in ("UNLIMITED", "NOT_SET", "INVALID")
         else f"; {entry.time_left} until the job's time is up"
     )
-    return (_progress(status) if status else "running, no step yet") + limit
+    return (f"running: {progress_text(status)}" if status else "running, no step yet") + limit
 
 
 def _without_slurm(status: Status | None, asked: bool) -> str:
@@ -83,18 +83,7 @@ def _without_slurm(status: Status | None, asked: bool) -> str:
     ago = duration(time.time() - status.updated)
     if asked:
         return f"failed: ended without a word, last heard of {ago} ago{_at(status)}"
-    return f"{_progress(status)}; last heard of {ago} ago"
-
-
-def _progress(status: Status) -> str:
-    parts = [f"running: step {status.step} of {status.max_steps}"]
-    if status.images_per_second:
-        parts.append(f"{status.images_per_second:.0f} images/s")
-    if status.knn is not None:
-        parts.append(f"kNN {status.knn:.2f}%")
-    if status.seconds_left is not None:
-        parts.append(f"{duration(status.seconds_left)} left")
-    return ", ".join(parts)
+    return f"running: {progress_text(status)}; last heard of {ago} ago"
 
 
 def _at(status: Status | None) -> str:
@@ -103,11 +92,3 @@ def _at(status: Status | None) -> str:
         return ""
     knn = "" if status.knn is None else f", kNN {status.knn:.2f}%"
     return f", step {status.step} of {status.max_steps}{knn}"
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `12 min`, `3 h 05 min`"""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{max(0, round(seconds))} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -93,7 +93,7 @@ def _refuse_in_sweep(base: PretrainConfig, key: str, item: Given) -> None:
 
 
 def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> PretrainConfig:
-    """`training` as it runs in the job: its nodes, devices and directory, and no progress bar in the log."""
+    """`training` as it runs in the job: its nodes, devices and directory."""
     ranks, trainer = ranks_per_node(cfg), training.trainer
     if cfg.gpus_per_node and cfg.tasks_per_node not in (None, ranks):
         raise UserError(
@@ -117,7 +117,7 @@ def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> Pretr
         )
     if training.drill:
         raise UserError("drill needs no cluster: `vit-suite pretrain` does it.")
-    trainer = replace(trainer, nodes=cfg.nodes, devices=ranks, accelerator=accelerator, progress=False)
+    trainer = replace(trainer, nodes=cfg.nodes, devices=ranks, accelerator=accelerator)
     return replace(training, trainer=trainer, run=replace(training.run, output=str(output)))
 
 

@@ -180,7 +180,10 @@ class TrainerConfig:
     log_every: Count = 20
     """Optimizer steps between two log entries."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show how far the training is: a progress bar on a terminal, else (in a log file) a line every `line_every`
+    seconds."""
+    line_every: Annotated[float, Range(0.1, 86400)] = 60.0
+    """Seconds between two such lines."""
     threads: Processes | None = None
     """CPU threads a process uses for tensors; PyTorch's choice when not given."""
 
@@ -221,7 +224,7 @@ class EvaluateConfig:
 
 @dataclass
 class LoggerConfig:
-    """metrics.csv is always written; W&B comes beside it."""
+    """metrics.csv is always written; W&B and TensorBoard come beside it."""
 
     wandb: bool = False
     """Log to Weights & Biases too."""
@@ -230,6 +233,8 @@ class LoggerConfig:
     wandb_offline: bool = False
     """Keep the W&B log on disk, for `wandb sync` later. Each start of a run leaves a folder there, all with the id of
     one W&B run."""
+    tensorboard: bool = False
+    """Log for TensorBoard too, into RUN/tensorboard: `tensorboard --logdir RUN`."""
 
 
 @dataclass

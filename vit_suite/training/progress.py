@@ -1,84 +1,162 @@
-"""What a run shows of itself while it trains: status.json, and on a GPU its progress bar."""
+"""What a run shows of itself while it trains: status.json, a line in the log now and then, and a progress bar on a
+terminal."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.profilers import Profiler
 
-from vit_suite.training.scores import OnlineKNN
-from vit_suite.training.status import Status, write_status
+from vit_suite.training.scores import OnlineScore
+from vit_suite.training.status import Status, progress_text, write_status
 
-EVERY = 2.0  # seconds between two writings: of a millisecond each, and no one looks more often
+log = logging.getLogger("vit_suite")
+
+EVERY = 2.0
+"""Seconds between two writings of status.json, which takes a millisecond."""
+STALLED = 1 / 3
+"""Share of the time that a training may wait for images before it warns."""
+PATIENCE = 60.0
+"""Seconds of training before that warning: the first batches of an epoch are always waited for."""
+
+
+class LoaderClock(Profiler):
+    """Adds up the seconds in which the training loop waits for its next batch, by Lightning's own marks around that."""
+
+    ACTION = "[_TrainingEpochLoop].train_dataloader_next"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name == self.ACTION:
+            self._since = time.monotonic()
+
+    def stop(self, action_name: str) -> None:
+        if action_name == self.ACTION:
+            self.seconds += time.monotonic() - self._since
+
+
+class Length(NamedTuple):
+    """How long a training is."""
+
+    batch_size: int
+    """Images of an optimizer step, over all ranks."""
+    steps_per_epoch: int
+    max_steps: int
+
+
+class _Moment(NamedTuple):
+    time: float
+    step: int
+    waited: float
 
 
 class Progress(pl.Callback):
     """Writes `FOLDER/status.json` (main process): at the start, every few seconds, after each score, and when the run
-    says how it ended.
+    says how it ended. Warns once when the training mostly waits for images.
 
     Args:
-        batch_size: global; for images a second.
-        steps_per_epoch, max_steps: optimizer steps.
         step: optimizer steps done before.
-        knn: has the scores, where there are any.
+        knn: has the kNN scores, where there are any.
+        line_every: seconds between two lines of the log that say the same; None for no lines.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        batch_size: int,
-        steps_per_epoch: int,
-        max_steps: int,
+        length: Length,
         step: int = 0,
-        knn: OnlineKNN | None = None,
+        knn: OnlineScore | None = None,
+        line_every: float | None = None,
     ):
-        self.folder, self.batch_size, self.steps_per_epoch, self.max_steps = (
-            Path(folder),
-            batch_size,
-            steps_per_epoch,
-            max_steps,
-        )
-        self.step, self.knn = step, knn
+        self.folder, self.length, self.step, self.knn, self.line_every = Path(folder), length, step, knn, line_every
+        self.clock = LoaderClock()
         self.speed: float | None = None
+        self.waiting: float | None = None
         self._written_at = 0.0
-        self._timed_from = (time.monotonic(), step)  # since when `speed` is measured: moment, step
+        self._said_at = time.monotonic()
+        self._timed_from = _Moment(self._said_at, step, 0.0)  # since when speed and waiting are measured
+        self._trained = self._waited = 0.0  # seconds in all
+        self._warned = False
 
-    def write(self, state: str, reason: str | None = None) -> None:
-        """Replace status.json."""
-        left = None if self.speed is None else round((self.max_steps - self.step) * self.batch_size / self.speed, 1)
-        speed = None if self.speed is None else round(self.speed, 1)
-        epoch = self.step // self.steps_per_epoch
-        knn = self.knn.history[-1][1] if self.knn and self.knn.history else None
-        write_status(self.folder, Status(state, self.step, self.max_steps, epoch, speed, knn, left, reason))
+    def write(self, state: Literal["running", "stopped", "done", "failed"], reason: str | None = None) -> Status:
+        """Replace status.json; what it says."""
+        left = (self.length.max_steps - self.step) * self.length.batch_size
+        status = Status(
+            state,
+            self.step,
+            self.length.max_steps,
+            self.step // self.length.steps_per_epoch,
+            images_per_second=None if self.speed is None else round(self.speed, 1),
+            knn=self.knn.history[-1][1] if self.knn and self.knn.history else None,
+            seconds_left=None if self.speed is None else round(left / self.speed, 1),
+            waiting=None if self.waiting is None else round(self.waiting, 3),
+            reason=reason,
+        )
+        write_status(self.folder, status)
         self._written_at = time.monotonic()
+        return status
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.step = trainer.global_step
-        self._timed_from = (time.monotonic(), self.step)
+        self._restart(trainer)
         if trainer.is_global_zero:
             self.write("running")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._timed_from = (
-            time.monotonic(),
-            trainer.global_step,
-        )  # scores and checkpoints between epochs are no training
+        self._restart(trainer)  # scores and checkpoints between epochs are no training
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         self.step = trainer.global_step
-        if trainer.is_global_zero and (trainer.is_last_batch or time.monotonic() - self._written_at >= EVERY):
-            now, (before, step) = time.monotonic(), self._timed_from
-            if self.step > step:
-                self.speed = (self.step - step) * self.batch_size / (now - before)
-                self._timed_from = (now, self.step)
-            self.write("running")
+        if not trainer.is_global_zero:
+            return
+        if trainer.is_last_batch or time.monotonic() - self._written_at >= EVERY:
+            self._measure(trainer)
+            status = self.write("running")
+            if self.line_every is not None and time.monotonic() - self._said_at >= self.line_every:
+                self._said_at = time.monotonic()
+                log.info("%s", line(status, trainer.logged_metrics.get("train/loss")))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.write("running")
+
+    def _restart(self, trainer: pl.Trainer) -> None:
+        self._timed_from = _Moment(time.monotonic(), trainer.global_step, self.clock.seconds)
+
+    def _measure(self, trainer: pl.Trainer) -> None:
+        """Speed and share of waiting since the last measurement."""
+        now, before = time.monotonic(), self._timed_from
+        if self.step == before.step:
+            return
+        seconds, waited = now - before.time, self.clock.seconds - before.waited
+        self.speed = (self.step - before.step) * self.length.batch_size / seconds
+        self.waiting = waited / seconds
+        self._trained += seconds
+        self._waited += waited
+        self._restart(trainer)
+        if not self._warned and self._trained >= PATIENCE and self._waited > STALLED * self._trained:
+            self._warned = True
+            log.warning(
+                "%.0f%% of the training time is spent waiting for images: the loader is slower than the model. More"
+                " data.workers, data.resident, or shards help (docs/data.md).",
+                100 * self._waited / self._trained,
+            )
+
+
+def line(status: Status, loss: Any = None) -> str:
+    """`epoch 2, step 120 of 9750, 812 images/s, loss 8.1234, kNN 45.10%, 3% waiting for images, 12 min left`"""
+    text = f"epoch {status.epoch + 1}, {progress_text(status)}"
+    return text if loss is None else text.replace(" images/s", f" images/s, loss {float(loss):.4f}", 1)
 
 
 class PatientBar(TQDMProgressBar):
@@ -88,3 +166,8 @@ class PatientBar(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         loss = trainer.logged_metrics.get("train/loss")
         return super().get_metrics(trainer, module) | ({} if loss is None else {"train/loss": float(loss)})
+
+
+def on_terminal() -> bool:
+    """Whether a progress bar can be drawn: standard output is a terminal, and no log file."""
+    return sys.stdout is not None and sys.stdout.isatty()

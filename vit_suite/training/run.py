@@ -30,7 +30,7 @@ from vit_suite.training.final import score_test, test_protocol
 from vit_suite.training.lock import held
 from vit_suite.training.loggers import remember
 from vit_suite.training.parts import Parts, build_parts
-from vit_suite.training.progress import Progress
+from vit_suite.training.progress import Length, Progress, on_terminal
 from vit_suite.training.scores import OnlineScore, build_scores
 from vit_suite.training.start import adopt, take_weights
 from vit_suite.training.stop import answer, requeued
@@ -101,8 +101,9 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
     progress = build_progress(cfg, folder, parts.data, scores, steps_before)
     callbacks = build_callbacks(cfg, folder, parts, scores, signals)
     # The progress comes after the scores, which status.json shows.
-    callbacks += [progress, *drill_callbacks(steps_before, progress.max_steps)]
+    callbacks += [progress, *drill_callbacks(steps_before, progress.length.max_steps)]
     trainer = build_trainer(cfg, folder, callbacks, parts.precision, steps_before)
+    trainer.profiler = progress.clock
     parts.data.trainer = trainer
     parts.data.plan()  # says now whether the global batch splits over the ranks
     if main and checkpoint is None:
@@ -126,11 +127,13 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
 def build_progress(
     cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], steps_before: int
 ) -> Progress:
-    """What keeps status.json."""
+    """What keeps status.json, and writes lines into the log where there is no terminal to draw a bar on."""
     per_epoch = len(data.plan()) // cfg.trainer.accumulate
     planned = per_epoch * cfg.trainer.max_epochs
     most = planned if cfg.trainer.max_steps == -1 else min(planned, cfg.trainer.max_steps)
-    return Progress(folder, cfg.data.batch_size, per_epoch, most, steps_before, scores[0] if scores else None)
+    length = Length(cfg.data.batch_size, per_epoch, most)
+    lines = cfg.trainer.line_every if cfg.trainer.progress and not on_terminal() else None
+    return Progress(folder, length, steps_before, scores[0] if scores else None, lines)
 
 
 def fit(run: Run) -> Run | None:

@@ -33,12 +33,36 @@ class Status:
     """Last online kNN top-1 in percent."""
     seconds_left: float | None = None
     """Until max_steps at that speed, scoring left out."""
+    waiting: float | None = None
+    """Share of that time, 0 to 1, in which the training loop waited for images."""
     reason: str | None = None
     """The signal, or the error."""
     job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
     """SLURM's number of the job; None without SLURM."""
     updated: float = field(default_factory=time.time)
     """Unix time of this writing."""
+
+
+def progress_text(status: Status) -> str:
+    """How far a run is: `step 120 of 9750, 812 images/s, kNN 45.10%, 3% waiting for images, 12 min left`."""
+    parts = [f"step {status.step} of {status.max_steps}"]
+    if status.images_per_second:
+        parts.append(f"{status.images_per_second:.0f} images/s")
+    if status.knn is not None:
+        parts.append(f"kNN {status.knn:.2f}%")
+    if status.waiting is not None and status.waiting >= 0.01:
+        parts.append(f"{status.waiting:.0%} waiting for images")
+    if status.seconds_left is not None:
+        parts.append(f"{duration(status.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `12 min`, `3 h 05 min`"""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(0, round(seconds))} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def write_status(folder: str | Path, status: Status) -> None:

@@ -17,7 +17,7 @@ from vit_suite.methods.compiled import MarkSteps
 from vit_suite.methods.ddp import OrderedDDP
 from vit_suite.methods.sharding import ShardedStrategy
 from vit_suite.training.loggers import build_loggers
-from vit_suite.training.progress import PatientBar
+from vit_suite.training.progress import PatientBar, on_terminal
 from vit_suite.training.stop import cluster_environment
 
 
@@ -32,7 +32,8 @@ def build_trainer(
     devices = options.devices if options.devices != "auto" else torch.cuda.device_count() if cuda else 1
     if options.compile == "graphs":
         callbacks = [*callbacks, MarkSteps()]
-    if cuda and options.progress:
+    bar = options.progress and on_terminal()
+    if cuda and bar:
         callbacks = [*callbacks, PatientBar(refresh_rate=options.log_every * options.accumulate)]
     return pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
@@ -45,7 +46,7 @@ def build_trainer(
         max_time=None if options.max_minutes is None else timedelta(minutes=options.max_minutes),
         accumulate_grad_batches=options.accumulate,
         log_every_n_steps=options.log_every,
-        enable_progress_bar=options.progress,
+        enable_progress_bar=bar,
         enable_model_summary=False,
         plugins=cluster_environment(),
         use_distributed_sampler=False,  # the data module slices the global batch itself
