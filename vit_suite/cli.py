@@ -67,6 +67,11 @@ COMMANDS = {
         "vit_suite.config:LocalizeConfig",
         "vit_suite.commands.localize:run",
     ),
+    "export": Command(
+        "Write a backbone for timm, Hugging Face, ONNX or torch.export, and check it",
+        "vit_suite.config:ExportConfig",
+        "vit_suite.commands.export:run",
+    ),
     "profile": Command(
         "Say where the time of a training step goes",
         "vit_suite.config:ProfileConfig",

@@ -11,6 +11,7 @@ from vit_suite.config.dino import DINOConfig
 from vit_suite.config.doctor import DoctorConfig
 from vit_suite.config.embed import EmbedConfig, NeighboursConfig
 from vit_suite.config.evaluate import KNNConfig, LinearConfig, ScoreConfig
+from vit_suite.config.export import ExportConfig
 from vit_suite.config.finetune import FinetuneConfig, FinetuneViewsConfig
 from vit_suite.config.launch import LaunchConfig
 from vit_suite.config.limits import Range
@@ -48,6 +49,7 @@ __all__ = [
     "DoctorConfig",
     "EmbedConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FinetuneConfig",
     "FinetuneViewsConfig",
     "ImagesConfig",

@@ -1,0 +1,146 @@
+"""`vit-suite export`: each format loads as its users load it and gives the same numbers; faults leave nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vit_suite.config import BackboneConfig
+from vit_suite.models.backbone import Backbone
+from vit_suite.weights.checkpoint import load_backbone, save_backbone
+from vit_suite.weights.export import check
+from vit_suite.weights.export.formats import FORMATS
+from vit_suite.weights.export.graph import resize_weights
+
+SHAPES = ["--data.name", "shapes", "--data.test_length", "4"]
+
+
+def random_backbone(**options) -> Backbone:
+    """A tiny network with weights of order 1, so that a part in the wrong place shows."""
+    torch.manual_seed(0)
+    tiny = {"patch_size": 4, "dim": 32, "depth": 2, "heads": 2, "image_size": [16, 16], "drop_path": 0.0}
+    backbone = Backbone(BackboneConfig(**{**tiny, **options})).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return backbone
+
+
+@pytest.fixture
+def export(vit_suite, tmp_path):
+    def run(backbone, *words):
+        save_backbone(backbone, tmp_path / "in", [0.5] * backbone.cfg.channels, [0.25] * backbone.cfg.channels)
+        return vit_suite("export", "--checkpoint", tmp_path / "in", "--output", tmp_path / "out", *SHAPES, *words)
+
+    return run
+
+
+def leftovers(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"in"}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"registers": 2}, {"pool": "mean"}, {"image_size": [16, 24], "channels": 1}], ids=str
+)
+@pytest.mark.parametrize("format", ["safetensors", "timm", "huggingface"])
+def test_folders_load_as_their_users_load_them(export, tmp_path, format, options):
+    if format == "huggingface":
+        pytest.importorskip("transformers", reason="the folder is loaded with transformers (extra: test)")
+    backbone = random_backbone(**options)
+    said = export(backbone, "--format", format, "--outputs", "features", "patches")
+    assert said.status == 0, said.err
+    assert leftovers(tmp_path) == {"out"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "largest error" in card and str(tmp_path / "out") in card and "Licence" in card
+    row = FORMATS[format]
+    loaded = load_backbone(tmp_path / "in")
+    height, width = backbone.cfg.image_size
+    images = torch.randn(2, backbone.cfg.channels, height, width)
+    answers = row.open(tmp_path / "out", loaded, check.ExportOptions(["features", "patches"]))(images)
+    with torch.no_grad():
+        torch.testing.assert_close(answers["features"], backbone(images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(answers["patches"], backbone.tokens(images).patches, atol=1e-5, rtol=1e-5)
+
+
+def test_huggingface_classes(export, tmp_path):
+    """ViTModel for a plain ViT, Dinov2WithRegistersModel for one with registers."""
+    for options, kind in (({}, "vit"), ({"registers": 2}, "dinov2_with_registers")):
+        assert export(random_backbone(**options), "--format", "huggingface").status == 0
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
+        if kind == "vit":
+            back = load_backbone(tmp_path / "out")  # and this suite reads its own folder by names
+            assert back.report.complete and back.mean == [0.5] * 3
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_graphs_take_any_batch_and_size(export, tmp_path, format):
+    for name in FORMATS[format].needs:
+        pytest.importorskip(name, reason="extra: export")
+    backbone = random_backbone(registers=1)
+    said = export(backbone, "--format", format, "--outputs", "features", "patches", "attention")
+    assert said.status == 0, said.err
+    assert [line.split(":")[0] for line in said.out.splitlines()[:9]] == [
+        f"{size} {name}" for size in ("16x16", "20x28", "8x12") for name in ("features", "patches", "attention")
+    ]
+    loaded = load_backbone(tmp_path / "in")
+    options = check.ExportOptions(["features", "patches", "attention"])
+    network = FORMATS[format].open(tmp_path / "out", loaded, options)
+    for size in ((1, 16, 16), (3, 32, 20), (2, 4, 64)):
+        images = torch.randn(size[0], 3, *size[1:])
+        answers = network(images)
+        with torch.no_grad():
+            seen = backbone.last_attention(images, slice(0, 1))[:, :, 0, backbone.prefix_tokens :]
+            torch.testing.assert_close(answers["features"], backbone(images), atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(answers["attention"], seen, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_in_a_graph_are_those_of_interpolate():
+    """The matrix of `resize_weights` is F.interpolate's bicubic rule with DINO's 0.1."""
+    row = torch.randn(1, 1, 5, 1)
+    for length in (1, 3, 5, 8, 17):
+        for offset in (0.0, 0.1):
+            scale = ((length + offset) / 5, 1.0)
+            wanted = torch.nn.functional.interpolate(row, scale_factor=scale, mode="bicubic")
+            if wanted.shape[2] != length:
+                continue
+            matrix = resize_weights(torch.arange(length).float(), 5, torch.tensor(offset))
+            torch.testing.assert_close(matrix @ row[0, 0], wanted[0, 0], atol=2e-5, rtol=1e-5)
+
+
+def test_a_folder_that_differs_is_not_kept(export, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "TOLERANCE", -1.0)
+    said = export(random_backbone(), "--format", "timm")
+    assert said.status == 2 and "nothing was kept" in said.err and leftovers(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "message"),
+    [
+        ({"norm": "post"}, ["--format", "timm"], "LayerNorm after the sum"),
+        ({"norm": "post"}, ["--format", "huggingface"], "LayerNorm after the sum"),
+        ({"causal": True}, ["--format", "torch"], "causal order"),
+        ({"class_token": False, "pool": "mean"}, ["--format", "huggingface"], "no CLS token"),
+        ({"class_token": False, "pool": "mean"}, ["--format", "torch", "--outputs", "attention"], "needs a CLS token"),
+        ({}, ["--format", "timm", "--outputs", "attention"], "--outputs attention is for onnx, torch and safetensors"),
+        ({}, ["--format", "onnx", "--opset", "11"], "ONNX operator sets 18 to"),
+        ({}, ["--format", "onxn"], "Did you mean 'onnx'?"),
+        ({}, ["--checkpoint_family", "dinov2"], "was written by vit-suite"),
+    ],
+)
+def test_requests_that_cannot_be(export, tmp_path, options, words, message):
+    said = export(random_backbone(**options), *words)
+    assert said.status == 2 and message in said.err, said.err
+    assert len(said.err.splitlines()) == 1 and leftovers(tmp_path) == set()
+
+
+def test_a_folder_that_is_not_empty_stays_as_it_is(export, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    said = export(random_backbone())
+    assert said.status == 2 and "is not empty" in said.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

@@ -1,0 +1,134 @@
+"""A backbone as plain tensor operations, for exporters that trace: any batch and any image size in one graph.
+
+`Backbone` itself picks kernels by device and length and resizes positions by Python numbers, which a trace would
+freeze. Here the position embedding of a grid is two matrix products whose weights come from the image's size, and
+attention is written out. The numbers are the same to rounding (`tests/weights/test_export.py`).
+
+Axes: B images, h x w patches, N = h w, T = prefix + N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vit_suite.errors import UserError
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.blocks import Attention, PostNormBlock, PreNormBlock
+
+Output = Literal["features", "patches", "attention"]
+"""What a graph answers: the representation (B, D), the patch tokens (B, N, D) after the final norm, or what the CLS
+token looks at in the last block, (B, heads, N), of which the prefix's share is left out."""
+SHARPNESS = -0.75
+"""Parameter of torch's bicubic kernel without antialiasing."""
+
+
+def cubic(distance: Tensor, a: float = SHARPNESS) -> Tensor:
+    """Keys' cubic convolution kernel of a distance in samples."""
+    x = distance.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def resize_weights(count: Tensor, native: int, offset: Tensor) -> Tensor:
+    """(count, native) matrix that resizes a row of `native` samples bicubically to `count`, as `F.interpolate` does
+    with `scale_factor=(count + offset) / native`. `count` (a vector 0 .. count - 1) may have any length in a graph.
+
+    Samples beyond an end are the sample at that end.
+    """
+    length = count.shape[0]
+    place = (count + 0.5) * native / (length + offset) - 0.5
+    base = torch.floor(place)
+    columns = torch.arange(native, device=count.device, dtype=count.dtype)
+    weights = torch.zeros_like(place[:, None] * columns)
+    for tap in (-1, 0, 1, 2):
+        source = (base + tap).clamp(0, native - 1)
+        weights = weights + cubic(place - base - tap)[:, None] * (source[:, None] == columns).to(count.dtype)
+    return weights
+
+
+class Traceable(nn.Module):
+    """Images (B, C, H, W), normalized -> the tensors that `outputs` names, in that order.
+
+    Raises:
+        UserError: the backbone has a part that no graph is written for.
+    """
+
+    def __init__(self, backbone: Backbone, outputs: list[Output]):
+        super().__init__()
+        for block in backbone.vit.blocks:
+            known = type(block) in (Block, PreNormBlock, PostNormBlock)
+            if not known or not isinstance(block.attn, Attention) or not block.attn.plain:
+                raise UserError(f"blocks of the type {type(block).__name__} cannot be exported as a graph.")
+        if backbone.cfg.causal:
+            raise UserError("a network with causal order (backbone.causal) cannot be exported as a graph.")
+        if "attention" in outputs and not backbone.has_cls:
+            raise UserError("--outputs attention needs a CLS token, which this network does not have.")
+        self.vit = backbone.vit
+        self.outputs = list(outputs)
+        self.pool, self.prefix = backbone.cfg.pool, backbone.prefix_tokens
+        self.native = backbone.native_grid
+        self.post_norm = backbone.cfg.norm == "post"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        x = self.embed(images)
+        weights = x
+        for block in self.vit.blocks:
+            x, weights = self.block(block, x)
+        x = self.vit.norm(x)
+        patches = x[:, self.prefix :]
+        answers = {
+            "features": x[:, 0] if self.pool == "cls" else patches.mean(dim=1),
+            "patches": patches,
+            "attention": weights[:, :, 0, self.prefix :],
+        }
+        return tuple(answers[name] for name in self.outputs)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches, prefix tokens and positions: (B, T, D)."""
+        vit = self.vit
+        x = vit.patch_embed.proj(images)  # (B, D, h, w)
+        grid = (x.shape[2], x.shape[3])
+        x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2))
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if vit.pos_embed is None:
+            return vit.norm_pre(torch.cat([*prefix, x], dim=1))
+        skipped = 0 if vit.no_embed_class else self.prefix
+        positions = self.positions(vit.pos_embed[:, skipped:], grid)
+        if vit.no_embed_class:
+            return vit.norm_pre(torch.cat([*prefix, x + positions], dim=1))
+        return vit.norm_pre(torch.cat([*prefix, x], dim=1) + torch.cat([vit.pos_embed[:, :skipped], positions], dim=1))
+
+    def positions(self, position: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(1, h0 w0, D) of the native grid -> (1, h w, D): DINO's rule, `models.backbone.resize_position`."""
+        height, width = (
+            torch.arange(side, device=position.device, dtype=torch.float32) for side in grid
+        )  # of the graph's length
+        same = torch.ones((), device=position.device)
+        for numbers, native in ((height, self.native[0]), (width, self.native[1])):
+            same = same * (torch.ones_like(numbers).sum() == native).to(same.dtype)
+        offset = 0.1 * (1 - same)  # none on the native grid, which stays as it is
+        down = resize_weights(height, self.native[0], offset)
+        across = resize_weights(width, self.native[1], offset)
+        table = position.float().reshape(self.native[0], self.native[1], -1)
+        return torch.einsum("ih,hwd,jw->ijd", down, table, across).flatten(0, 1).unsqueeze(0)
+
+    def block(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, attention weights (B, heads, T, T)) after a block."""
+        branch, weights = self.attend(block.attn, x if self.post_norm else block.norm1(x))
+        x = x + block.ls1(branch)
+        if self.post_norm:
+            x = block.norm1(x)
+            return block.norm2(x + block.ls2(block.mlp(x))), weights
+        return x + block.ls2(block.mlp(block.norm2(x))), weights
+
+    def attend(self, attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        weights = F.softmax((q * attention.scale) @ k.transpose(-2, -1), dim=-1)
+        return attention.proj((weights @ v).transpose(1, 2).flatten(2)), weights
