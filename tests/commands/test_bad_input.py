@@ -52,7 +52,7 @@ def refused(vit_suite, tmp_path, monkeypatch):
         (["--data.decode", "gpu"], "data.decode is gpu, but this training is on a CPU: use data.decode cpu."),
         (
             ["--method.name", "dyno"],
-            "--method.name: expected one of dino, sit, supervised, got 'dyno'. Did you mean 'dino'?",
+            "--method.name: expected one of dino, dinov2, mae, sit, supervised, got 'dyno'. Did you mean 'dino'?",
         ),
     ],
 )
