@@ -113,7 +113,7 @@ def test_masked_autoencoder(fixture):
     mean, std = patch_statistics(patches)
     named = parameters(fixture, backbone, decoder)
     for kind, target in (("normpix", (patches - mean) / std), ("rawpix", patches)):
-        loss = masked_mse(output, target, split.predicted)
+        loss = masked_mse(output, target, split.asked)
         record(fixture, f"loss, {kind}", largest_error(loss, tensors[f"loss_{kind}"]), LOSS)
         gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
         for name, gradient in zip(named, gradients, strict=True):

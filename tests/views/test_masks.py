@@ -72,4 +72,4 @@ def test_the_smallest_noise_is_visible_and_the_largest_is_predicted():
     assert split.order[0, split.visible[0]].tolist() == [0, 1]
     part = random_patches(noise, 0.75, 0.25)
     assert part.visible.tolist() == [[1, 5]]
-    assert part.predicted.nonzero()[:, 1].tolist() == [0, 6]
+    assert part.predicted.nonzero()[:, 1].tolist() == part.asked[0].tolist() == [0, 6]

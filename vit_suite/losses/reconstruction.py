@@ -52,15 +52,19 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + 1e-6).sqrt()
 
 
-def masked_mse(output: Tensor, target: Tensor, predicted: Tensor) -> Tensor:
+def at(patches: Tensor, places: Tensor) -> Tensor:
+    """Patches (B, N, X) at places (B, m): (B, m, X)."""
+    return patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+
+
+def masked_mse(output: Tensor, target: Tensor, asked: Tensor) -> Tensor:
     """MAE's loss: mean squared error over the pixels of the patches that are predicted.
 
     Args:
-        output: (B, N, p p C) of all patches, or (B, m, p p C) of each image's m predicted ones, in row-major order.
+        output: (B, N, p p C) of all patches, or (B, m, p p C) of each image's m predicted ones.
         target: (B, N, p p C).
-        predicted: (B, N) bool, m True in each row.
+        asked: (B, m) int64 places of the predicted patches.
     """
     if output.shape[1] == target.shape[1]:
-        error = (output.float() - target).square().mean(-1)
-        return (error * predicted).sum() / predicted.sum()
-    return (output.float() - target[predicted].view_as(output)).square().mean()
+        output = at(output, asked)
+    return (output.float() - at(target, asked)).square().mean()

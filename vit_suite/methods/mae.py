@@ -20,7 +20,8 @@ from vit_suite import distributed
 from vit_suite.config import BackboneConfig
 from vit_suite.config.mae import MAEConfig, MAEOptimConfig, MAEViewsConfig
 from vit_suite.errors import UserError
-from vit_suite.losses.reconstruction import masked_mse, patch_statistics, patchify, psnr, unpatchify
+from vit_suite.hardware import send
+from vit_suite.losses.reconstruction import at, masked_mse, patch_statistics, patchify, psnr, unpatchify
 from vit_suite.methods.base import Losses, Method
 from vit_suite.models.backbone import Backbone, check_image_size
 from vit_suite.models.masked import CrossDecoder, SelfDecoder, encode_visible, init_mae_
@@ -98,8 +99,8 @@ class MAE(Method):
 
     def split_patches(self, device: torch.device, draw: Draw, predict_ratio: float | None) -> Split:
         """Which patches the images of `draw` show."""
-        noise = draw.uniform(self.grid[0] * self.grid[1], purpose="mae patches").to(device)
-        return random_patches(noise, self.method.mask_ratio, predict_ratio)
+        noise = draw.uniform(self.grid[0] * self.grid[1], purpose="mae patches")
+        return random_patches(send(noise, device), self.method.mask_ratio, predict_ratio)
 
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
@@ -112,7 +113,7 @@ class MAE(Method):
         output = self.student(images, split, None if kept is None else kept.flatten(1))
         patches = patchify(images, self.patch)
         mean, std = patch_statistics(patches) if self.method.norm_pix_loss else (0.0, 1.0)
-        values = {"loss": masked_mse(output, (patches - mean) / std, split.predicted)}
+        values = {"loss": masked_mse(output, (patches - mean) / std, split.asked)}
         if logged:
             values["psnr"] = self.psnr(output.detach(), patches, split)
         return Losses(values)
@@ -120,9 +121,9 @@ class MAE(Method):
     def psnr(self, output: Tensor, patches: Tensor, split: Split) -> Tensor:
         """PSNR in dB of the predicted patches in the image's own colors; the patch's true mean and contrast are given
         back where the loss took them."""
-        target = patches[split.predicted].unflatten(0, (len(patches), -1))  # (B, m, p p C)
+        target = at(patches, split.asked)  # (B, m, p p C)
         if output.shape[1] == patches.shape[1]:
-            output = output[split.predicted].view_as(target)
+            output = at(output, split.asked)
         if self.method.norm_pix_loss:
             mean, std = patch_statistics(target)
             output = output.float() * std + mean
@@ -143,13 +144,14 @@ class MAE(Method):
         if self.method.norm_pix_loss:
             mean, std = patch_statistics(patches)
             if output.shape[1] < patches.shape[1]:
-                mean, std = (values[split.predicted].unflatten(0, (len(clean), -1)) for values in (mean, std))
+                mean, std = at(mean, split.asked), at(std, split.asked)
             output = output * std + mean
         hidden = split.predicted.unsqueeze(-1)
         if output.shape[1] == patches.shape[1]:
             filled = torch.where(hidden, output, patches)
         else:
-            filled = patches.masked_scatter(hidden, output)
+            places = split.asked.unsqueeze(-1).expand_as(output)
+            filled = patches.scatter(1, places, output)
         shown = torch.where(hidden, 0, patches)
         return unpatchify(shown, self.patch, self.grid), unpatchify(filled, self.patch, self.grid)
 
@@ -174,17 +176,14 @@ class MAE(Method):
         patches = split.predicted.shape[1]
         columns = split.visible[:, None, None, :].expand(-1, heads, found.shape[2], -1)
         wide = found.new_zeros(count, heads, found.shape[2], patches).scatter(3, columns, found)
-        maps = found.new_zeros(count, patches, heads, patches)
-        maps[split.predicted] = wide.transpose(1, 2).flatten(0, 1)
-        return maps.transpose(1, 2), split
+        rows = split.asked[:, None, :, None].expand_as(wide)
+        return found.new_zeros(count, heads, patches, patches).scatter(2, rows, wide), split
 
 
 def check_options(method: MAEConfig, backbone: BackboneConfig) -> None:
     """UserError for options that exclude each other."""
     if backbone.causal:
-        raise UserError(
-            "backbone.causal needs all patches in their order, and method mae shows the encoder some: use sit."
-        )
+        raise UserError("backbone.causal needs all patches in order, and method mae shows the encoder some: use sit.")
     if method.predict_ratio is not None and method.decoder == "self":
         raise UserError(
             "method.predict_ratio is for method.decoder cross; the self decoder predicts all hidden patches."

@@ -149,8 +149,7 @@ class CrossDecoder(Decoder):
 
     def queries(self, split: Split) -> Tensor:
         """Mask token and position of each predicted patch, in row-major order: (B, m, E)."""
-        count = len(split.predicted)
-        return self.mask_token + self.positions.expand(count, -1, -1)[split.predicted].unflatten(0, (count, -1))
+        return self.mask_token + self.positions[0][split.asked]
 
     def forward(self, levels: list[Tensor], split: Split) -> Tensor:
         """Encoder tokens of each level -> pixels (B, m, p p C) of the predicted patches, in row-major order."""

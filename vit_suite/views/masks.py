@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
 
 GROUP = 8
@@ -56,7 +57,7 @@ def block_masks(numbers: Tensor, targets: Tensor, grid: tuple[int, int]) -> Tens
     device, limit = numbers.device, math.log(1 / LEAST_ASPECT)
     rows, columns = (torch.arange(side, device=device) for side in grid)
     masks = torch.zeros(len(numbers), height, width, dtype=torch.bool, device=device)
-    missing, failed = targets.to(device).float(), torch.zeros(len(numbers), device=device)
+    missing, failed = targets.float(), torch.zeros(len(numbers), device=device)
     largest = LARGEST_BLOCK * height * width
     aspects = torch.exp((2 * numbers[..., 1] - 1) * limit)
     for attempt in range(numbers.shape[1]):
@@ -97,7 +98,7 @@ class Spread:
 
     def edges(self, crops: int) -> Tensor:
         """(masked + 1,) shares: masked crop i takes a share between edge i and edge i + 1."""
-        return torch.linspace(self.least, self.most, self.masked(crops) + 1)
+        return torch.linspace(self.least, self.most, self.masked(crops) + 1, device="cpu")
 
 
 class Masks(NamedTuple):
@@ -112,11 +113,11 @@ class Masks(NamedTuple):
 def draw_block_masks(draw: Draw, views: int, grid: tuple[int, int], spread: Spread, device: torch.device) -> Masks:
     """DINOv2's masks of `views` global crops of each image of a micro-batch."""
     group, count, patches = groups_of(draw), draw.rows.stop - draw.rows.start, grid[0] * grid[1]
-    keys = group.uniform(views, purpose="mask order").to(device)  # (images of the groups, V)
+    keys = group.uniform(views, purpose="mask order")  # (images of the groups, V)
     own = slice(draw.rows.start - group.rows.start, draw.rows.stop - group.rows.start)
-    places = torch.cat([places_of(part) for part in keys.split(GROUP)])[own].to(device)  # (B, V)
-    shares = draw.uniform(views, purpose="mask share").to(device)
-    targets, most = torch.zeros(count, views, device=device), 0
+    places = torch.cat([places_of(part) for part in keys.split(GROUP)])[own]  # (B, V)
+    shares = draw.uniform(views, purpose="mask share")
+    targets, most = torch.zeros(count, views, device="cpu"), 0
     for first, last in parts_of(draw):  # groups, of which the last may be smaller
         size = min(GROUP, draw.total - (draw.rows.start + first) // GROUP * GROUP) * views
         edges = spread.edges(size)
@@ -124,9 +125,9 @@ def draw_block_masks(draw: Draw, views: int, grid: tuple[int, int], spread: Spre
         most += sum(
             sorted((int(patches * edge) for edge in edges[1:].tolist()), reverse=True)[: (last - first) * views]
         )
-        targets[first:last] = targets_of(places[first:last], shares[first:last], edges.to(device), patches)
-    numbers = draw.uniform(views, ATTEMPTS, 4, purpose="mask blocks").to(device)
-    hidden = block_masks(numbers.flatten(0, 1), targets.flatten(), grid)
+        targets[first:last] = targets_of(places[first:last], shares[first:last], edges, patches)
+    numbers = draw.uniform(views, ATTEMPTS, 4, purpose="mask blocks")
+    hidden = block_masks(send(numbers.flatten(0, 1), device), send(targets.flatten(), device), grid)
     return Masks(hidden.unflatten(0, (count, views)).transpose(0, 1), most)
 
 
@@ -166,8 +167,10 @@ class Split(NamedTuple):
     """(B, n) int64 places of the visible patches, in the order of their random numbers."""
     order: Tensor
     """(B, N) int64: the place of each patch among the visible ones (the first n), then the hidden ones."""
+    asked: Tensor
+    """(B, m) int64 places of the patches that are predicted, in row-major order."""
     predicted: Tensor
-    """(B, N) bool, True where the loss counts."""
+    """(B, N) bool, True at those."""
 
 
 def random_patches(noise: Tensor, mask_ratio: float, predict_ratio: float | None = None) -> Split:
@@ -184,4 +187,5 @@ def random_patches(noise: Tensor, mask_ratio: float, predict_ratio: float | None
     skipped = 0 if predict_ratio is None else int(patches * (mask_ratio - predict_ratio))
     shuffled = noise.argsort(dim=1)
     order = shuffled.argsort(dim=1)
-    return Split(shuffled[:, :visible], order, order >= visible + skipped)
+    asked = shuffled[:, visible + skipped :].sort(dim=1).values
+    return Split(shuffled[:, :visible], order, asked, order >= visible + skipped)
