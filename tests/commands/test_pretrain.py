@@ -15,7 +15,7 @@ import torch
 from tests.commands.conftest import column, picture, results, rows, save_pictures, sha256, words
 from vit_suite import distributed
 from vit_suite.config import TrainerConfig
-from vit_suite.data.files import walk_images
+from vit_suite.data.listing import walk_images
 from vit_suite.errors import UserError
 from vit_suite.parsing import load_config
 from vit_suite.training.keeper import Keeper

@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from vit_suite.attention.png import write_png
 from vit_suite.data.decode import is_image
-from vit_suite.data.files import found_in, walk_images
+from vit_suite.data.listing import Listing, found_in
 from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.errors import UserError
 
@@ -70,10 +70,14 @@ def open_pictures(images: str | os.PathLike | ImageSource, output: Path, channel
     if output.exists() and output.resolve() == images.resolve():
         raise UserError(f"output '{output}' is the images folder itself; name another, results must not mix with input")
     within = os.path.relpath(output.resolve(), images.resolve()) + os.sep
-    files = [name for name in walk_images(images) if not name.startswith(within)]
+    listing = Listing(images)
+    files = [name for name in listing.walk() if not name.startswith(within)]
+    listing.say(str(images))
     if not files:
         raise UserError(f"no images under '{images}': it holds {found_in(images)}")
-    return _of_files(output_names(files), files, [str(images / file) for file in files], channels)
+    pictures = _of_files(output_names(files), files, [str(images / file) for file in files], channels)
+    pictures.source.failures = listing.failures
+    return pictures
 
 
 def _of_files(names: Sequence[str], files: Sequence[str], paths: Sequence[str], channels: int) -> Pictures:

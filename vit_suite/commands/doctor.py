@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from vit_suite.config import DoctorConfig, PretrainConfig, ProfileConfig
-from vit_suite.data.files import split_folders, subfolders
+from vit_suite.data.files import split_folders
+from vit_suite.data.listing import subfolders
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.training import checkup

@@ -8,7 +8,7 @@ from vit_suite import distributed
 from vit_suite.attention.export_inputs import is_video, open_pictures
 from vit_suite.config import EmbedConfig
 from vit_suite.data.quarantine import Quarantine
-from vit_suite.data.registry import open_test
+from vit_suite.data.registry import open_test, set_reading
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.evaluation.embedding import (
@@ -66,7 +66,7 @@ def open_images(cfg: EmbedConfig, loaded: LoadedBackbone) -> ImageSource:
     if cfg.images:
         if is_video(cfg.images):
             raise UserError(f"images '{cfg.images}' is a video; expected a folder of images, an image or a list.")
-        return open_pictures(cfg.images, Path(cfg.output), channels).source
+        return set_reading(open_pictures(cfg.images, Path(cfg.output), channels).source, cfg.data)
     if not cfg.data.name:
         raise UserError("no images to embed: give --images FOLDER, or a data set with --data.name")
     return open_test(cfg.data.whole(channels), cfg.seed)

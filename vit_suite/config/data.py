@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from vit_suite.config.limits import Batch, Channels, Count, DataRoot, Gigabytes, Range, Share, Side
+from vit_suite.config.limits import Batch, Channels, Count, DataRoot, Gigabytes, Range, Seed, Share, Side
 
 Limits = Annotated[list[float], Range(-1e12, ceiling=1e12, length=2, rising=True)]
 """Values of a file that become black and white."""
@@ -27,9 +27,12 @@ class ImagesConfig:
     test_length: Count | None = None
     """Use at most this many images of that split, drawn class by class with the seed; for `shapes` how many are
     generated."""
-    value_range: (
-        Annotated[list[float], Range(-1e12, ceiling=1e12, length=2, rising=True)] | Literal["auto", "minmax"]
-    ) = "auto"
+    holdout: Annotated[float, Range(0, 0.5)] = 0.0
+    """Share of a set without splits of its own (class folders, one list) that is held out, class by class, as its test
+    split; the rest is its train split. The same images in every command."""
+    holdout_seed: Seed = 0
+    """Of that choice."""
+    value_range: Limits | Literal["auto", "minmax"] = "auto"
     """What becomes black and white in files of more than 8 bits: auto = integers by the bits that the set uses (10, 12,
     14, 16), floats 0..1, DICOM by its window; minmax = each image's own least and largest value; or two numbers."""
     max_pixels: Count = 178_956_970

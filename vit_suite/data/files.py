@@ -10,11 +10,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import is_image
+from vit_suite.data.listing import Listing, found_in, printable, say_once, subfolders, walk_images
+from vit_suite.data.lists import read_list
 from vit_suite.data.source import FileSource
 from vit_suite.errors import UserError, nearest
 
@@ -23,57 +26,15 @@ ALIASES = {"validation": "val", "valid": "val", "training": "train", "testing": 
 WHOLE = "all"  # the name of the split where a set has no splits
 
 
-def found_in(root: Path, shown: int = 4) -> str:
-    """What a folder holds, for messages: "3 folders (a, b, c) and 12 files (x.txt, ...)"."""
-    if not root.exists():
-        return "nothing (it does not exist)"
-    if root.is_file():
-        return "a file"
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    parts = []
-    for kind, names in (
-        ("folder", [e.name for e in entries if e.is_dir()]),
-        ("file", [e.name for e in entries if not e.is_dir()]),
-    ):
-        if names:
-            more = ", ..." if len(names) > shown else ""
-            parts.append(f"{len(names)} {kind}{'s' * (len(names) > 1)} ({', '.join(names[:shown])}{more})")
-    return " and ".join(parts) or "nothing (it is empty)"
-
-
-def subfolders(root: Path) -> list[str]:
-    """Names of the folders in `root`, sorted, hidden ones left out."""
-    if not root.is_dir():
-        return []
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def walk_images(root: str | os.PathLike, below: str = "") -> Iterator[str]:
-    """Paths of image files under `root`, relative to it, in sorted order; links to folders are followed once each."""
-    seen: set[tuple[int, int]] = set()
-
-    def walk(below: str) -> Iterator[str]:
-        here = os.path.join(os.fspath(root), below)
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
-            return
-        seen.add((status.st_dev, status.st_ino))
-        entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-        for entry in entries:
-            path = os.path.join(below, entry.name)
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from walk(path)
-            elif is_image(entry.name):
-                yield path
-
-    yield from walk(below)
-
-
-def has_image(root: Path) -> bool:
-    """Whether there is at least one image file under `root`; stops at the first."""
-    return root.is_dir() and next(walk_images(root), None) is not None
+def class_names(folder: Path) -> list[str]:
+    """The names that `class_files` finds, without listing every image."""
+    names, seen = [], set()
+    for name in subfolders(folder):
+        real = os.path.realpath(folder / name)
+        if real not in seen and next(Listing(folder).walk(name), None) is not None:
+            names.append(name)
+        seen.add(real)
+    return names
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -104,41 +65,72 @@ def choose_split(split: str | None, available: Iterable[str], where: str, key: s
     raise UserError(f"{where} has no split '{split}'.{nearest(split, available)} Splits found: {', '.join(available)}.")
 
 
-def class_files(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """`folder/CLASS/**/image` -> class names (sorted), paths relative to `folder`, labels. A class is a folder with
-    images."""
-    classes: list[str] = []
-    paths: list[str] = []
-    labels: list[int] = []
+class Classes(NamedTuple):
+    """`folder/CLASS/**/image`."""
+
+    names: list[str]
+    """Folders that hold images, as the disk has them, sorted."""
+    paths: list[str]
+    """Relative to the folder, class by class."""
+    labels: list[int]
+    empty: list[str]
+    """Folders without an image that is read."""
+    listing: Listing
+
+
+def class_files(folder: Path) -> Classes:
+    """The class folders of `folder`. Folders that this suite wrote are no classes."""
+    found = Classes([], [], [], [], Listing(folder))
     for name in subfolders(folder):
-        files = list(walk_images(folder, name))
+        others = found.listing.others.copy()
+        files = list(found.listing.walk(name))
         if files:
-            paths += files
-            labels += [len(classes)] * len(files)
-            classes.append(name)
-    return classes, paths, labels
+            found.paths.extend(files)
+            found.labels.extend([len(found.names)] * len(files))
+            found.names.append(name)
+        elif found.listing.others != others:
+            found.empty.append(name)
+    return found
 
 
 def class_folder_source(
     name: str, split: str, folder: Path, channels: int, classes: list[str] | None = None
 ) -> FileSource:
-    """Class folders as a source. `classes`: those of the training split, so that labels agree where a split lacks a
-    class."""
-    found, paths, labels = class_files(folder)
-    if not paths:
-        loose = " directly in it" if any(is_image(entry.name) for entry in os.scandir(folder)) else ""
-        hint = "; for unlabeled images use data.name flat" if loose else ""
+    """Class folders as a source. `classes`: folders of the training split, so that labels agree where a split lacks a
+    class. Names of classes are `printable`."""
+    found = class_files(folder)
+    title = f"{name} {split}"
+    loose = sum(is_image(entry.name) for entry in os.scandir(folder))
+    found.listing.say(title)
+    if not found.paths or loose > len(found.paths):
         expected = f"expected {folder}/CLASS/image.jpg, found {found_in(folder)}"
-        raise UserError(f"no class folders with images in '{folder}': {expected}{loose}{hint}.")
-    if classes is not None and found != classes:
-        unknown = [name for name in found if name not in classes]
+        hint = f", {loose} images directly in it; for unlabeled images use data.name flat" if loose else ""
+        what = "no class folders with images" if not found.paths else f"only {len(found.paths)} images in class folders"
+        raise UserError(f"{what} in '{folder}': {expected}{hint}.")
+    if loose:
+        say_once(f"{title}: {loose} images directly in '{folder}' belong to no class and are left out")
+    if found.empty:
+        say_once(
+            f"{title}: {len(found.empty)} folders hold no image that is read, and are no classes: {few(found.empty)}"
+        )
+    labels = torch.tensor(found.labels)
+    if classes is not None and found.names != classes:
+        unknown = [one for one in found.names if one not in classes]
         if unknown:
             raise UserError(
-                f"'{folder}' has {len(unknown)} classes that the train split lacks: {', '.join(unknown[:5])}."
+                f"'{folder}' has {len(unknown)} classes that the train split lacks: {few(unknown)}; there their folders"
+                " are missing, or hold no image that is read."
             )
-        place = torch.tensor([classes.index(name) for name in found])
-        return FileSource(name, split, folder, paths, channels, classes, place[torch.tensor(labels)])
-    return FileSource(name, split, folder, paths, channels, found, labels)
+        labels = torch.tensor([classes.index(one) for one in found.names])[labels]
+    shown = [printable(one) for one in (found.names if classes is None else classes)]
+    source = FileSource(name, split, folder, found.paths, channels, shown, labels)
+    source.failures = found.listing.failures
+    return source
+
+
+def few(names: list[str]) -> str:
+    """The first five names for a message."""
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def open_folder(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
@@ -158,7 +150,7 @@ def open_folder(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
     chosen = choose_split(split, sorted(splits, key=SPLITS.index), f"'{root}'")
     classes = None
     if chosen != "train" and "train" in splits:
-        classes = [name for name in subfolders(splits["train"]) if has_image(splits["train"] / name)]
+        classes = class_names(splits["train"])
     return class_folder_source(name, chosen, splits[chosen], cfg.channels, classes)
 
 
@@ -170,28 +162,35 @@ def open_flat(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
         root, chosen = splits[ALIASES.get(split, split)], split
     else:
         chosen = WHOLE if split in (None, "train") else choose_split(split, [*splits, WHOLE], f"'{root}'")
-    paths = list(walk_images(root))
+    listing = Listing(root)
+    paths = list(listing.walk())
+    listing.say(f"{root.resolve().name} {chosen}")
     if not paths:
         raise UserError(f"no images under '{root}': expected files such as .jpg or .png, found {found_in(root)}.")
-    return FileSource(root.resolve().name, chosen, root, paths, cfg.channels)
+    source = FileSource(root.resolve().name, chosen, root, paths, cfg.channels)
+    source.failures = listing.failures
+    return source
 
 
 def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
-    """`list`: a text file of `path`, `path<TAB>label` or `path label`, or a folder with SPLIT.txt files of that
-    kind."""
+    """`list`: a text file of `path`, `path<TAB>label` or `path label`, a CSV with named columns (`filename,species`),
+    or a folder with SPLIT.txt or SPLIT.csv files of that kind."""
     file, chosen = root, WHOLE
+    lists: dict[str, Path] = {}
     if root.is_dir():
-        lists = {ALIASES.get(entry.stem.lower(), entry.stem.lower()): entry for entry in sorted(root.glob("*.txt"))}
+        for entry in sorted([*root.glob("*.csv"), *root.glob("*.txt")]):
+            lists[ALIASES.get(entry.stem.lower(), entry.stem.lower())] = entry
         lists = {name: entry for name, entry in lists.items() if name in SPLITS}
         if not lists:
             raise UserError(
-                f"data.root '{root}' is a folder without train.txt, val.txt or test.txt; found {found_in(root)}."
+                f"data.root '{root}' is a folder without train.txt, val.txt or test.txt (or .csv); found"
+                f" {found_in(root)}."
             )
         chosen = choose_split(split, lists, f"'{root}'")
         file = lists[chosen]
     elif split not in (None, "train", WHOLE):
         choose_split(split, [WHOLE], f"the list '{root}'")
-    paths, words = _read_list(file)
+    paths, words = read_list(file)
     base = file.resolve().parent
     if not any((base / path).exists() for path in paths[:100]):
         tried = f"none of the first {min(100, len(paths))} paths in '{file}' exists"
@@ -199,43 +198,18 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
     known = {word for word in words if word is not None}
     if not known:
         return FileSource(file.stem, chosen, base, paths, cfg.channels)
-    if root.is_dir() and chosen != "train" and "train" in lists:
-        trained = {word for word in _read_list(lists["train"])[1] if word is not None}
+    if chosen != "train" and "train" in lists:
+        trained = {word for word in read_list(lists["train"])[1] if word is not None}
         if trained and known - trained:  # they would shift the numbers of the others
             raise UserError(
-                f"'{file}' has {len(known - trained)} classes that train.txt lacks:"
+                f"'{file}' has {len(known - trained)} classes that {lists['train'].name} lacks:"
                 f" {', '.join(sorted(known - trained)[:5])}."
             )
         known |= trained
-    classes = sorted(known, key=lambda word: (0, int(word), word) if re.fullmatch(r"\d+", word) else (1, 0, word))
+    classes = sorted(known, key=lambda word: (0, int(word), word) if re.fullmatch(r"\d{1,18}", word) else (1, 0, word))
     number = {word: i for i, word in enumerate(classes)}
-    return FileSource(
-        file.stem, chosen, base, paths, cfg.channels, classes, [-1 if word is None else number[word] for word in words]
-    )
-
-
-def _read_list(file: Path) -> tuple[list[str], list[str | None]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.root '{file}' is not a readable UTF-8 list of paths ({type(error).__name__}).") from None
-    paths: list[str] = []
-    words: list[str | None] = []
-    for line in text.splitlines():
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        if "\t" in line:
-            path, word = line.rsplit("\t", 1)
-        elif is_image(line) or not re.search(r"\s", line):  # ends like an image: a path, spaces and all
-            path, word = line, None
-        else:
-            path, word = line.rsplit(None, 1)
-        paths.append(path.strip())
-        words.append(word)
-    if not paths:
-        raise UserError(f"the list '{file}' names no images: expected lines of `path` or `path<TAB>label`.")
-    return paths, words
+    labels = [-1 if word is None else number[word] for word in words]
+    return FileSource(file.stem, chosen, base, paths, cfg.channels, [printable(word) for word in classes], labels)
 
 
 def open_tiny_imagenet(cfg: DataConfig, root: Path, split: str | None) -> FileSource:

@@ -135,6 +135,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _hold(self, source: ImageSource) -> ImageSource:
         source.quarantine = self.quarantine
+        if source.failures:
+            self.quarantine.report(list(source.failures), source.title, len(source) + len(source.failures))
         source = make_resident(source, self.cfg.resident, self.cfg.memory_gb, self.quarantine) or source
         source.quarantine = self.quarantine
         where = (

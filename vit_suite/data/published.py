@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from vit_suite.config import DataConfig
-from vit_suite.data.files import choose_split, class_folder_source, found_in, split_folders, subfolders
+from vit_suite.data.files import choose_split, class_folder_source, split_folders
+from vit_suite.data.listing import found_in, subfolders
 from vit_suite.data.source import ArraySource, FileSource, ImageSource
 from vit_suite.errors import UserError
 

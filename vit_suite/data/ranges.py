@@ -6,22 +6,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
 
 from vit_suite.data.decode import DecodeError, may_be_wide, read_wide
+from vit_suite.data.listing import say_once
 from vit_suite.data.pixels import ValueRange, Wide, depth
 from vit_suite.data.source import FileSource, ImageSource, Subset
 from vit_suite.errors import UserError
 
-log = logging.getLogger("vit_suite")
-
 FIRST, PROBES = 64, 512
 """Files looked at, spread over the set: all `PROBES` only where the first ones hold values wider than 8 bits."""
-
-_said: set[str] = set()
 
 
 def settle(source: ImageSource, wanted: ValueRange, train: Callable[[], ImageSource] | None = None) -> None:
@@ -91,10 +87,3 @@ def _wide(source: ImageSource, index: int) -> Wide | None:
 
 def _spread(total: int, count: int) -> list[int]:
     return sorted({int(place) for place in np.linspace(0, total - 1, min(count, total))}) if total else []
-
-
-def say_once(text: str) -> None:
-    """Log a line the first time that this process would."""
-    if text not in _said:
-        _said.add(text)
-        log.warning("%s", text)

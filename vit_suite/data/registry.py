@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from vit_suite.config import DataConfig, ImagesConfig
 from vit_suite.data import files, published, shards
 from vit_suite.data.pixels import parse_range
@@ -149,12 +151,38 @@ def open_split(cfg: DataConfig, split: str | None, seed: int = 0) -> ImageSource
     try:
         root = find_root(cfg)
         with _one_downloads(root) if cfg.download and info.download else nullcontext():
+            if cfg.holdout:
+                return _held_out(cfg, info, root, split)
             source = info.open(cfg, root, split)
         train = None if split == cfg.train_split else partial(info.open, cfg, root, cfg.train_split)
-        set_reading(source, cfg, train)
-        return source
+        return set_reading(source, cfg, train)
     except PermissionError as error:
         raise UserError(f"data set '{cfg.name}': no permission to read '{error.filename}'.") from None
+
+
+def _held_out(cfg: DataConfig, info: DatasetInfo, root: Path, split: str | None) -> ImageSource:
+    """The train or the test part of a set without a test split, by `data.holdout`; they share no image, and a class
+    keeps its share in both. UserError when the set has a split of its own to score, or is too small."""
+    whole = info.open(cfg, root, "train")
+    try:
+        own = info.open(cfg, root, None).split
+    except UserError:  # it has only a train split
+        own = whole.split
+    if own != whole.split:
+        raise UserError(f"data.holdout is for a set without a split to score; {whole.name} has '{own}'.")
+    split = files.ALIASES.get(split or "test", split or "test")
+    if split not in ("train", "test"):
+        raise UserError(f"{whole.name} with data.holdout has the splits train and test, not '{split}'.")
+    set_reading(whole, cfg)
+    count = round(cfg.holdout * len(whole))
+    if not 0 < count < len(whole):
+        raise UserError(f"data.holdout {cfg.holdout:g} of {len(whole)} images of {whole.name} leaves a split empty.")
+    held = stratified(whole.labels, len(whole), count, cfg.holdout_seed)
+    rest = torch.ones(len(whole), dtype=torch.bool)
+    rest[held] = False
+    part = whole.subset(rest.nonzero().squeeze(1) if split == "train" else held)
+    part.split = split
+    return part
 
 
 def set_reading(source: ImageSource, cfg: ImagesConfig, train: Callable[[], ImageSource] | None = None) -> ImageSource:

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import decode
-from vit_suite.data.files import ALIASES, SPLITS, WHOLE, choose_split, found_in, split_folders
+from vit_suite.data.files import ALIASES, SPLITS, WHOLE, choose_split, split_folders
+from vit_suite.data.listing import found_in
 from vit_suite.data.shard_index import BLOCK, INDEX, Shard, open_index
 from vit_suite.data.source import ImageSource, writable
 from vit_suite.errors import UserError

@@ -29,6 +29,7 @@ class ImageSource:
     channels: C. image_size: (H, W) when every image is known to have it, else None. has_masks: whether `mask` works.
     shards: int64 (N,), the number of the tar file that holds an image; None where images lie in files of their own.
     quarantine: where `get` reports; set by the data module.
+    failures: what could not even be listed (a folder without permission).
     value_range, max_pixels: how files are read (`data.value_range`, `data.max_pixels`); set by whoever opens the set.
     """
 
@@ -44,6 +45,7 @@ class ImageSource:
     quarantine: Quarantine | None = None
     value_range: ValueRange = AUTO
     max_pixels: int = MAX_PIXELS
+    failures: Sequence[DecodeError] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -91,6 +93,7 @@ class ImageSource:
         """Take over what holds for every part of `other`."""
         self.name, self.split, self.classes, self.channels = other.name, other.split, other.classes, other.channels
         self.image_size, self.has_masks, self.quarantine = other.image_size, other.has_masks, other.quarantine
+        self.value_range, self.max_pixels, self.failures = other.value_range, other.max_pixels, other.failures
 
 
 class Subset(ImageSource):

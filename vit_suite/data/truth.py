@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from vit_suite.data.decode import image_size, is_image
-from vit_suite.data.files import found_in, walk_images
+from vit_suite.data.listing import found_in, walk_images
 from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.errors import UserError
 

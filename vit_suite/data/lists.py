@@ -1,0 +1,90 @@
+"""Lists of images with or without labels: text lines, or a CSV with named columns."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vit_suite.data.decode import is_image
+from vit_suite.errors import UserError
+
+FILES = ("filename", "file_name", "filepath", "file_path", "path", "image_path", "file", "image", "img", "image_name")
+LABELS = ("label", "class", "species", "category", "target", "class_name", "label_name", "y", "id", "class_id")
+"""Names of columns, in this order, in any case; with two columns the other one is the label whatever its name."""
+
+Rows = tuple[list[str], list[str | None]]
+"""(paths, labels as words or None)."""
+
+
+def read_list(file: Path) -> Rows:
+    """The images that a list names. UserError when it is no text in UTF-8, or names none."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.root '{file}' is not a readable UTF-8 list of paths ({type(error).__name__}).") from None
+    paths, words = _read_csv(file, text) if file.suffix.lower() == ".csv" else _read_lines(text)
+    if not paths:
+        raise UserError(
+            f"the list '{file}' names no images: expected lines of `path` or `path<TAB>label`, or a .csv whose first"
+            " line names its columns, such as filename,label."
+        )
+    return paths, words
+
+
+def _read_lines(text: str) -> Rows:
+    paths: list[str] = []
+    words: list[str | None] = []
+    for line in text.split("\n"):  # not splitlines, which also breaks at characters that names may hold
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        word: str | None
+        if "\t" in line:
+            path, word = line.rsplit("\t", 1)
+        elif is_image(line) or not re.search(r"\s", line):  # ends like an image: a path, spaces and all
+            path, word = line, None
+        else:
+            path, word = line.rsplit(None, 1)
+        paths.append(path.strip())
+        words.append(word)
+    return paths, words
+
+
+def _read_csv(file: Path, text: str) -> Rows:
+    """Rows below a first line of names; a file without such a line is `path` or `path,label`."""
+    first = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first.count)
+    table = [row for row in csv.reader(text.split("\n"), delimiter=delimiter) if any(cell.strip() for cell in row)]
+    if not table:
+        return [], []
+    header = [cell.strip() for cell in table[0]]
+    if any(is_image(cell) for cell in header):  # no names: the first line is an image already
+        columns, rows = (0, 1 if len(header) > 1 else None), table
+    else:
+        columns, rows = _columns(header, file), table[1:]
+    place, label = columns
+    short = [row for row in rows if len(row) <= place]
+    if short:
+        raise UserError(f"'{file}': the line '{delimiter.join(short[0])[:80]}' has no column {header[place]!r}.")
+    words = [row[label].strip() or None if label is not None and label < len(row) else None for row in rows]
+    return [row[place].strip() for row in rows], words
+
+
+def _columns(header: Sequence[str], file: Path) -> tuple[int, int | None]:
+    """Places of the path and of the label. UserError that names the columns there are."""
+    names = [name.lower() for name in header]
+    place = next((names.index(name) for name in FILES if name in names), None)
+    if place is None:
+        raise UserError(
+            f"'{file}' has the columns {', '.join(header[:8])}: name the one that holds paths filename, and the one of"
+            " the classes label."
+        )
+    others = [number for number in range(len(names)) if number != place]
+    if len(others) <= 1:
+        return place, others[0] if others else None
+    label = next((names.index(name) for name in LABELS if name in names and names.index(name) != place), None)
+    if label is None:
+        raise UserError(f"'{file}' has the columns {', '.join(header[:8])}: name the one of the classes label.")
+    return place, label
