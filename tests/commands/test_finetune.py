@@ -8,6 +8,7 @@ import torch
 from tests.commands.conftest import results, sha256
 from tests.training.test_rundir import stop_after
 from vit_suite.parsing import load_config
+from vit_suite.training.keeper import Keeper
 from vit_suite.weights.checkpoint import load_backbone
 from vit_suite.weights.head import load_head
 
@@ -58,6 +59,43 @@ def test_starts_from_the_checkpoint(finetune, tiny_run, tmp_path):
     start = load_backbone(tiny_run)
     tuned = load_backbone(tmp_path / "tuned")
     assert (tuned.mean, tuned.std, tuned.image_size) == (start.mean, start.std, start.image_size)
+
+
+@pytest.mark.parametrize("fate", ["deleted", "rewritten"])
+def test_the_checkpoint_is_read_once(finetune, tiny_run, tmp_path, monkeypatch, fate):
+    """What happens to its file while the training runs changes nothing, and the hash that is recorded is that of the
+    weights it started from."""
+    import shutil
+
+    from vit_suite.weights import checkpoint as weights
+
+    source = tmp_path / "start.safetensors"
+    shutil.copy(tiny_run / "backbone.safetensors", source)
+    shutil.copy(tiny_run / "backbone.json", source.with_suffix(".json"))
+    before, reads = sha256(tiny_run), []
+    epoch_end, load = Keeper.on_train_epoch_end, weights.load_backbone
+
+    def meanwhile(self, trainer, module):
+        epoch_end(self, trainer, module)
+        if source.exists():
+            source.unlink()
+            source.with_suffix(".json").unlink()
+        if fate == "rewritten":
+            other = load(tiny_run).untrained(seed=7)
+            weights.save_backbone(other.backbone, tmp_path / "other", other.mean, other.std)
+            shutil.copy(tmp_path / "other" / "backbone.safetensors", source)
+
+    def counted(*arguments, **options):
+        reads.append(arguments)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(Keeper, "on_train_epoch_end", meanwhile)
+    for module in ("vit_suite.commands.finetune", "vit_suite.training.run"):
+        monkeypatch.setattr(f"{module}.load_backbone", counted)
+    assert finetune(source, trainer__max_epochs=1).status == 0
+    (entry,) = results(tmp_path / "tuned")
+    assert entry["protocol"]["start_sha256"] == before and entry["protocol"]["start"] == str(source)
+    assert len(reads) == 1
 
 
 def test_trains_all_layers_the_first_slowly(finetune, tiny_run, tmp_path):

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.commands.conftest import column, results, rows, sha256
-from vit_suite.config import PretrainConfig
+from vit_suite.config import VERSION, PretrainConfig
 from vit_suite.config.shared import RunOptions
+from vit_suite.errors import UserError
+from vit_suite.parsing import load_config
 from vit_suite.training import rundir
 from vit_suite.training.keeper import Keeper
 from vit_suite.training.scores import OnlineKNN
@@ -172,6 +174,29 @@ def test_other_settings_are_refused_by_name(pretrain, finished, option, value, m
     said = pretrain(trainer__max_epochs=1, evaluate__every_epochs=0, **{option: value})
     assert said.status == 2 and said.err.count("\n") == 1
     assert f"'{finished}' holds a run with {message}. " in said.err and "--run.overwrite" in said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("", "the options of an earlier version"), ("version: 1\n", "the options of version 1")]
+)
+def test_a_run_with_the_options_of_another_version_is_refused(pretrain, finished, tmp_path, line, said):
+    """It names what to do, and leaves the run as it is; --run.overwrite starts anew."""
+    config = finished / "config.yaml"
+    text = config.read_text()
+    assert text.startswith(f"version: {VERSION}\n")
+    config.write_text(line + text.partition("\n")[2].replace("saving:", "checkpoint:"))
+    refused = pretrain(trainer__max_epochs=2, evaluate__every_epochs=0)
+    assert refused.status == 2 and refused.err.count("\n") == 1, refused
+    assert f"'{finished}' holds a run whose config.yaml has {said}, and this vit-suite has version" in refused.err
+    assert "--run.overwrite to start anew" in refused.err and (finished / "checkpoints" / "last.ckpt").exists()
+    assert pretrain(trainer__max_epochs=1, evaluate__every_epochs=0, run__overwrite=True).status == 0
+
+
+def test_a_config_of_another_version_is_refused_and_one_of_this_version_read(finished, tmp_path):
+    assert load_config(finished / "config.yaml").run.output == str(finished)
+    (tmp_path / "old.yaml").write_text("version: 1\nrun.seed: 3\n")
+    with pytest.raises(UserError, match=r"old.yaml:1: version 1: written for other names of the options"):
+        load_config(tmp_path / "old.yaml")
 
 
 def test_overwrite_starts_anew(pretrain, finished):
