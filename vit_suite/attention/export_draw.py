@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,10 +23,16 @@ from vit_suite.attention.maps import mass_mask, upsample, winning_head
 from vit_suite.attention.palette import head_colors
 from vit_suite.attention.png import write_png
 
-FORMATS = {
-    "png": "heat.png",
-    "overlay": "overlay.png",
-    "mask": "mask.png",
+Painter = Callable[[np.ndarray, np.ndarray, np.ndarray], Iterable[np.ndarray]]
+"""(picture uint8 (H, W, 3), levels of color uint8 (n, H, W), masks of the top mass bool (n, H, W)) -> n pictures."""
+MAPPED: dict[str, tuple[str, Painter]] = {
+    "png": ("heat.png", lambda shown, level, masks: render.heat_map(level)),
+    "overlay": ("overlay.png", render.overlay),
+    "mask": ("mask.png", lambda shown, level, masks: masks),
+}
+"""Formats with a PNG file for each map -> last part of its name, and what is drawn. A new one is one row here, and its
+word in AttentionConfig."""
+FORMATS = {name: suffix for name, (suffix, _) in MAPPED.items()} | {
     "labels": "labels.png",
     "npz": "attention.npz",
     "coco": "",
@@ -34,8 +40,6 @@ FORMATS = {
     "mp4": "",
 }
 """Format -> last part of the file name; none where one file holds all pictures."""
-MAPPED = ("png", "overlay", "mask")
-"""Formats with a file for each map."""
 ANIMATED = ("gif", "mp4")
 MAPS = ("heads", "mean", "max", "rollout")
 UPSAMPLING = ("nearest", "bilinear", "guided")
@@ -127,13 +131,8 @@ def draw(
     for start in range(0, len(labels), step) if needs_maps else ():
         part, here = slice(start, start + step), labels[start : start + step]
         level, masks = drawing.shades(small[part], picture)
-        pictures = {
-            "png": lambda level=level: render.heat_map(level),
-            "overlay": lambda level=level, masks=masks: render.overlay(shown, level, masks),
-            "mask": lambda masks=masks: masks,
-        }
         for kind in needs_maps - {"coco"}:
-            for label, pixels in zip(here, pictures[kind](), strict=True):
+            for label, pixels in zip(here, MAPPED[kind][1](shown, level, masks), strict=True):
                 write_png(paths[kind, label], pixels)
         if "coco" in drawing.formats:
             annotations += [{"head": column(label)} | annotation(mask) for label, mask in zip(here, masks, strict=True)]

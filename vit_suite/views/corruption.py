@@ -20,6 +20,7 @@ Axes: V views, B images, n <= V * B of them at a time, C channels, H x W pixels,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -162,8 +163,9 @@ class _Views:
         return Corrupted(self.images.view(self.shape), self.changed.view(*self.shape[:2], *self.shape[-2:]), None)
 
 
-def _blocks(cfg: SiTConfig, views: _Views) -> Corrupted:
+def _blocks(cfg: SiTConfig, clean: Tensor, draw: Draw, patch_size: int) -> Corrupted:
     """Version 1: gray, blur, noise, another image."""
+    views = _Views(clean, draw)
     height, width = size = views.shape[-2:]
     one, many = plane_of_one(*size), plane_of_many(*size, tuple(cfg.block_side))
     areas = [share * height * width for share in (cfg.drop_area, cfg.replace_area)]
@@ -190,8 +192,9 @@ def _blocks(cfg: SiTConfig, views: _Views) -> Corrupted:
     return views.result()
 
 
-def _gmml(cfg: SiTConfig, views: _Views) -> Corrupted:
+def _gmml(cfg: SiTConfig, clean: Tensor, draw: Draw, patch_size: int) -> Corrupted:
     """Version 3: dropped blocks; or, with probability 1 / (kinds of dropping + 1), another image's instead."""
+    views = _Views(clean, draw)
     height, width = views.shape[-2:]
     plane = plane_of_gmml(height, width, cfg.align)
     drops = len(cfg.drop_type) if cfg.drop_area else 0
@@ -219,6 +222,12 @@ def _gmml(cfg: SiTConfig, views: _Views) -> Corrupted:
     return views.result()
 
 
+def _none(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
+    """The views as they are."""
+    untouched = torch.zeros(*views.shape[:2], *views.shape[-2:], dtype=torch.bool, device=views.device)
+    return Corrupted(views, untouched, None)
+
+
 def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
     """Exactly round(mask_ratio * N) patches; of `80/10/10` each by a draw of its own."""
     flat = _Views(views, draw)
@@ -240,24 +249,13 @@ def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupt
     return Corrupted(images, pixels(mask).view(*views.shape[:2], height, width), hidden.view(*views.shape[:2], patches))
 
 
-def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
-    """Raises UserError that names the setting that cannot be, for views of height x width pixels."""
-    side = min(height, width)
-    if cfg.corruption == "blocks" and not 0 < cfg.block_side[0] <= cfg.block_side[1]:
+def _check_blocks(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
+    if not 0 < cfg.block_side[0] <= cfg.block_side[1]:
         raise UserError(f"method.block_side: expected [least, most], least first, above 0; got {cfg.block_side}.")
-    if cfg.corruption == "mask" and (height % patch_size or width % patch_size):
-        raise UserError(
-            f"method.corruption: mask hides whole patches, but {height}x{width} is not divisible by {patch_size}."
-        )
-    if cfg.corruption == "mask":
-        patches = (height // patch_size) * (width // patch_size)
-        if not 0 < round(cfg.mask_ratio * patches) < patches:
-            raise UserError(
-                f"method.mask_ratio: {cfg.mask_ratio:g} of {patches} patches hides"
-                f" {'none' if cfg.mask_ratio < 0.5 else 'all'} of them; choose a ratio that hides some."
-            )
-    if cfg.corruption != "gmml":
-        return
+
+
+def _check_gmml(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
+    side = min(height, width)
     if cfg.align > int(GMML_SIDE * side):
         raise UserError(
             f"method.align: expected at most {int(GMML_SIDE * side)}, 30% of a view of {side} pixels, got {cfg.align}."
@@ -271,6 +269,43 @@ def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int
             )
 
 
+def _check_mask(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"method.corruption: mask hides whole patches, but {height}x{width} is not divisible by {patch_size}."
+        )
+    patches = (height // patch_size) * (width // patch_size)
+    if not 0 < round(cfg.mask_ratio * patches) < patches:
+        raise UserError(
+            f"method.mask_ratio: {cfg.mask_ratio:g} of {patches} patches hides"
+            f" {'none' if cfg.mask_ratio < 0.5 else 'all'} of them; choose a ratio that hides some."
+        )
+
+
+class Corruption(NamedTuple):
+    """A way to corrupt views."""
+
+    apply: Callable[[SiTConfig, Tensor, Draw, int], Corrupted]
+    """(options, normalized views (V, B, C, H, W), draw, side of a patch) -> corrupted views."""
+    check: Callable[[SiTConfig, int, int, int], None] | None = None
+    """(options, height and width of a view, side of a patch): raises UserError that names the option that cannot be."""
+
+
+CORRUPTIONS: dict[str, Corruption] = {
+    "none": Corruption(_none),
+    "blocks": Corruption(_blocks, _check_blocks),
+    "gmml": Corruption(_gmml, _check_gmml),
+    "mask": Corruption(_mask, _check_mask),
+}
+"""Value of `method.corruption` -> what it does. A new one is its functions, one row here, and its word in SiTConfig."""
+
+
+def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
+    """Raises UserError that names the option that cannot be, for views of height x width pixels."""
+    if check := CORRUPTIONS[cfg.corruption].check:
+        check(cfg, height, width, patch_size)
+
+
 def corrupt(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
     """Corrupted copies of normalized fp32 views (V, B, C, H, W), every view by draws of its own, on the views' device.
 
@@ -280,11 +315,5 @@ def corrupt(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corru
         raise ValueError(f"rows {draw.rows} do not select {views.shape[1]} images")
     height, width = views.shape[-2:]
     validate_corruption(cfg, height, width, patch_size)
-    if cfg.corruption == "none":
-        return Corrupted(
-            views, torch.zeros(*views.shape[:2], height, width, dtype=torch.bool, device=views.device), None
-        )
     with full_precision(views.device):
-        if cfg.corruption == "mask":
-            return _mask(cfg, views, draw, patch_size)
-        return (_blocks if cfg.corruption == "blocks" else _gmml)(cfg, _Views(views, draw))
+        return CORRUPTIONS[cfg.corruption].apply(cfg, views, draw, patch_size)
