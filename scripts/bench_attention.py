@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from vit_suite.attention.export import export_attention
+from vit_suite.attention.export_options import ExportOptions
 from vit_suite.attention.maps import look
 from vit_suite.config import BackboneConfig
 from vit_suite.data.shapes import ShapesSource
@@ -73,9 +74,9 @@ def measure(name: str, images: Path, output: Path, count: int, threads: int, pre
     torch.manual_seed(0)
     backbone = Backbone(BackboneConfig(image_size=[SIDE, SIDE], drop_path=0.0, **MODELS[name])).eval()
     before = alone(backbone, count, threads, precision)
-    options = {"precision": precision, "batch_size": BATCH, "workers": threads}
+    options = ExportOptions(precision=precision, batch_size=BATCH, workers=threads)
     started, busy = time.perf_counter(), time.process_time()
-    summary = export_attention(backbone, images, output, mean=MEAN, std=STD, **options)
+    summary = export_attention(backbone, images, output, MEAN, STD, options)
     seconds, processor = time.perf_counter() - started, time.process_time() - busy
     model_seconds, model_processor = (
         sum(pair) / 2 for pair in zip(before, alone(backbone, count, threads, precision), strict=True)

@@ -258,9 +258,8 @@ def test_missing_required_option_and_wrong_item_of_a_list():
     assert error_of(load_config, cls=KNNConfig) == "missing required option --checkpoint"
     assert error_of(load_config, cls=AttentionConfig) == "missing required option --checkpoint"
     words = "--checkpoint c --images i --formats overlay maskk".split()
-    expected = (
-        "--formats: expected any of png, overlay, mask, labels, npz, coco, gif, mp4, got 'maskk'. Did you mean 'mask'?"
-    )
+    known = "png, overlay, mask, labels, pca, npz, coco, gif, mp4"
+    expected = f"--formats: expected any of {known}, got 'maskk'. Did you mean 'mask'?"
     assert error_of(load_config, None, words, AttentionConfig) == expected
     assert load_config(None, "--checkpoint c --k 10 20".split(), KNNConfig).k == [10, 20]
     assert load_config(None, "--checkpoint c --k [10,20]".split(), KNNConfig).k == [10, 20]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from tests.attention.exported import exported
 from tests.attention.test_export import MEAN, STD, Backbone
 from vit_suite.attention.animate import write_animation
-from vit_suite.attention.export import export_attention
 from vit_suite.attention.manifest import read_manifest
 from vit_suite.errors import UserError
 
@@ -60,7 +60,7 @@ def test_without_pyav_one_sentence_and_nothing_written(tmp_path, monkeypatch):
     (tmp_path / "clip.mov").write_bytes(b"x")
     for images, formats in ((tmp_path / "images", ["mp4"]), (tmp_path / "clip.mov", ["overlay"])):
         with pytest.raises(UserError, match="needs PyAV: pip install"):
-            export_attention(Backbone(), images, tmp_path / "out", mean=MEAN, std=STD, formats=formats)
+            exported(Backbone(), images, tmp_path / "out", mean=MEAN, std=STD, formats=formats)
     assert not (tmp_path / "out").exists()
 
 
@@ -84,7 +84,7 @@ def test_colors_are_fixed_over_frames(tmp_path):
         Image.fromarray(pixels).save(root / f"{i}.png")
     (root / "2b.png").write_bytes(b"broken")
     options = {"mean": MEAN, "std": STD, "formats": ["gif", "png"], "maps": ["mean"], "fps": 4}
-    export_attention(Fading(), root, tmp_path / "out", **options)
+    exported(Fading(), root, tmp_path / "out", **options)
     (path,) = (tmp_path / "out").glob("*.gif")
     frames = gif_frames(path)
     assert path.name == "animation_mean.gif" and len(frames) == 4
@@ -103,7 +103,7 @@ def test_a_video_goes_in_and_comes_out(tmp_path):
     first, *others = [Image.fromarray(np.roll(diagonal, 3 * i, 1)) for i in range(5)]
     first.save(tmp_path / "clip.gif", save_all=True, append_images=others, duration=40)
     options = {"mean": MEAN, "std": STD, "formats": ["gif", "mask"], "maps": ["mean"]}
-    summary = export_attention(Backbone(), tmp_path / "clip.gif", tmp_path / "out", **options)
+    summary = exported(Backbone(), tmp_path / "clip.gif", tmp_path / "out", **options)
     assert summary.images == 5 and summary.files == {"gif": 1, "mask": 5}
     assert sorted(path.name for path in (tmp_path / "out").glob("*mask.png")) == [
         f"clip_{i:06}_mean_mask.png" for i in range(5)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.attention.exported import exported
 from vit_suite.attention import export, export_draw, export_worker, grids
 from vit_suite.attention.coco import annotation
-from vit_suite.attention.export import export_attention, view_size
-from vit_suite.attention.grids import cut
+from vit_suite.attention.grids import cut, view_size
 from vit_suite.attention.guided import guided_filter
 from vit_suite.attention.manifest import read_manifest
 from vit_suite.attention.maps import look, mass_mask, max_map, mean_map, upsample
@@ -100,7 +100,7 @@ def files_of(output):
 
 def test_every_file_of_a_tree(folder, tmp_path):
     output = tmp_path / "out"
-    summary = export_attention(
+    summary = exported(
         Backbone(), folder, output, mean=MEAN, std=STD, formats=["png", "overlay", "mask", "npz"], batch_size=2
     )
     expected = {f"{name}_attention.npz" for name in SIZES} | {"quarantine.txt", "manifest.csv"}
@@ -122,7 +122,7 @@ def test_every_file_of_a_tree(folder, tmp_path):
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
 def test_mask_and_npz_hold_the_models_attention(folder, tmp_path, threshold):
     output = tmp_path / "out"
-    export_attention(Backbone(), folder, output, mean=MEAN, std=STD, formats=["mask", "npz"], threshold=threshold)
+    exported(Backbone(), folder, output, mean=MEAN, std=STD, formats=["mask", "npz"], threshold=threshold)
     for name, size in SIZES.items():
         with np.load(output / f"{name}_attention.npz", allow_pickle=False) as stored:
             maps = torch.from_numpy(stored["attention"])
@@ -146,7 +146,7 @@ def test_mask_and_npz_hold_the_models_attention(folder, tmp_path, threshold):
 
 def test_heat_map_has_its_peak_where_the_attention_has(folder, tmp_path):
     output = tmp_path / "out"
-    export_attention(Backbone(), folder / "a.png", output, mean=MEAN, std=STD, formats=["png", "npz"], maps=["heads"])
+    exported(Backbone(), folder / "a.png", output, mean=MEAN, std=STD, formats=["png", "npz"], maps=["heads"])
     assert files_of(output) == ["a_attention.npz", "a_head0_heat.png", "a_head1_heat.png", "manifest.csv"]
     with np.load(output / "a_attention.npz") as stored:
         peak = np.unravel_index(stored["attention"][1].argmax(), stored["grid"])
@@ -165,15 +165,13 @@ def sizes_in(root, sizes):
 def test_images_of_one_grid_share_a_batch(tmp_path):
     root = sizes_in(tmp_path / "images", [(32, 32), (24, 40)] * 32)
     backbone = Backbone()
-    summary = export_attention(
-        backbone, root, tmp_path / "out", mean=MEAN, std=STD, formats=["npz"], batch_size=1, workers=1
-    )
+    summary = exported(backbone, root, tmp_path / "out", mean=MEAN, std=STD, formats=["npz"], batch_size=1, workers=1)
     assert {shape[0] for shape in backbone.batches} == {1} and len(backbone.batches) == 64
     assert summary.images == 64 and len(files_of(tmp_path / "out")) == 65
 
     backbone = Backbone()
     root = sizes_in(tmp_path / "more", [(32, 32), (24, 40)] * 64)  # blocks of 4
-    export_attention(backbone, root, tmp_path / "out2", mean=MEAN, std=STD, formats=["npz"], batch_size=2, workers=1)
+    exported(backbone, root, tmp_path / "out2", mean=MEAN, std=STD, formats=["npz"], batch_size=2, workers=1)
     assert {shape[0] for shape in backbone.batches} == {2} and {shape[2:] for shape in backbone.batches} == {
         (32, 32),
         (24, 40),
@@ -200,14 +198,14 @@ def test_waiting_pictures_and_attention_stay_within_bounds(tmp_path, monkeypatch
     held, original = [], export_worker.Worker._look
     watch = lambda self, batch: held.append([job.picture.shape[2] for job in batch]) or original(self, batch)  # noqa: E731
     monkeypatch.setattr(export_worker.Worker, "_look", watch)
-    export_attention(Backbone(), root, tmp_path / "out", mean=MEAN, std=STD, formats=["npz"], batch_size=100)
+    exported(Backbone(), root, tmp_path / "out", mean=MEAN, std=STD, formats=["npz"], batch_size=100)
     assert sorted(held) == [[32 + 8 * i] for i in range(12)]
     assert len(files_of(tmp_path / "out")) == 13
 
     monkeypatch.setattr(grids, "ATTENTION_BYTES", 2 * 4 * 2 * 17**2)  # two images of 16 patches
     same = sizes_in(tmp_path / "same", [(32, 32)] * 5)
     held.clear()
-    export_attention(Backbone(), same, tmp_path / "out2", mean=MEAN, std=STD, formats=["npz"], batch_size=100)
+    exported(Backbone(), same, tmp_path / "out2", mean=MEAN, std=STD, formats=["npz"], batch_size=100)
     assert held == [[32, 32], [32, 32], [32]]
 
 
@@ -226,20 +224,20 @@ def test_token_limit_resize_and_tiny_images(tmp_path):
     picture(5, 3, 0).save(root / "tiny.png")
     picture(80, 160, 1).save(root / "wide.png")
     backbone = Backbone()
-    summary = export_attention(
+    summary = exported(
         backbone, root, tmp_path / "out", mean=MEAN, std=STD, formats=["overlay"], maps=["mean"], max_tokens=50
     )
     assert summary.shrunk == 1 and summary.coarse == 1
     assert pixels_of(tmp_path / "out" / "tiny_mean_overlay.png").shape == (5, 3, 3)
     assert pixels_of(tmp_path / "out" / "wide_mean_overlay.png").shape == (80, 160, 3)
-    export_attention(backbone, root / "tiny.png", tmp_path / "out2", mean=MEAN, std=STD, formats=["mask"], resize=24)
+    exported(backbone, root / "tiny.png", tmp_path / "out2", mean=MEAN, std=STD, formats=["mask"], resize=24)
     assert backbone.batches[-1][2:] == (40, 24)
 
 
 def test_bilinear_masks_are_taken_pixel_by_pixel(folder, tmp_path):
     output = tmp_path / "out"
     options = {"mean": MEAN, "std": STD, "formats": ["mask", "npz"], "upsample": "bilinear", "maps": ["heads"]}
-    export_attention(Backbone(), folder / "a.png", output, **options)
+    exported(Backbone(), folder / "a.png", output, **options)
     with np.load(output / "a_attention.npz") as stored:
         smooth = upsample(torch.from_numpy(stored["attention"]), (32, 48), "bilinear")
     assert (pixels_of(output / "a_head1_mask.png") == mass_mask(smooth)[1].numpy() * 255).all()
@@ -251,11 +249,11 @@ def test_gray_and_many_channels(tmp_path):
     np.save(root / "five.npy", np.random.default_rng(0).integers(0, 256, (5, 16, 24), dtype=np.uint8))
     five = [0.5] * 5
     backbone = Backbone(mean=five, std=five)
-    export_attention(backbone, root, tmp_path / "out", mean=five, std=five, formats=["overlay"])
+    exported(backbone, root, tmp_path / "out", mean=five, std=five, formats=["overlay"])
     assert backbone.batches == [(1, 5, 16, 24)]
     gray = Backbone(mean=[0.5], std=[0.5])
     picture(16, 16).save(root / "five.png")
-    export_attention(gray, root / "five.png", tmp_path / "out2", mean=[0.5], std=[0.5])
+    exported(gray, root / "five.png", tmp_path / "out2", mean=[0.5], std=[0.5])
     assert gray.batches == [(1, 1, 16, 16)]
 
 
@@ -283,17 +281,17 @@ def test_wrong_input_is_one_message_and_writes_nothing(folder, tmp_path):
     before = files_of(tmp_path)
     for change, message in cases:
         with pytest.raises(UserError, match=message):
-            export_attention(**(given | change))
+            exported(**(given | change))
         assert files_of(tmp_path) == before and not output.exists()
 
 
 def test_overwrite_replaces_and_a_folder_inside_the_images_is_no_input(folder, tmp_path):
     output = folder / "attention"
     given = {"backbone": Backbone(), "images": folder, "output": output, "mean": MEAN, "std": STD, "formats": ["mask"]}
-    first = export_attention(**given, threshold=0.2)
+    first = exported(**given, threshold=0.2)
     before = files_of(output), pixels_of(output / "a_mean_mask.png").mean()
     (folder / "cats" / "broken.jpg").unlink()
-    second = export_attention(**given, threshold=0.9, overwrite=True)
+    second = exported(**given, threshold=0.9, overwrite=True)
     assert first.images == second.images == 6
     assert files_of(output) == [name for name in before[0] if name != "quarantine.txt"]
     assert {row["status"] for row in read_manifest(output)} == {"ok"}
@@ -306,7 +304,7 @@ def test_a_failure_to_write_stops_the_export(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_draw, "write_png", full)
     with pytest.raises(OSError, match="No space left"):
-        export_attention(Backbone(), folder, tmp_path / "out", mean=MEAN, std=STD)
+        exported(Backbone(), folder, tmp_path / "out", mean=MEAN, std=STD)
     assert not (tmp_path / "out").exists()
 
 
@@ -353,7 +351,7 @@ def enlarged(mode, maps, pixels):
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "guided"])
 def test_every_map_and_format(backbone, folder, tmp_path, mode):
     output = tmp_path / "out"
-    summary = export_attention(backbone, folder, output, **EVERY, upsample=mode, threshold=0.5)
+    summary = exported(backbone, folder, output, **EVERY, upsample=mode, threshold=0.5)
     assert backbone.training and torch.get_num_threads() == 1
     assert summary.files == {"png": 36, "overlay": 36, "mask": 36, "labels": 6, "npz": 6, "coco": 1}
     coco = json.loads((output / "coco.json").read_text())
@@ -401,7 +399,7 @@ def check_numbers(backbone, pixels, heads, others):
 
 def test_the_manifest_lists_every_file(backbone, folder, tmp_path):
     output = tmp_path / "out"
-    export_attention(backbone, folder, output, **EVERY)
+    exported(backbone, folder, output, **EVERY)
     rows = read_manifest(output)
     assert sorted(row["file"] for row in rows if row["file"]) == sorted(
         set(files_of(output)) - {"manifest.csv", "quarantine.txt"}
@@ -432,8 +430,8 @@ def test_artifacts_are_clipped_in_every_map(backbone, tmp_path, monkeypatch):
 
     monkeypatch.setattr(backbone.vit.blocks[-1], "forward", with_artifact)
     options = EVERY | {"formats": ["npz"]}
-    plain = export_attention(backbone, root, tmp_path / "plain", **options)
-    clipped = export_attention(backbone, root, tmp_path / "clipped", **options, clip_artifacts=4.0)
+    plain = exported(backbone, root, tmp_path / "plain", **options)
+    clipped = exported(backbone, root, tmp_path / "clipped", **options, clip_artifacts=4.0)
     assert plain.artifacts == 0 and clipped.artifacts == 1
     before, after = (np.load(tmp_path / name / "000_attention.npz") for name in ("plain", "clipped"))
     assert np.argwhere(after["artifacts"]).tolist() == [[2, 5]] and "artifacts" not in before
@@ -448,11 +446,11 @@ def test_artifacts_are_clipped_in_every_map(backbone, tmp_path, monkeypatch):
 def test_a_data_set_and_a_list(backbone, folder, tmp_path):
     options = {"mean": MEAN, "std": STD, "formats": ["mask"], "maps": ["mean"]}
     source = open_test(DataConfig(name="shapes", image_size=24, test_length=11))
-    export_attention(backbone, source, tmp_path / "set", **options)
+    exported(backbone, source, tmp_path / "set", **options)
     assert files_of(tmp_path / "set") == ["manifest.csv", *(f"test/{i:02}_mean_mask.png" for i in range(11))]
     assert read_manifest(tmp_path / "set")[3]["image"] == source.path(3)
     (folder / "some.txt").write_text("cats/same.png\ncats/same.jpg\nnone.jpg\na.png\n")
-    summary = export_attention(backbone, folder / "some.txt", tmp_path / "list", **options)
+    summary = exported(backbone, folder / "some.txt", tmp_path / "list", **options)
     expected = [
         "a_mean_mask.png",
         "cats/same.jpg_mean_mask.png",
@@ -462,7 +460,7 @@ def test_a_data_set_and_a_list(backbone, folder, tmp_path):
     ]
     assert files_of(tmp_path / "list") == expected and summary.images == 3
     assert [row["status"] for row in read_manifest(tmp_path / "list")] == ["ok", "ok", "the file does not exist", "ok"]
-    whole = export_attention(backbone, folder, tmp_path / "whole", **options, batch_size=1)
+    whole = exported(backbone, folder, tmp_path / "whole", **options, batch_size=1)
     assert whole.images == 6
 
 
@@ -470,7 +468,7 @@ def test_each_operation_has_one_thread_and_others_get_theirs_back(folder, tmp_pa
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        export_attention(Backbone(), folder, tmp_path / "out", mean=MEAN, std=STD)  # the backbone looks at the number
+        exported(Backbone(), folder, tmp_path / "out", mean=MEAN, std=STD)  # the backbone looks at the number
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -478,6 +476,6 @@ def test_each_operation_has_one_thread_and_others_get_theirs_back(folder, tmp_pa
 
 def test_threads_change_nothing(backbone, folder, tmp_path):
     for workers in (1, 3):
-        export_attention(backbone, folder, tmp_path / str(workers), **EVERY, workers=workers, upsample="bilinear")
+        exported(backbone, folder, tmp_path / str(workers), **EVERY, workers=workers, upsample="bilinear")
     for name in files_of(tmp_path / "1"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes(), name

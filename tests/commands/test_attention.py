@@ -205,6 +205,7 @@ def test_two_ranks_write_the_files_of_one_byte_for_byte(vit_suite, tiny_run, odd
         "overlay",
         "mask",
         "labels",
+        "pca",
         "npz",
         "coco",
         "gif",
@@ -230,7 +231,7 @@ def test_two_ranks_write_the_files_of_one_byte_for_byte(vit_suite, tiny_run, odd
     for name in ("one", "two"):
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         found[name] = {os.path.relpath(path, tmp_path / name): path.read_bytes() for path in files}
-    assert list(found["one"]) == list(found["two"]) and len(found["one"]) > 45 * 20
+    assert list(found["one"]) == list(found["two"]) and len(found["one"]) > 45 * 21
     assert [name for name in found["one"] if found["one"][name] != found["two"][name]] == []
     (line,) = [line for line in said.stdout.splitlines() if "images (" in line]  # rank 0 speaks for all
     assert line.startswith("45 images (") and line.endswith(f"in {tmp_path}/two, listed in manifest.csv")

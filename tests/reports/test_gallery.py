@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tests.reports.browser import CHROMIUM, Browser
-from vit_suite.attention.manifest import OK, write_manifest
+from vit_suite.attention.manifest import OK, read_manifest, write_manifest
 from vit_suite.attention.maps import mass_mask
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.errors import UserError
@@ -59,6 +59,23 @@ def content(page: Path) -> dict:
 
 def maps_of(item: dict) -> np.ndarray:
     return np.frombuffer(base64.b64decode(item["maps"]), "<u2").reshape(-1, *item["grid"])
+
+
+def test_principal_components_are_in_the_page(tmp_path):
+    """One export for all items: as many of them as there are images, of the image's shape; a page without has none."""
+    folder = export(tmp_path)
+    assert not any("pca" in item for item in content(write_gallery(folder))["items"])
+    rows = read_manifest(folder)
+    for name, size in zip(NAMES, SIZES, strict=True):
+        row = next(row for row in rows if row["kind"] == "npz" and row["file"].startswith(name))
+        Image.new("RGB", size[::-1], (200, 30, 90)).save(folder / f"{name}_pca.png")
+        rows.append(row | {"kind": "pca", "file": f"{name}_pca.png"})
+    write_manifest(folder / "manifest.csv", rows)
+    for item, size in zip(content(write_gallery(folder))["items"], SIZES, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(item["pca"].partition(";base64,")[2]))) as picture:
+            assert picture.height / picture.width == pytest.approx(size[0] / size[1], rel=0.02)
+            assert np.abs(np.asarray(picture.convert("RGB")).mean((0, 1)) - (200, 30, 90)).max() < 3
+        assert any(title == "pca" for title, _ in item["files"])
 
 
 def test_what_the_page_holds(tmp_path):

@@ -15,30 +15,29 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import nn
 
 from vit_suite import distributed
-from vit_suite.attention.export_draw import FORMATS, MAPS, UPSAMPLING, Drawing
+from vit_suite.attention.export_draw import FORMATS, Drawing
 from vit_suite.attention.export_inputs import FRAMES, Pictures, cut_frames, is_video, need_av, open_pictures
-from vit_suite.attention.export_merge import merge
-from vit_suite.attention.export_worker import Limits, Worker
+from vit_suite.attention.export_merge import Export, merge
+from vit_suite.attention.export_options import BASES, MAPS, UPSAMPLING, ExportOptions
+from vit_suite.attention.export_worker import Worker
 from vit_suite.attention.grids import cut, view_size
 from vit_suite.attention.manifest import NAME, discard_parts, part
 from vit_suite.attention.maps import require_cls
-from vit_suite.config import ImagesConfig
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.registry import set_reading
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.evaluation.features import frozen
-from vit_suite.hardware import cores, one_thread, pick_precision
+from vit_suite.hardware import cores, one_thread
 
 __all__ = ["FORMATS", "MAPS", "UPSAMPLING", "ExportSummary", "export_attention", "view_size"]
 
@@ -78,83 +77,48 @@ def export_attention(
     backbone: Any,
     images: str | os.PathLike | ImageSource,
     output: str | os.PathLike,
-    *,
     mean: Sequence[float],
     std: Sequence[float],
-    formats: Sequence[str] = ("overlay", "mask"),
-    maps: Sequence[str] = ("heads", "mean"),
-    threshold: float = 0.6,
-    clip_artifacts: float | None = None,
-    resize: int | None = None,
-    max_tokens: int = 4096,
-    batch_size: int = 16,
-    upsample: Literal["nearest", "bilinear", "guided"] = "nearest",
-    guided_radius: int | None = None,
-    guided_eps: float = 1e-3,
-    fps: float | None = None,
-    device: torch.device | str | None = None,
-    precision: Literal["auto", "bf16", "fp32"] = "auto",
-    workers: int | None = None,
-    overwrite: bool = False,
-    reading: ImagesConfig | None = None,
-    progress: bool = False,
+    options: ExportOptions | None = None,
 ) -> ExportSummary:
     """Write what the CLS token looks at, for every image of `images`: a folder tree, an image, a list of paths, a
     video, or a data set.
 
-    backbone: vit_suite.models.backbone.Backbone (without rollout and clip_artifacts anything that `maps.attention_maps`
-    takes).
+    backbone: vit_suite.models.backbone.Backbone; it runs where it is. (Without rollout, clip_artifacts and pca anything
+        that `maps.attention_maps` takes.)
     output: mirrors the tree: DIR/cat.jpg gives OUTPUT/cat_head0_overlay.png, ..., OUTPUT/cat_mean_mask.png,
-        OUTPUT/cat_attention.npz with DIR's subfolders; where names differ in the extension alone, it stays
+        OUTPUT/cat_attention.npz with DIR's subfolders. Where names differ in the extension alone, it stays
         (cat.jpg_head0_..., cat.png_head0_...). Images of a data set are SPLIT/INDEX. manifest.csv lists every file
         (vit_suite.attention.manifest).
-    mean, std: of the backbone's channels, in 0..1; their number is the number of channels that files are converted to.
-    formats: png (heat map), overlay, mask (top `threshold` of the mass), labels (which head wins each pixel; palette
-        index = head), npz (the numbers: attention (h, gh, gw), mean, max, rollout, grid, sizes), coco (coco.json: all
-        masks), gif and mp4 (the images as frames, overlays in fixed colors).
-    maps: each head of the last block (heads), their mean, their max (each head at mass 1), the rollout over all blocks.
-    clip_artifacts: patches whose token after the last block is longer than so many times the image's median get the
-        median of their neighbours in every map (arXiv 2309.16588); npz tells which. None: nothing is clipped.
-    resize: shorter side in pixels before the backbone, the image's own when None. Sides then go to the nearest multiple
-        of the patch (the whole picture is seen, none cut off), and both shrink until there are at most `max_tokens`
-        patches.
-    upsample: nearest repeats patches as the DINO release does; bilinear interpolates, guided then draws the map to the
-        picture's edges (window radius in pixels, a patch when None; eps); masks are then taken pixel by pixel.
-    fps: frames a second of gif and mp4; the video's own, else 10, when None.
-    reading: how files are read (value_range, max_pixels); a data set brings its own.
-    device, precision: of the forward pass; the backbone's own device when None. workers: threads (the cores, at most 8,
-    when None).
+    mean, std: of the backbone's channels, in 0..1; files are converted to as many channels.
 
     With a process group every rank takes its share, and rank 0 merges. Every picture written has the size of its file
-    (EXIF rotation applied). Files that do not decode are skipped, returned and listed in OUTPUT/quarantine.txt. Raises
-    UserError, before anything is written, for no images, an output folder that is not empty (unless `overwrite`: files
-    are replaced, others stay), an unknown format, or a backbone without CLS token; later only when not one image
-    decodes.
+    (EXIF rotation applied). Files that do not decode are skipped, returned and listed in OUTPUT/quarantine.txt.
+
+    Raises UserError, before anything is written, for no images, an output folder that is not empty (unless
+    `overwrite`), an unknown format, or a backbone without CLS token where attention is drawn; later only when not one
+    image decodes.
     """
-    unique = (tuple(dict.fromkeys(words)) for words in (formats, maps))
-    drawing = Drawing(Path(output), *unique, threshold, upsample, guided_radius, guided_eps)
-    _check(backbone, drawing, resize=resize, max_tokens=max_tokens, batch_size=batch_size, guided_radius=guided_radius)
-    if clip_artifacts is not None and not clip_artifacts > 1:
-        raise UserError(f"clip_artifacts is {clip_artifacts}; expected a multiple of the median norm, above 1")
+    options = options or ExportOptions()
+    drawing = Drawing.of(Path(output), options)
+    _check(backbone, drawing, options)
     started = time.monotonic()
-    pictures, rate = _open(images, drawing, len(mean), overwrite)
-    if reading is not None and not isinstance(images, ImageSource):
-        set_reading(pictures.source, reading)
-    device = torch.device(device) if device is not None else _device_of(backbone)
-    limits = Limits(resize, max_tokens, batch_size)
-    worker = Worker(
-        backbone, drawing, pictures, limits, mean, std, clip_artifacts, device, pick_precision(precision, device)
-    )
-    blocks = cut(len(pictures), batch_size)[distributed.rank() :: distributed.world_size()]
-    threads = min(8, workers or cores())
+    pictures, rate = _open(images, drawing, len(mean), options.overwrite)
+    if options.reading is not None and not isinstance(images, ImageSource):
+        set_reading(pictures.source, options.reading)
+    worker = Worker(backbone, drawing, pictures, options, mean, std)
+    blocks = cut(len(pictures), options.batch_size)[distributed.rank() :: distributed.world_size()]
+    threads = min(8, options.workers or cores())
     summary = ExportSummary(drawing.output)
     drawing.output.mkdir(parents=True, exist_ok=True)
     try:
         with (
             part(drawing.output, distributed.rank()).open("w") as file,
             _alone(backbone),
-            _bar(sum(map(len, blocks)), progress) as bar,
+            _bar(sum(map(len, blocks)), options.progress) as bar,
         ):
+            if "pca" in drawing.formats and options.pca_basis == "folder":
+                worker.find_basis()
             for lines in worker.run(blocks, threads, bar):
                 file.writelines(lines)
     except BaseException:
@@ -162,7 +126,7 @@ def export_attention(
         raise
     distributed.barrier()
     if distributed.rank() == 0:
-        merge(summary, drawing, pictures, backbone.heads, fps or rate, threads)
+        merge(summary, Export(drawing, pictures, backbone.heads, options.fps or rate, threads))
     else:
         summary.images = sum(map(len, blocks))
     summary.seconds = time.monotonic() - started
@@ -190,11 +154,12 @@ def _open(images: Any, drawing: Drawing, channels: int, overwrite: bool) -> tupl
     return open_pictures(output / FRAMES, output, channels), rate
 
 
-def _check(backbone: Any, drawing: Drawing, **numbers: int | None) -> None:
-    chosen = (
+def _check(backbone: Any, drawing: Drawing, options: ExportOptions) -> None:
+    chosen: tuple[tuple[str, Sequence[str], Iterable[str]], ...] = (
         ("format", drawing.formats, FORMATS),
         ("map", drawing.maps, MAPS),
         ("upsampling", [drawing.mode], UPSAMPLING),
+        ("basis", [options.pca_basis], BASES),
     )
     for kind, words, known in chosen:
         for word in words:
@@ -202,12 +167,16 @@ def _check(backbone: Any, drawing: Drawing, **numbers: int | None) -> None:
                 raise unknown_name(kind, word, known)
         if not words:
             raise UserError(f"no {kind} to write; known: {', '.join(known)}")
-    require_cls(backbone)
+    if drawing.attentive:
+        require_cls(backbone)
     if not 0 < drawing.threshold <= 1:
         raise UserError(f"threshold is {drawing.threshold}; expected a share of the mass above 0, at most 1")
-    for name, value in numbers.items():
+    for name in ("resize", "max_tokens", "batch_size", "guided_radius"):
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected a whole number from 1 up")
+    if options.clip_artifacts is not None and not options.clip_artifacts > 1:
+        raise UserError(f"clip_artifacts is {options.clip_artifacts}; expected a multiple of the median norm, above 1")
     if "mp4" in drawing.formats:
         need_av("format mp4")
 
@@ -219,11 +188,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"output '{output}' is not empty; name another folder, or give --overwrite to replace its files"
         )
-
-
-def _device_of(backbone: Any) -> torch.device:
-    first = next(backbone.parameters(), None) if isinstance(backbone, nn.Module) else None
-    return first.device if first is not None else torch.device("cpu")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vit_suite.attention import render
 from vit_suite.attention.coco import annotation
+from vit_suite.attention.export_options import ANIMATED, MAPS, ExportOptions
 from vit_suite.attention.guided import guided_filter
 from vit_suite.attention.maps import mass_mask, upsample, winning_head
 from vit_suite.attention.palette import head_colors
@@ -34,15 +35,13 @@ MAPPED: dict[str, tuple[str, Painter]] = {
 word in AttentionConfig."""
 FORMATS = {name: suffix for name, (suffix, _) in MAPPED.items()} | {
     "labels": "labels.png",
+    "pca": "pca.png",
     "npz": "attention.npz",
     "coco": "",
     "gif": "",
     "mp4": "",
 }
 """Format -> last part of the file name; none where one file holds all pictures."""
-ANIMATED = ("gif", "mp4")
-MAPS = ("heads", "mean", "max", "rollout")
-UPSAMPLING = ("nearest", "bilinear", "guided")
 PIXELS = 2**21
 """Pixels of maps that are drawn together; at 12 megapixels not even two would fit."""
 
@@ -58,6 +57,18 @@ class Drawing:
     mode: Literal["nearest", "bilinear", "guided"]
     guided_radius: int | None
     guided_eps: float
+
+    @staticmethod
+    def of(output: Path, options: ExportOptions) -> Drawing:
+        """The part of the options that decides what a picture's files look like; each format and map once."""
+        formats, maps = tuple(dict.fromkeys(options.formats)), tuple(dict.fromkeys(options.maps))
+        looks = options.threshold, options.upsample, options.guided_radius, options.guided_eps
+        return Drawing(output, formats, maps, *looks)
+
+    @property
+    def attentive(self) -> bool:
+        """Whether anything but the features is drawn."""
+        return set(self.formats) != {"pca"}
 
     def labels(self, heads: int) -> list[str]:
         """The maps of a picture by the name they have in file names: head0, ..., mean, max, rollout."""
@@ -108,26 +119,44 @@ def files_of(drawing: Drawing, name: str, heads: int) -> Iterator[File]:
         for kind in MAPPED:
             if kind in drawing.formats:
                 yield File(kind, label, f"{name}_{label}_{FORMATS[kind]}")
-    for kind in ("labels", "npz"):
+    for kind in ("labels", "pca", "npz"):
         if kind in drawing.formats:
             yield File(kind, "", f"{name}_{FORMATS[kind]}")
 
 
-def draw(
-    drawing: Drawing, name: str, path: str, picture: np.ndarray, heads: Tensor, small: Tensor, extra: dict[str, Any]
-) -> dict:
-    """Write the files of one picture, uint8 (C, H, W). `heads` (h, gh, gw): the maps of all heads; `small` (n, gh, gw):
-    of `drawing.labels`; `extra`: further arrays for the npz.
+@dataclass(frozen=True)
+class Found:
+    """What the backbone sees in one picture."""
+
+    heads: Tensor
+    """(h, gh, gw): attention of all heads; no head where the features alone are drawn."""
+    small: Tensor
+    """(n, gh, gw): the maps of `Drawing.labels`."""
+    extra: dict[str, Any]
+    """Further arrays for the npz."""
+    colors: Tensor | None = None
+    """(3, gh, gw): principal components of the patch features, 0..1 from dark to bright."""
+    front: Tensor | None = None
+    """(gh, gw): above 0 where they are shown; everywhere when None."""
+
+
+def draw(drawing: Drawing, name: str, path: str, picture: np.ndarray, found: Found) -> dict[str, Any]:
+    """Write the files of one picture, uint8 (C, H, W).
 
     Returns what files about all pictures will need: COCO annotations and the maps of an animation.
     """
+    heads, small = found.heads, found.small
+    if found.colors is not None:
+        write_png(os.path.join(drawing.output, f"{name}_{FORMATS['pca']}"), components(drawing, found, picture))
+    if not drawing.attentive:
+        return {}
     labels = drawing.labels(len(heads))
     paths = {
         (kind, label): os.path.join(drawing.output, file) for kind, label, file in files_of(drawing, name, len(heads))
     }
     shown = render.as_picture(picture)
     step = max(1, PIXELS // (picture.shape[1] * picture.shape[2]))
-    needs_maps, annotations = {*MAPPED, "coco"} & set(drawing.formats), []
+    needs_maps, annotations = {*MAPPED, "coco"} & set(drawing.formats), list[dict[str, Any]]()
     for start in range(0, len(labels), step) if needs_maps else ():
         part, here = slice(start, start + step), labels[start : start + step]
         level, masks = drawing.shades(small[part], picture)
@@ -146,9 +175,18 @@ def draw(
             "threshold": drawing.threshold,
             "path": path,
         }
-        render.write_npz(paths["npz", ""], attention=heads.numpy(), **named, **extra, **sizes)
+        render.write_npz(paths["npz", ""], attention=heads.numpy(), **named, **found.extra, **sizes)
     kept: dict[str, Any] = {"annotations": annotations} if "coco" in drawing.formats else {}
     return kept | ({"maps": packed(small)} if set(ANIMATED) & set(drawing.formats) else {})
+
+
+def components(drawing: Drawing, found: Found, picture: np.ndarray) -> np.ndarray:
+    """The principal components of a picture's patches at its size: uint8 (H, W, 3), black outside the foreground."""
+    assert found.colors is not None
+    fine = drawing.fine(found.colors, picture).clamp(0, 1)
+    if found.front is not None:
+        fine = fine * (drawing.fine(found.front[None], picture) > 0)
+    return (fine * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
 
 def column(label: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from vit_suite import distributed
 from vit_suite.attention import render
 from vit_suite.attention.animate import write_animation
 from vit_suite.attention.coco import write_coco
-from vit_suite.attention.export_draw import ANIMATED, Drawing, column, files_of, unpacked
+from vit_suite.attention.export_draw import Drawing, column, files_of, unpacked
 from vit_suite.attention.export_inputs import Pictures
+from vit_suite.attention.export_options import ANIMATED
 from vit_suite.attention.manifest import NAME, OK, Records, discard_parts, write_manifest
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.quarantine import Quarantine
@@ -27,13 +29,26 @@ FULL = 0.995
 """Share of all patches of all frames that are darker than the brightest color of an animation."""
 
 
-def merge(summary: Any, drawing: Drawing, pictures: Pictures, heads: int, rate: float, threads: int) -> None:
-    """Write the files about all pictures from the records of all ranks, and fill an `ExportSummary`. `rate`: frames a
-    second.
+@dataclass(frozen=True)
+class Export:
+    """What was exported."""
+
+    drawing: Drawing
+    pictures: Pictures
+    heads: int
+    """Of the backbone."""
+    rate: float
+    """Frames a second of an animation."""
+    threads: int
+    """That may draw at a time."""
+
+
+def merge(summary: Any, export: Export) -> None:
+    """Write the files about all pictures from the records of all ranks, and fill an `ExportSummary`.
 
     UserError when not one picture decoded: then nothing is left behind.
     """
-    output = drawing.output
+    drawing, pictures, output = export.drawing, export.pictures, export.drawing.output
     records = Records(output, distributed.world_size())
     (output / "quarantine.txt").unlink(missing_ok=True)  # of an earlier export
     for record in records:
@@ -52,10 +67,10 @@ def merge(summary: Any, drawing: Drawing, pictures: Pictures, heads: int, rate: 
             lines.append({"kind": "coco", "file": COCO, "threshold": drawing.threshold})
         for kind in ANIMATED:
             if kind in drawing.formats:
-                lines += _animate(kind, drawing, pictures, records, heads, rate, threads)
+                lines += _animate(kind, export, records)
 
         def rows() -> Iterator[dict[str, Any]]:
-            yield from _rows(drawing, pictures, records, heads)
+            yield from _rows(export, records)
             yield from (line | {"status": OK} for line in lines)
 
         write_manifest(output / NAME, (_counted(row, summary) for row in rows()))
@@ -73,15 +88,16 @@ def _counted(row: dict[str, Any], summary: Any) -> dict[str, Any]:
     return row
 
 
-def _rows(drawing: Drawing, pictures: Pictures, records: Records, heads: int) -> Iterator[dict[str, Any]]:
+def _rows(export: Export, records: Records) -> Iterator[dict[str, Any]]:
     """Lines of the manifest, picture by picture."""
+    drawing, pictures = export.drawing, export.pictures
     for record in records:
         image = {"image": pictures.path(record["index"])}
         if "error" in record:
             yield image | {"status": record["error"]}
             continue
         image |= {"height": record["height"], "width": record["width"], "status": OK}
-        for kind, label, name in files_of(drawing, pictures.names[record["index"]], heads):
+        for kind, label, name in files_of(drawing, pictures.names[record["index"]], export.heads):
             threshold = drawing.threshold if kind in ("overlay", "mask") else ""
             yield image | {"kind": kind, "head": column(label), "file": name, "threshold": threshold}
 
@@ -106,28 +122,28 @@ def _write_coco(drawing: Drawing, pictures: Pictures, records: Records) -> None:
     write_coco(drawing.output / COCO, info, entries)
 
 
-def _animate(
-    kind: str, drawing: Drawing, pictures: Pictures, records: Records, heads: int, rate: float, threads: int
-) -> list[dict[str, Any]]:
+def _animate(kind: str, export: Export, records: Records) -> list[dict[str, Any]]:
     """An animation for each map, the pictures as frames; their lines of the manifest."""
+    drawing = export.drawing
     drawn = [(record["index"], unpacked(record["maps"])) for record in records if "error" not in record]
     first = next(record for record in records if "error" not in record)
     lines = []
-    for place, label in enumerate(drawing.labels(heads)):
+    for place, label in enumerate(drawing.labels(export.heads)):
         frames = [(index, small[place]) for index, small in drawn]
         name = f"animation_{label}.{kind}"
-        draw = _frames(drawing, pictures, frames, (first["height"], first["width"]), threads)
-        write_animation(drawing.output / name, draw, len(frames), rate)
+        draw = _frames(export, frames, (first["height"], first["width"]))
+        write_animation(drawing.output / name, draw, len(frames), export.rate)
         lines.append({"kind": kind, "head": column(label), "file": name, "threshold": drawing.threshold})
     return lines
 
 
 def _frames(
-    drawing: Drawing, pictures: Pictures, frames: list[tuple[int, Tensor]], size: tuple[int, int], threads: int
+    export: Export, frames: list[tuple[int, Tensor]], size: tuple[int, int]
 ) -> Callable[[Sequence[int]], Iterator[np.ndarray]]:
     """Draws overlays of chosen frames in order, each at `size` (H, W): pictures of other sizes are resized, a video has
     one."""
-    # Not to the very most: one bright patch in one frame would darken all others.
+    drawing, pictures, threads = export.drawing, export.pictures, export.threads
+    # Not up to the very largest value: one bright patch in one frame would darken all others.
     values = np.concatenate([small.numpy().ravel() for _, small in frames])
     limits = float(values.min()), float(np.quantile(values, FULL))
 

@@ -17,33 +17,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vit_suite.attention import grids
-from vit_suite.attention.export_draw import Drawing, draw
+from vit_suite import distributed
+from vit_suite.attention import grids, pca
+from vit_suite.attention.export_draw import Drawing, Found, draw
 from vit_suite.attention.export_inputs import Pictures
+from vit_suite.attention.export_options import MAPS, ExportOptions
 from vit_suite.attention.grids import attention_bytes, in_batches, view_of, view_size
-from vit_suite.attention.maps import artifacts, look, max_map, mean_map, without_artifacts
+from vit_suite.attention.maps import Look, artifacts, look, max_map, mean_map, without_artifacts
+from vit_suite.attention.pca import Basis, basis_of
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.reading import read
-from vit_suite.hardware import autocast
+from vit_suite.hardware import autocast, pick_precision
 from vit_suite.views.multicrop import normalize_
 
 WAITING_BYTES = 64 * 2**20
 """Decoded pictures of a block that wait for others of their grid; beyond it the fullest group runs as it is."""
 AT_ONCE_BYTES = 4 * grids.ATTENTION_BYTES
 """Limit of the attention matrices of all batches that run at a time."""
+BASIS_BLOCK = 16
+"""Sampled images that a rank looks at together for the basis of a folder."""
 COARSE = 16
 """Fewer patches than these show little."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of what the backbone sees at a time."""
-
-    resize: int | None
-    max_tokens: int
-    batch_size: int
 
 
 @dataclass
@@ -62,26 +58,51 @@ class _Job:
 
 
 class Worker:
-    """Exports blocks of pictures; `model_seconds` of `seconds` went into the forward pass, summed over threads."""
+    """Exports blocks of pictures. `model_seconds` of `seconds`, both summed over threads, went into the forward
+    pass."""
 
     def __init__(
         self,
         backbone: Any,
         drawing: Drawing,
         pictures: Pictures,
-        limits: Limits,
+        options: ExportOptions,
         mean: Sequence[float],
         std: Sequence[float],
-        clip: float | None,
-        device: torch.device,
-        precision: str,
     ) -> None:
-        self.backbone, self.drawing, self.pictures, self.limits = backbone, drawing, pictures, limits
-        self.mean, self.std, self.clip, self.device, self.precision = mean, std, clip, device, precision
-        self.rollout = "rollout" in drawing.maps
-        self.budget = _Budget(AT_ONCE_BYTES if device.type == "cpu" else 0)
+        self.backbone, self.drawing, self.pictures, self.options = backbone, drawing, pictures, options
+        self.mean, self.std, self.clip = mean, std, options.clip_artifacts
+        self.device = device_of(backbone)
+        self.precision = pick_precision(options.precision, self.device)
+        self.rollout = drawing.attentive and "rollout" in drawing.maps
+        self.basis: Basis | None = None
+        """Of the folder, once `find_basis` has run."""
+        self.budget = _Budget(AT_ONCE_BYTES if self.device.type == "cpu" else 0)
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.seconds = self.model_seconds = 0.0
+
+    def find_basis(self) -> None:
+        """The principal components of the folder, from up to `pca.IMAGES` images. Ranks share them, and all get the
+        same basis: what is computed together is settled by the list of images."""
+        count = min(pca.IMAGES, len(self.pictures))
+        chosen = [number * len(self.pictures) // count for number in range(count)]
+        each = max(1, pca.PATCHES // count)
+
+        def patches_of(numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+            with torch.no_grad():
+                return [
+                    pca.sampled(patches, each)
+                    for batch in self._batches(numbers, [], quiet=True)
+                    for patches in self._patches(self._look(batch))
+                ]
+
+        started = time.perf_counter()
+        blocks = [chosen[start : start + BASIS_BLOCK] for start in range(0, count, BASIS_BLOCK)]
+        found = [pair for part in distributed.map_over_ranks(patches_of, blocks) for pair in part]
+        if found:
+            patches, border = (torch.cat(column) for column in zip(*found, strict=True))
+            self.basis = basis_of(patches, border, self.options.pca_foreground)
+        self.seconds += time.perf_counter() - started
 
     def run(self, blocks: Sequence[range], threads: int, bar: Any) -> Iterator[list[str]]:
         """The records of each block, one JSON line an image; blocks run in `threads`, what one raises is raised
@@ -102,13 +123,15 @@ class Worker:
 
     def block(self, indices: range) -> list[str]:
         """Write the files of these pictures; their records, in no order."""
-        started, records = time.perf_counter(), []
+        started = time.perf_counter()
+        records: list[dict[str, Any]] = []
         with torch.no_grad():  # a thread has its own switch
             for batch in self._batches(indices, records):
                 if self.stopped.is_set():
                     break
-                for job, (heads, small, extra) in zip(batch, self._maps(batch), strict=True):
-                    records.append(self._record(job, extra) | self._draw(job, heads, small, extra))
+                for job, found in zip(batch, self._maps(batch), strict=True):
+                    name, path = self.pictures.names[job.index], self.pictures.path(job.index)
+                    records.append(self._record(job, found.extra) | draw(self.drawing, name, path, job.picture, found))
                 self._count(len(batch))
         with self.lock:
             self.seconds += time.perf_counter() - started
@@ -118,46 +141,40 @@ class Worker:
         with self.lock:
             self.bar.update(images)
 
-    def _draw(self, job: _Job, heads: Tensor, small: Tensor, extra: dict[str, Any]) -> dict[str, Any]:
-        return draw(
-            self.drawing,
-            self.pictures.names[job.index],
-            self.pictures.path(job.index),
-            job.picture,
-            heads,
-            small,
-            extra,
-        )
-
     def _record(self, job: _Job, extra: dict[str, Any]) -> dict[str, Any]:
         height, width = job.picture.shape[1:]
         rows, columns = (side // self.backbone.patch_size for side in job.view.shape[1:])
         shrunk = tuple(job.view.shape[1:]) != view_size(
-            (height, width), self.backbone.patch_size, self.limits.resize, 2**62
+            (height, width), self.backbone.patch_size, self.options.resize, 2**62
         )
         found = int(extra["artifacts"].sum()) if extra else 0
         counts = {"shrunk": int(shrunk), "coarse": int(rows * columns < COARSE), "artifacts": found}
         return {"index": job.index, "height": height, "width": width, **counts}
 
-    def _batches(self, indices: range, records: list[dict]) -> Iterator[list[_Job]]:
+    def _batches(
+        self, indices: Sequence[int], records: list[dict[str, Any]], quiet: bool = False
+    ) -> Iterator[list[_Job]]:
         """Jobs of these pictures in batches of one grid; files that do not decode go to `records`."""
 
         def most(size: tuple[int, int]) -> int:
-            return min(self.limits.batch_size, grids.ATTENTION_BYTES // self._bytes(size))
+            return min(self.options.batch_size, grids.ATTENTION_BYTES // self._bytes(size))
 
-        return in_batches(self._jobs(indices, records), most, WAITING_BYTES)
+        return in_batches(self._jobs(indices, records, quiet), most, WAITING_BYTES)
 
-    def _jobs(self, indices: range, records: list[dict]) -> Iterator[_Job]:
+    def _jobs(self, indices: Sequence[int], records: list[dict[str, Any]], quiet: bool) -> Iterator[_Job]:
         for index, job in read(self.pictures.source, indices, workers=0, block=1, then=self._job):
             if isinstance(job, DecodeError):
                 records.append({"index": index, "path": job.path, "error": job.reason})
-                self._count(1)
+                if not quiet:
+                    self._count(1)
             else:
                 yield job
 
     def _job(self, index: int, image: Tensor) -> _Job:
         picture = np.array(image.numpy(), order="C")
-        view = view_of(torch.from_numpy(picture), self.backbone.patch_size, self.limits.resize, self.limits.max_tokens)
+        view = view_of(
+            torch.from_numpy(picture), self.backbone.patch_size, self.options.resize, self.options.max_tokens
+        )
         return _Job(index, picture, view)
 
     def _bytes(self, size: Sequence[int]) -> int:
@@ -165,36 +182,68 @@ class Worker:
         matrices = self.backbone.heads + (self.backbone.depth if self.rollout else 0)
         return attention_bytes(self.backbone, size, matrices)
 
-    def _maps(self, batch: list[_Job]) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """For each job all heads (h, gh, gw), the maps that are drawn (n, gh, gw), and for the npz what was clipped."""
+    def _maps(self, batch: list[_Job]) -> Iterator[Found]:
+        """What is drawn of each job."""
         looked = self._look(batch)
-        heads, rollout, found = looked.heads, looked.rollout, None
-        if self.clip is not None:
-            found = artifacts(looked.norms, self.clip)
-            heads = without_artifacts(heads, found)
-            rollout = None if rollout is None else without_artifacts(rollout, found)
-        kinds = {
-            "heads": lambda: heads,
-            "mean": lambda: mean_map(heads)[:, None],
-            "max": lambda: max_map(heads)[:, None],
-        }
-        kinds["rollout"] = lambda: rollout[:, None]
-        small = torch.cat([make() for kind, make in kinds.items() if kind in self.drawing.maps], dim=1)
-        for i in range(len(batch)):
-            yield heads[i], small[i], {} if found is None else {"artifacts": found[i].numpy()}
+        heads, small = looked.heads, looked.heads
+        found = None
+        if self.drawing.attentive:
+            rollout = looked.rollout
+            if looked.norms is not None and self.clip is not None:
+                found = artifacts(looked.norms, self.clip)
+                heads = without_artifacts(heads, found)
+                rollout = None if rollout is None else without_artifacts(rollout, found)
+            small = torch.cat([self._kind(kind, heads, rollout) for kind in MAPS if kind in self.drawing.maps], dim=1)
+        for i, patches in enumerate(self._patches(looked) if "pca" in self.drawing.formats else [None] * len(batch)):
+            extra = {} if found is None else {"artifacts": found[i].numpy()}
+            yield Found(heads[i], small[i], extra, *(self._components(patches) if patches is not None else ()))
 
-    def _look(self, batch: list[_Job]):
+    def _kind(self, kind: str, heads: Tensor, rollout: Tensor | None) -> Tensor:
+        """(B, n, gh, gw) of one kind of map."""
+        if kind == "heads":
+            return heads
+        if kind == "rollout":
+            assert rollout is not None
+            return rollout[:, None]
+        return (mean_map if kind == "mean" else max_map)(heads)[:, None]
+
+    def _patches(self, looked: Look) -> Tensor:
+        """(B, gh, gw, D)."""
+        assert looked.patches is not None
+        return looked.patches
+
+    def _components(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Colors and foreground of the patches (gh, gw, D) of a picture."""
+        basis = self.basis
+        if basis is None:
+            flat, border = pca.sampled(patches, patches.shape[0] * patches.shape[1])
+            basis = basis_of(flat, border, self.options.pca_foreground)
+        return basis.colors(patches), basis.foreground(patches)
+
+    def _look(self, batch: list[_Job]) -> Look:
         """One forward pass; its maps on the CPU."""
         views = torch.stack([job.view for job in batch])
+        features = "pca" in self.drawing.formats
         with self.budget.take(len(batch) * self._bytes(views.shape[-2:])):
             started = time.perf_counter()
             images = normalize_(views.to(self.device).float().div_(255), self.mean, self.std)
             with autocast(self.precision, self.device):
-                looked = look(self.backbone, images, self.rollout, norms=self.clip is not None)
-            looked = looked._make(None if part is None else part.cpu() for part in looked)
+                if self.drawing.attentive:
+                    looked = look(self.backbone, images, self.rollout, self.clip is not None, features)
+                else:
+                    tokens = self.backbone.tokens(images)
+                    patches = tokens.patches.float().unflatten(1, tokens.grid)
+                    looked = Look(patches.new_zeros(len(patches), 0, *tokens.grid), patches=patches)
+            looked = Look(looked.heads.cpu(), *(None if part is None else part.cpu() for part in looked[1:]))
             with self.lock:
                 self.model_seconds += time.perf_counter() - started
         return looked
+
+
+def device_of(backbone: Any) -> torch.device:
+    """Where the backbone's parameters are."""
+    first = next(backbone.parameters(), None) if isinstance(backbone, nn.Module) else None
+    return first.device if first is not None else torch.device("cpu")
 
 
 class _Budget:

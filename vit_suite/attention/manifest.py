@@ -4,7 +4,7 @@ manifest.csv has a line for every file, in the order of the images, and these co
 
 - image: path of the input (`NAME SPLIT[INDEX]` where a data set has no files); empty for files about all images
 - height, width: of the image, in pixels
-- kind: png (heat map), overlay, mask, labels, npz, coco, gif, mp4
+- kind: png (heat map), overlay, mask, labels, pca, npz, coco, gif, mp4
 - head: mean, max, rollout, or a head's number from 0; empty where a file is not about one map
 - file: path relative to the manifest
 - threshold: share of the mass that the mask, or the mask's outline, keeps; empty where there is none

@@ -36,6 +36,8 @@ class Look(NamedTuple):
     """(B, gh, gw) float32: the CLS token's attention through all blocks."""
     norms: Tensor | None = None
     """(B, gh, gw) float32: L2 norm of the patch tokens after the last block, before the final norm."""
+    patches: Tensor | None = None
+    """(B, gh, gw, D) float32: the patch tokens after the final norm."""
 
 
 def attention_maps(backbone: Any, images: Tensor) -> Tensor:
@@ -51,16 +53,16 @@ def attention_maps(backbone: Any, images: Tensor) -> Tensor:
         return look(backbone, images).heads
 
 
-def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = False) -> Look:
+def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = False, patches: bool = False) -> Look:
     """The maps of images (B, C, H, W), normalized, from one forward pass. Gradients and train or eval mode are the
     caller's.
 
     `rollout` holds an attention matrix (B, T, T) for each block; without it memory grows with T alone where the kernel
-    of the blocks allows it. For `rollout` and `norms` the backbone needs depth, embed, blocks and attention_of too.
+    of the blocks allows it. For anything beyond the heads the backbone needs depth, embed, blocks and attention_of too.
     """
     grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
     prefix = backbone.prefix_tokens
-    if not (rollout or norms):
+    if not (rollout or norms or patches):
         return Look(cls_attention(backbone.last_attention(images, CLS), prefix, grid).float())
     x, _ = backbone.embed(images)
     means: list[Tensor] = []
@@ -72,7 +74,8 @@ def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = Fal
         x = after
     rolled = rolled_out(means)[:, prefix:].unflatten(-1, grid) if rollout else None
     lengths = x[:, prefix:].float().norm(dim=-1).unflatten(-1, grid) if norms else None
-    return Look(cls_attention(heads, prefix, grid), rolled, lengths)
+    features = backbone.vit.norm(x)[:, prefix:].float().unflatten(1, grid) if patches else None
+    return Look(cls_attention(heads, prefix, grid), rolled, lengths, features)
 
 
 def require_cls(backbone: Any) -> None:

@@ -3,8 +3,11 @@ rank or many."""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 from vit_suite import distributed
 from vit_suite.attention.export import ExportSummary, export_attention
+from vit_suite.attention.export_options import ExportOptions
 from vit_suite.attention.maps import require_cls
 from vit_suite.config import AttentionConfig
 from vit_suite.data.registry import open_test
@@ -21,33 +24,15 @@ def run(cfg: AttentionConfig) -> None:
     speak()
     with distributed.launched():
         loaded = load_backbone(cfg.checkpoint, cfg)
-        require_cls(loaded.backbone)
+        if set(cfg.formats) != {"pca"} or cfg.gallery:
+            require_cls(loaded.backbone)
         device = rank_device(cfg.accelerator)
         images = cfg.images or open_data(cfg, loaded)
-        summary = export_attention(
-            loaded.backbone.to(device),
-            images,
-            cfg.output,
-            mean=loaded.mean,
-            std=loaded.std,
-            formats=[*cfg.formats, "npz"] if cfg.gallery else cfg.formats,
-            maps=cfg.maps,
-            threshold=cfg.threshold,
-            clip_artifacts=cfg.clip_artifacts,
-            resize=cfg.resize,
-            max_tokens=cfg.max_tokens,
-            batch_size=cfg.batch_size,
-            upsample=cfg.upsample,
-            guided_radius=cfg.guided_radius,
-            guided_eps=cfg.guided_eps,
-            fps=cfg.fps,
-            device=device,
-            precision=cfg.precision,
-            workers=cfg.workers,
-            overwrite=cfg.overwrite,
-            reading=cfg.data,
-            progress=True,
-        )
+        given = {field.name: getattr(cfg, field.name) for field in fields(ExportOptions) if hasattr(cfg, field.name)}
+        options = replace(ExportOptions(**given), reading=cfg.data, progress=True)
+        if cfg.gallery:
+            options = replace(options, formats=[*cfg.formats, "npz"])
+        summary = export_attention(loaded.backbone.to(device), images, cfg.output, loaded.mean, loaded.std, options)
         if distributed.rank() == 0:
             print(sentence(summary, cfg.clip_artifacts))
             if cfg.gallery:

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from vit_suite.attention.export import export_attention
+from vit_suite.attention.export_options import ExportOptions
 from vit_suite.attention.localize import Localizer
 from vit_suite.commands.knn import Scorer, accuracies, accuracy_table
 from vit_suite.commands.localize import localize
@@ -128,8 +129,7 @@ def draw(loaded: LoadedBackbone, source: ImageSource, folder: Path) -> None:
         loaded.backbone,
         images,
         folder / "attention",
-        mean=loaded.mean,
-        std=loaded.std,
-        formats=("overlay", "mask"),
-        overwrite=True,
+        loaded.mean,
+        loaded.std,
+        ExportOptions(overwrite=True),
     )

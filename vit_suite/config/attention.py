@@ -38,12 +38,12 @@ class AttentionConfig(ReadingConfig):
     output: OutputFolder = "attention"
     """Folder the files are written to, in the tree of `images` (SPLIT/INDEX for a data set), listed in its
     manifest.csv."""
-    formats: list[Literal["png", "overlay", "mask", "labels", "npz", "coco", "gif", "mp4"]] = field(
+    formats: list[Literal["png", "overlay", "mask", "labels", "pca", "npz", "coco", "gif", "mp4"]] = field(
         default_factory=lambda: ["overlay", "mask"]
     )
     """png = heat map, overlay = heat map on the image, mask = the top mass, labels = the head that wins each pixel
-    (palette index = head), npz = the numbers, coco = one coco.json of all masks, gif and mp4 = the images as frames of
-    an animation in fixed colors."""
+    (palette index = head), pca = three principal components of the patch features as colors, npz = the
+    numbers, coco = one coco.json of all masks, gif and mp4 = the images as frames of an animation in fixed colors."""
     maps: list[Literal["heads", "mean", "max", "rollout"]] = field(default_factory=lambda: ["heads", "mean"])
     """Each head of the last block, their mean, their max (each head at mass 1), the rollout over all blocks (arXiv
     2005.00928)."""
@@ -68,6 +68,12 @@ class AttentionConfig(ReadingConfig):
     """Variance of the brightness (0..1) below which a window of `guided` counts as flat."""
     fps: Annotated[float, Range(above=0, ceiling=1000)] | None = None
     """Frames a second of gif and mp4; the video's own, or 10 for images, when not given."""
+    pca_basis: Literal["folder", "image"] = "folder"
+    """Principal components of the whole folder (of 256 images, evenly spaced, where there are more), so that alike
+    parts of different images get alike colors; or of each image by itself."""
+    pca_foreground: bool = False
+    """Show the components of the foreground alone, the rest black. The first component of all patches splits them; the
+    side that holds fewer patches of the images' borders is the foreground."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -118,10 +118,12 @@ def _item(
     if picture is None:
         picture = _read(image, folder, rows)
     links = [(_title(row), quote(os.fsencode(row["file"]))) for row in rows]
+    components = [decode(folder / row["file"]) for row in rows if row["kind"] == "pca"]
     return (
         list(maps),
         float(arrays["threshold"]),
-        {
+        ({"pca": data_uri(components[0])} if components else {})
+        | {
             "name": _shown(name.removesuffix("_attention.npz")),
             "size": [int(side) for side in arrays["image_size"]],
             "grid": list(heads.shape[1:]),
