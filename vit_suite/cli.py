@@ -9,6 +9,7 @@ command, and with it torch, only once its options have proved right.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import namedtuple
@@ -217,8 +218,6 @@ def _complain(text: str, status: int) -> int:
 
 def _refusal(error: OSError) -> str | None:
     """The sentence for a file that the system did not let us have; None for another fault."""
-    import errno
-
     from vit_suite.places import reason
 
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG) or error.filename is None:
@@ -240,6 +239,8 @@ def _cause(error: Exception) -> str:
     message = _one_line(error)
     message = message if len(message) <= 300 else message[:297] + "..."
     cause = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cause += " Make room and give the same command again; a training goes on from its last checkpoint."
     if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's, without importing torch to ask
         cause += " Use a smaller batch_size or image size; pretrain keeps its batch with a larger trainer.accumulate."
     return cause

@@ -57,11 +57,7 @@ def check_input(key: str, value: str) -> None:
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """UserError unless `folder` is, or can become, a folder that this process writes into.
-
-    A file without a name is written and thrown away again: permissions, quotas and read-only disks cannot be told in
-    another way on every file system.
-    """
+    """UserError unless `folder` is, or can become, a folder that this process writes into."""
     there = folder
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
@@ -70,12 +66,9 @@ def check_folder(key: str, folder: Path) -> None:
         if there == folder:
             raise UserError(f"{key} '{folder}' {what}; expected a directory.")
         raise UserError(f"{key} '{folder}' cannot be made: '{there}' {what}.")
-    try:
-        with tempfile.TemporaryFile(dir=there) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        advice = "make room, or name another" if error.errno in FULL else "name another, or ask its owner for access"
-        raise UserError(f"{key} '{folder}': '{there}' cannot be written: {reason(error)}; {advice}.") from None
+    if why := why_not_written(there):
+        advice = "make room, or name another" if why in FULL else "name another, or ask its owner for access"
+        raise UserError(f"{key} '{folder}': '{there}' cannot be written: {why}; {advice}.")
 
 
 def check_file(key: str, path: Path) -> None:
@@ -87,7 +80,6 @@ def check_file(key: str, path: Path) -> None:
     check_folder(key, path.parent)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 REASONS = {
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
@@ -98,6 +90,22 @@ REASONS = {
     errno.ELOOP: "its links run in a circle",
     errno.ENOTDIR: "a part of it is a file",
 }
+FULL = (REASONS[errno.ENOSPC], REASONS[errno.EDQUOT])
+
+
+def why_not_written(folder: Path) -> str | None:
+    """Why no file can be written in `folder`, which is there; None when one can.
+
+    A file without a name is written and thrown away again: permissions, quotas and read-only disks cannot be told in
+    another way on every file system.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        return reason(error)
+    return None
 
 
 def reason(error: OSError) -> str:

@@ -156,3 +156,15 @@ def test_other_images_under_the_same_command_are_refused(vit_suite, tmp_path):
     said = vit_suite(*command)
     assert said.status == 0
     assert "the schedules now span 4 steps, not those of before: the learning rate goes from" in said.log
+
+
+def test_a_users_fault_in_the_first_step_leaves_nothing(pretrain, tmp_path, monkeypatch):
+    from vit_suite.methods.base import Method
+
+    def fail(self):
+        raise UserError("optim: these options cannot be")
+
+    monkeypatch.setattr(Method, "configure_optimizers", fail)
+    said = pretrain(tmp_path / "a" / "b" / "run")
+    assert said.status == 2 and "optim: these options cannot be" in said.err
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.places import check_file
 from vit_suite.reports.results import read_results
 from vit_suite.weights.checkpoint import LoadedBackbone
 
@@ -20,6 +21,7 @@ def results_path(cfg: ScoreConfig) -> Path:
     """The file the scores are appended to; UserError now, not after the work, when it cannot be."""
     folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
     path = Path(cfg.output) if cfg.output else folder / "results.json"
+    check_file("output", path)
     read_results(path)
     return path
 

@@ -8,6 +8,7 @@ kill leaves half a file.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,32 @@ from pytorch_lightning.callbacks import Checkpoint
 from vit_suite import distributed
 from vit_suite.config import SavingConfig
 from vit_suite.files import PARTIAL, put_in_place
+from vit_suite.places import reason, why_not_written
 from vit_suite.signals import Signals, Stopped
 from vit_suite.weights.checkpoint import save_backbone
 from vit_suite.weights.head import save_head
+
+MOST_NEEDED = 100 * 2**20
+"""Bytes. Where fewer are free after a failure to write, the disk was full: a failed write gives its room back."""
+
+
+def not_written(path: Path, partial: Path, error: Exception, step: int) -> RuntimeError:
+    """The error to raise for a checkpoint that could not be written: why, and how the run goes on. What was written of
+    it is removed, so that it takes no room."""
+    try:
+        partial.unlink(missing_ok=True)
+    except OSError:
+        pass
+    why = why_not_written(path.parent)
+    if why is None and isinstance(error, OSError):
+        why = reason(error)
+    if why is None and shutil.disk_usage(path.parent).free < MOST_NEEDED:
+        why = "the disk is full"
+    why = why or " ".join(str(error).split())[:200]
+    return RuntimeError(
+        f"'{path}' cannot be written at step {step}: {why}. Mend that and give the same command again: it goes on from"
+        " the checkpoint before."
+    )
 
 
 class Keeper(Checkpoint):
@@ -152,9 +176,12 @@ class Keeper(Checkpoint):
             )
         path = self.folder / "checkpoints" / f"{name}.ckpt"
         partial = path.with_name(path.name + PARTIAL)
-        trainer.save_checkpoint(partial, weights_only=False)  # False: optimizer and loops too
-        if trainer.is_global_zero:
-            put_in_place(partial, path)
+        try:
+            trainer.save_checkpoint(partial, weights_only=False)  # False: optimizer and loops too
+            if trainer.is_global_zero:
+                put_in_place(partial, path)
+        except (OSError, RuntimeError) as error:  # torch's writer answers a full disk with RuntimeError
+            raise not_written(path, partial, error, trainer.global_step) from error
         if name == "last":
             self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
             self._answer = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 from vit_suite import distributed
 from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import UserError
 from vit_suite.logs import main_process
 from vit_suite.reports.about import write_about
 from vit_suite.reports.report import write_report
@@ -75,6 +76,9 @@ def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | No
     if cfg.run.overwrite and requeued():
         cfg = replace(cfg, run=replace(cfg.run, overwrite=False))
     with Signals() as signals, ExitStack() as stack:
+        fresh = [path for path in (Path(cfg.run.output), *Path(cfg.run.output).parents) if not path.exists()]
+        for path in reversed(fresh) if main_process() else []:
+            stack.callback(_remove_empty, path)  # a user's fault leaves nothing behind
         run = prepare(cfg, start, signals, stack)
         started = time.perf_counter()
         finished = fit(run)
@@ -157,10 +161,24 @@ def fit(run: Run) -> Run | None:
         raise answer(stop, run.cfg.run.overwrite) from None
     except BaseException as error:
         if main:
-            run.progress.write("failed", " ".join(f"{type(error).__name__}: {error}".split())[:300])
+            with suppress(OSError):  # on a full disk the error itself is what to tell
+                _note_failure(run, error)
         raise
     method = method.whole()
     return run._replace(parts=run.parts._replace(method=method)) if main else None
+
+
+def _note_failure(run: Run, error: BaseException) -> None:
+    """Say in status.json that the run failed. A user's fault before the first step leaves nothing of a fresh run."""
+    if isinstance(error, UserError) and run.checkpoint is None and run.trainer.global_step == 0:
+        rundir.take_back(run.folder)
+    else:
+        run.progress.write("failed", " ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def record(run: Run, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,6 +21,7 @@ from vit_suite.reports.about import fingerprint
 from vit_suite.reports.results import read_results
 from vit_suite.training.lock import FILE as LOCK
 from vit_suite.training.lock import refuse_second
+from vit_suite.training.status import FILE as STATUS
 
 CONFIG = "config.yaml"
 ABOUT = "about.json"
@@ -153,6 +155,18 @@ def create(cfg: PretrainConfig) -> Path:
     remove_partial(folder)
     write_atomically(folder / CONFIG, lambda path: path.write_text(f"version: {VERSION}\n{dump_config(cfg)}"))
     return folder
+
+
+def take_back(folder: Path) -> None:
+    """Remove what `create` and a start that came to no step wrote into a fresh run directory; quarantine.txt, which the
+    message names, stays."""
+    for name in (CONFIG, ABOUT, STATUS, "metrics.csv", "checkpoints"):
+        path = folder / name
+        if path.is_dir():
+            with suppress(OSError):  # not empty
+                path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
 
 
 def recorded(folder: Path, sha256: str) -> bool:
