@@ -26,12 +26,14 @@ from typing import NamedTuple
 import numpy as np
 
 from vit_suite.data.decode import EXTENSIONS
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, short
 from vit_suite.files import locked, write_atomically
 
 log = logging.getLogger("vit_suite")
 
 INDEX, LOCK = "index.npz", ".index.lock"
+MOST_LABEL = 1_000_000
+"""Bytes of a .cls or .json member; captions and boxes may stand in it too."""
 BLOCK = tarfile.BLOCKSIZE
 READERS = 16  # shards whose headers are read at a time: a network disk answers many questions as fast as one
 
@@ -155,6 +157,11 @@ def scan(path: Path) -> Shard:
                     header = zlib.crc32(tar.fileobj.read(BLOCK))
                     images[key] = os.fsencode(member.name), header, member.offset_data, member.size
                 elif extension == ".cls" or (extension == ".json" and key not in labels):
+                    if member.size > MOST_LABEL:
+                        raise UserError(
+                            f"'{path}/{short(member.name)}' has {member.size:,} bytes; expected a label of at most"
+                            f" {MOST_LABEL:,}."
+                        )
                     labels[key] = _label(tar.extractfile(member).read(), extension, f"'{path}/{member.name}'")
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile takes a file that just stops for a whole one
@@ -184,8 +191,8 @@ def _label(content: bytes, extension: str, what: str) -> str:
         if extension == ".cls":
             return text
         fields = json.loads(text)
-    except ValueError as error:  # of UTF-8 or of JSON
-        raise UserError(f"{what} is not readable text of a label ({error}).") from None
+    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON, which recurses once a level
+        raise UserError(f"{what} is not readable text of a label ({short(str(error))}).") from None
     value = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
     if value is None:
         return ""

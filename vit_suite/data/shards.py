@@ -32,9 +32,11 @@ from vit_suite.data.files import ALIASES, SPLITS, WHOLE, choose_split, split_fol
 from vit_suite.data.listing import found_in
 from vit_suite.data.shard_index import BLOCK, INDEX, Shard, open_index
 from vit_suite.data.source import ImageSource, writable
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, quote, short
 
 CLASSES = "classes.txt"
+MOST_CLASSES = 1_048_576
+"""A larger label is a slip, or hostile: it would make as many classes. ImageNet-22k has 21,841."""
 OPEN = 64
 """Shards a process holds open. Opening is what is slow on a network disk; a process often has no more than 1,024
 files."""
@@ -215,6 +217,11 @@ def number_labels(words: np.ndarray, names: Path | None, folder: Path) -> tuple[
     table = {b"": -1} | {name.encode(): number for number, name in enumerate(classes) if not name.isdecimal()}
     for word in dict.fromkeys(words.tolist()):
         if word.isdigit():
+            if len(word) > 19 or int(word) >= MOST_CLASSES:
+                raise UserError(
+                    f"the shards in '{folder}' have the label {quote(os.fsdecode(word))}; labels count"
+                    f" classes from 0, at most {MOST_CLASSES:,} of them."
+                )
             table[word] = int(word)
         elif word not in table:
             need = (
@@ -222,7 +229,7 @@ def number_labels(words: np.ndarray, names: Path | None, folder: Path) -> tuple[
                 if names
                 else f"needs its number: name the classes, one a line, in '{folder / CLASSES}'"
             )
-            raise UserError(f"the shards in '{folder}' have the label '{os.fsdecode(word)}', which {need}.")
+            raise UserError(f"the shards in '{folder}' have the label '{short(os.fsdecode(word))}', which {need}.")
     labels = torch.tensor([table[word] for word in words.tolist()])
     most = int(labels.max())
     if most < 0:

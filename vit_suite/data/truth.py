@@ -25,7 +25,7 @@ from torch import Tensor
 from vit_suite.data.decode import image_size, is_image
 from vit_suite.data.listing import found_in, walk_images
 from vit_suite.data.source import FileSource, ImageSource
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, short
 
 log = logging.getLogger("vit_suite")
 
@@ -268,8 +268,8 @@ def _coco(file: Path) -> Boxes:
             i["id"]: (i["height"], i["width"]) if "height" in i and "width" in i else None for i in content["images"]
         }
         return {_stem(image["file_name"]): (found[image["id"]], sizes[image["id"]]) for image in content["images"]}
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        what = short(f"{type(error).__name__}: {error}")
         raise UserError(
             f"'{file}' is no COCO annotation ({what}): expected images and annotations with image_id and bbox."
         ) from error
@@ -279,7 +279,11 @@ def _text(file: Path) -> Boxes:
     """Lines `name x0 y0 x1 y1` or `name WNID x0 y0 x1 y1` with the first and last pixel; several lines of one name are
     several boxes."""
     found: Boxes = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{file}' is no text of boxes ({error}); expected `name [WNID] x0 y0 x1 y1` lines.") from None
+    for line in lines:
         words = line.split()
         if not words:
             continue

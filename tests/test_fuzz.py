@@ -1,0 +1,51 @@
+"""What strangers write never ends in a traceback: 300 cases of scripts/fuzz.py; and that the script finds faults."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from vit_suite.errors import UserError
+
+PATH = Path(__file__).parents[1] / "scripts" / "fuzz.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("fuzz_script", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz_script"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["fuzz_script"]
+
+
+@pytest.mark.parametrize(("kind", "cases"), [("options", 150), ("weights", 50), ("shards", 50), ("truth", 50)])
+def test_no_case_is_wrong(script, kind, cases):
+    counts, findings = script.fuzz(kind, cases, seed=1)
+    assert not findings, "\n".join(map(str, findings))
+    assert counts.total() == cases and counts["refused"] > cases / 3
+
+
+def test_it_finds_what_is_wrong(script, tmp_path):
+    def fail(error):
+        raise error
+
+    def judge(run):
+        answer, finding = script.judge(script.Case("case", run), tmp_path)
+        return answer, finding and finding.kind
+
+    assert judge(lambda: None) == ("accepted", None)
+    assert judge(lambda: "a number from five") == ("accepted", "nonsense")
+    assert judge(lambda: fail(UserError("wrong"))) == ("refused", None)
+    assert judge(lambda: fail(UserError("wrong" * 100))) == ("refused", "long")
+    assert judge(lambda: fail(ValueError("invalid literal"))) == ("refused", "traceback")
+    script.LIMIT = 1
+    assert judge(lambda: [None for _ in iter(int, 1)]) == ("refused", "hang")
+    script.LIMIT = 10
+
+
+def test_every_option_of_every_command_is_reached(script):
+    reached = set(script.commands())
+    assert {"pretrain", "finetune", "knn", "linear", "attention", "localize", "launch", "profile", "demo"} <= reached
