@@ -177,7 +177,6 @@ def test_from_a_run_that_was_fine_tuned_with_other_classes(finetune, tiny_run, t
             ["--backbone.pretrained", "true"],
             "backbone.pretrained asks for timm's weights, but training starts from '{run}'",
         ),
-        (["--data.channels", "1"], "data.channels is 1, but the backbone of '{run}' takes 3."),
         (["--start", "other"], "unknown option '--start'."),
         (["--method.name", "dino"], "--method.name: expected supervised, got 'dino'"),
         (["--views.global_size", "30"], "is not divisible by the patch size 8"),

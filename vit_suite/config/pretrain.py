@@ -58,6 +58,9 @@ class PretrainConfig(ReadingConfig):
     start: Checkpoint | None = None
     """Checkpoint whose backbone training starts from: whatever --checkpoint of other commands takes. Its architecture
     and normalization become the run's. `finetune` sets it to its --checkpoint."""
+    start_heads: bool = False
+    """Give student and teacher the teacher's heads of `start` too. It then has to be a full training checkpoint: a run
+    directory, a .ckpt, or a checkpoint of main_dino.py."""
     drill: str | None = None
     """Interrupt the training on purpose and go on, to see that nothing is lost: preempt@STEP (SIGUSR1) or kill@STEP
     (SIGKILL), several with commas."""

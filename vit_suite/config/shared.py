@@ -70,6 +70,10 @@ class BackboneConfig:
     """Input channels; follows data.channels in a run."""
     drop_path: ShareBelow = 0.1
     """Stochastic depth of the student, rising linearly over blocks; the teacher has none (DINO main_dino.py)."""
+    lora_rank: Annotated[int, Range(0, ceiling=1024)] = 0
+    """LoRA (arXiv 2106.09685), for training that starts from a checkpoint: rank of the pairs that learn beside the
+    blocks' linear layers (8 to 32), while everything else of the backbone is frozen. What is exported is a plain
+    network, with the pairs merged. 0 trains all weights."""
     checkpointing: bool = False
     """Keep of each block its input alone and compute the rest again in the backward pass (arXiv 1604.06174): far less
     memory for a third more arithmetic. The numbers stay the same."""
@@ -135,6 +139,8 @@ class OptimConfig:
     clip_mode: Literal["tensor", "global", "network"] = "tensor"
     """Clip each parameter tensor by its own norm (DINO), all of them by the global norm, or backbone and heads each by
     the norm of its own (DINOv2)."""
+    freeze_backbone_epochs: Annotated[float, Range(0, ceiling=1_000_000)] = 0
+    """Epochs at the start in which the heads alone learn: for --start, whose backbone random heads would disturb."""
     layer_decay: PositiveShare = 1.0
     """Factor on the learning rate from one block to the one before it (BEiT; 0.65 to 0.75 in fine-tuning); heads have
     the full rate."""

@@ -22,6 +22,7 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.methods.sharding import Sharded
 from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size, resize_position
+from vit_suite.models.lora import with_frozen_names
 from vit_suite.optim.groups import clip_all, clip_each, clip_networks, parameter_groups
 from vit_suite.optim.schedules import cosine, peak_rate
 from vit_suite.views.draw import Draw
@@ -47,14 +48,49 @@ def for_views(backbone: BackboneConfig, views: CropConfig) -> BackboneConfig:
 
 
 def copy_backbone(to: Backbone, source: Backbone) -> None:
-    """Give `to` the weights of `source`, of the same architecture; learned positions of another size are resized."""
+    """Give `to` the weights of `source`, of the same architecture.
+
+    Learned positions of another size are resized. Where `to` takes another number of channels, each of them gets the
+    mean of the source's patch embedding over channels, times the ratio of the numbers: an image whose channels are all
+    alike gives the same tokens.
+    """
     state = source.vit.state_dict()
+    mine, theirs = to.cfg.channels, source.cfg.channels
+    if mine != theirs:
+        kernel = state["patch_embed.proj.weight"]
+        state["patch_embed.proj.weight"] = kernel.mean(1, keepdim=True).repeat(1, mine, 1, 1) * (theirs / mine)
+    if to.prefix_tokens != source.prefix_tokens:
+        state = with_more_registers(state, to, source)
     if to.native_grid != source.native_grid and "pos_embed" in state:
         learned = "pos_embed" in dict(to.vit.named_parameters())
         prefix = 0 if to.vit.no_embed_class else to.prefix_tokens
         resized = resize_position(state["pos_embed"], source.native_grid, to.native_grid, prefix)
         state["pos_embed"] = resized if learned else to.vit.pos_embed
+    if to.cfg.lora_rank:
+        state = with_frozen_names(state, to.vit.state_dict())
     to.vit.load_state_dict(state)
+
+
+def with_more_registers(state: dict[str, Tensor], to: Backbone, source: Backbone) -> dict[str, Tensor]:
+    """`state` of `source` with the registers that `to` has beyond it (SiT's rotation token), fresh as they are there.
+
+    Raises:
+        UserError: `source` has registers that `to` has no place for.
+    """
+    more = to.prefix_tokens - source.prefix_tokens
+    if more < 0 or to.has_cls != source.has_cls:
+        raise UserError(
+            f"the start has {source.prefix_tokens} tokens before the patches, and this method has a place for"
+            f" {to.prefix_tokens}."
+        )
+    own = to.vit.state_dict()
+    found = dict(state)
+    tokens = [state["reg_token"]] if "reg_token" in state else []
+    found["reg_token"] = torch.cat([*tokens, own["reg_token"][:, -more:]], dim=1)
+    if "pos_embed" in state and not to.vit.no_embed_class:
+        old, new = source.prefix_tokens, own["pos_embed"][:, to.prefix_tokens - more : to.prefix_tokens]
+        found["pos_embed"] = torch.cat([state["pos_embed"][:, :old], new, state["pos_embed"][:, old:]], dim=1)
+    return found
 
 
 class Losses(dict[str, Tensor]):
@@ -425,6 +461,18 @@ class Method(pl.LightningModule):
             self.use_sums(self.sums)
             self.sums = {}
         self.after_step(step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # None instead of zeros: AdamW then skips a parameter whole, its moments and weight decay included.
+        if self.epochs_done() < self.optim.freeze_backbone_epochs:
+            for part in self.trained().modules():
+                if isinstance(part, Backbone):
+                    for parameter in part.parameters():
+                        parameter.grad = None
+
+    def epochs_done(self) -> float:
+        """Epochs behind the optimizer step under way."""
+        return self.global_step / max(1, self.steps_per_epoch)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip as `optim.clip_mode` says; the trainer's own clipping arguments are not used."""

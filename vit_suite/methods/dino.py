@@ -221,6 +221,7 @@ class DINO(Method):
             log.warning("%s", sentence)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         # None instead of zeros: AdamW then skips the layer whole, its moments and weight decay included.
         if self.current_epoch < self.method.freeze_last_layer_epochs:
             for parameter in self.student.head.last_layer.parameters():

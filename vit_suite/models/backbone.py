@@ -50,6 +50,7 @@ from vit_suite.models.blocks import (
     replace_drop_path,
     sincos_positions,
 )
+from vit_suite.models.lora import add_pairs
 from vit_suite.views.draw import Draw
 
 EXPLICIT = "vit"
@@ -240,6 +241,8 @@ class Backbone(nn.Module):
         # Everything is spelled out, so that metadata alone rebuilds the network even if a default or timm's model
         # changes.
         native = [side * self.patch_size for side in self.native_grid]
+        if cfg.lora_rank:
+            add_pairs(self.vit, cfg.lora_rank)
         self.cfg = replace(
             cfg, image_size=native, patch_size=self.patch_size, dim=self.dim, depth=self.depth, heads=self.heads or None
         )

@@ -15,9 +15,12 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     Buffers (BatchNorm statistics) stay the teacher's own, as in DINO `main_dino.py`. Of sharded networks each rank
     moves its part.
     """
-    targets, sources = (
-        [distributed.own_part(parameter) for parameter in network.parameters()] for network in (teacher, student)
-    )
+    pairs = [
+        (distributed.own_part(target), distributed.own_part(source))
+        for target, source in zip(teacher.parameters(), student.parameters(), strict=True)
+        if source.requires_grad  # the average of a number that stays is the number, but for rounding (LoRA's base)
+    ]
+    targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
     torch._foreach_mul_(targets, momentum)
     torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
 

@@ -20,6 +20,7 @@ from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.logs import main_process
+from vit_suite.models.lora import merged, trained_share
 from vit_suite.reports.about import write_about
 from vit_suite.reports.report import write_report
 from vit_suite.reports.results import append_result
@@ -33,10 +34,11 @@ from vit_suite.training.loggers import remember
 from vit_suite.training.parts import Parts, build_parts
 from vit_suite.training.progress import Length, Progress, on_terminal
 from vit_suite.training.scores import OnlineScore, build_scores
-from vit_suite.training.start import adopt, take_weights
+from vit_suite.training.start import adopt, check_start, take_weights
 from vit_suite.training.stop import answer, requeued
 from vit_suite.training.trainer import build_trainer
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone, weights_sha256
+from vit_suite.weights.heads import take_heads
 
 log = logging.getLogger("vit_suite")
 
@@ -92,6 +94,7 @@ def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | No
 def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals, stack: ExitStack) -> Run:
     """Build and check everything of a run. The run directory appears at the end; its lock is held until `stack`
     closes."""
+    check_start(cfg)
     if cfg.start:
         start = start or load_backbone(cfg.start, cfg)
         cfg = adopt(cfg, start)
@@ -101,6 +104,11 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
     steps_before = rundir.steps_done(checkpoint) if checkpoint else 0
     parts = build_parts(cfg, folder)
     take_weights(parts.method, start, checkpoint)
+    if cfg.start_heads and cfg.start and checkpoint is None:
+        log.info("%d heads taken from %s", take_heads(parts.method, cfg.start), cfg.start)
+    if cfg.backbone.lora_rank:
+        share = trained_share(parts.method.trained())
+        log.info("LoRA of rank %d: %.1f%% of the student's parameters learn", cfg.backbone.lora_rank, 100 * share)
     scores = build_scores(cfg, parts)
     progress = build_progress(cfg, folder, parts.data, scores, steps_before)
     callbacks = build_callbacks(cfg, folder, parts, scores, signals)
@@ -186,7 +194,7 @@ def record(run: Run, seconds: float) -> None:
     end did not."""
     complete = run.checkpoint is not None and run.trainer.global_step == run.steps_before
     method = run.parts.method.to(run.parts.device)
-    if complete and rundir.recorded(run.folder, weights_sha256(method.evaluation_backbone().vit.state_dict())):
+    if complete and rundir.recorded(run.folder, weights_sha256(merged(method.evaluation_backbone()).vit.state_dict())):
         log.info("%s is complete: %d steps, nothing left to train.", run.folder, run.steps_before)
         log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
         score_test(run.cfg, run.parts, run.folder)
@@ -235,7 +243,7 @@ def summarize(run: Run, seconds: float) -> None:
         metrics |= scores
         protocol["test"] = test_protocol(cfg, run.parts)
     task = "finetune" if run.start and method.classifier() else "pretrain"
-    sha256 = weights_sha256(method.evaluation_backbone().vit.state_dict())
+    sha256 = weights_sha256(merged(method.evaluation_backbone()).vit.state_dict())
     append_result(run.folder / "results.json", task, metrics, protocol, sha256)
     last = f", kNN {metrics['knn_top1']:.2f}%" if "knn_top1" in metrics else ""
     log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, run.folder)

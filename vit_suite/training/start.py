@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,10 +13,21 @@ from vit_suite.errors import UserError
 from vit_suite.methods.base import Method
 from vit_suite.weights.checkpoint import LoadedBackbone
 
+log = logging.getLogger("vit_suite")
 UNSAID = {"mlp_ratio": 4.0, "registers": 0}
 """What a checkpoint means where it says None."""
-FREE = ("drop_path", "checkpointing", "image_size", "channels")
+FREE = ("drop_path", "checkpointing", "image_size", "channels", "lora_rank")
 """Options of the backbone that fine-tuning chooses, or that follow other options."""
+
+
+def check_start(cfg: PretrainConfig) -> None:
+    """UserError for options that need a checkpoint to start from, without one."""
+    if cfg.start_heads and not cfg.start:
+        raise UserError("start_heads needs --start: the checkpoint to take the heads from.")
+    if cfg.backbone.lora_rank and not (cfg.start or cfg.backbone.pretrained):
+        raise UserError("backbone.lora_rank freezes the backbone: give the weights it starts from with --start.")
+    if cfg.backbone.lora_rank and cfg.trainer.strategy == "fsdp2":
+        raise UserError("backbone.lora_rank does not go with trainer.strategy fsdp2: use ddp, its gradients are few.")
 
 
 def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
@@ -37,15 +49,23 @@ def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
         raise UserError(
             f"backbone.pretrained asks for timm's weights, but training starts from '{source}': leave it out."
         )
-    if cfg.data.channels not in (theirs.channels, DataConfig.channels):
-        raise UserError(
-            f"data.channels is {cfg.data.channels}, but the backbone of '{source}' takes {theirs.channels}."
+    channels = theirs.channels if cfg.data.channels == DataConfig.channels else cfg.data.channels
+    if channels != theirs.channels:
+        log.info(
+            "%s takes %d channels, the data has %d: each gets the mean over channels of the patch embedding, x %d/%d",
+            *(source, theirs.channels, channels, theirs.channels, channels),
         )
+        loaded = replace(loaded, mean=averaged(loaded.mean, channels), std=averaged(loaded.std, channels))
     size = cfg.backbone.image_size or [cfg.views.global_size] * 2
-    own = {name: getattr(cfg.backbone, name) for name in ("drop_path", "checkpointing")}
+    own = {name: getattr(cfg.backbone, name) for name in ("drop_path", "checkpointing", "lora_rank")}
     backbone = replace(theirs, **own, image_size=size, pretrained=False)
     mean, std = cfg.data.mean or loaded.mean, cfg.data.std or loaded.std
-    return replace(cfg, backbone=backbone, data=replace(cfg.data, channels=theirs.channels, mean=mean, std=std))
+    return replace(cfg, backbone=backbone, data=replace(cfg.data, channels=channels, mean=mean, std=std))
+
+
+def averaged(values: list[float], channels: int) -> list[float]:
+    """The mean of the values, for each of `channels`."""
+    return [sum(values) / len(values)] * channels
 
 
 def take_weights(method: Method, start: LoadedBackbone | None, checkpoint: Path | None) -> None:

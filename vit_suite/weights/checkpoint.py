@@ -26,6 +26,7 @@ from vit_suite.config import BackboneConfig, ReadingConfig
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.files import write_atomically
 from vit_suite.models.backbone import Backbone
+from vit_suite.models.lora import merged
 from vit_suite.views.evaluate import eval_view
 from vit_suite.weights.description import check_own, check_statistics, find_heads, infer
 from vit_suite.weights.families import ANCHORS, FAMILIES, HEADS, IMAGENET, Family, by_name, recognize
@@ -93,6 +94,7 @@ def save_backbone(backbone: Backbone, folder: str | Path, mean: list[float], std
 
     The metadata is inside the safetensors file too, so either write alone leaves a pair that loads.
     """
+    backbone = merged(backbone)
     # clone: safetensors wants contiguous tensors that own their memory
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in backbone.vit.state_dict().items()}
     digest = weights_sha256(state)
@@ -216,6 +218,7 @@ def _build(options: Mapping[str, Any], source: str) -> Backbone:
 
 def _finish(backbone: Backbone, description: Mapping[str, Any], source: str, **more: Any) -> LoadedBackbone:
     known = {"backbone", "mean", "std", "image_size", "sha256"}
+    backbone = merged(backbone)  # a run's own checkpoint has LoRA's pairs apart
     mean, std = statistics((description.get("mean"), description.get("std")), backbone.cfg.channels)
     return LoadedBackbone(
         backbone.eval(),

@@ -1,0 +1,79 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen network that learns by low-rank pairs beside its linear layers.
+
+W x becomes (W + B A) x with A (rank, in) and B (out, rank); B starts at zero, so the network starts unchanged. The
+pairs stand beside qkv, proj and both layers of the MLP of every block. The factor alpha / rank of the paper is 1.
+
+torch's `parametrize` holds the pair beside the weight, so that whatever reads `layer.weight` (fused kernels, the last
+block for the CLS token alone) reads the sum. `merged` makes the sum the weight, and the plain network comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+if TYPE_CHECKING:
+    from vit_suite.models.backbone import Backbone
+
+ORIGINAL = ".parametrizations.weight.original"
+"""How the name of a frozen weight ends, where the plain network has `.weight`."""
+
+
+class Pair(nn.Module):
+    """The sum of a weight (out, in) and B A."""
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        self.a = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.b = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as nn.Linear, and the paper's code
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.addmm(weight, self.b, self.a)
+
+
+def linear_layers(vit: nn.Module) -> dict[str, nn.Linear]:
+    """Name -> the linear layers of the blocks: qkv, proj and the MLP's."""
+    blocks = vit.get_submodule("blocks")
+    return {name: part for name, part in blocks.named_modules() if isinstance(part, nn.Linear)}
+
+
+def add_pairs(vit: nn.Module, rank: int) -> None:
+    """Freeze the network and put a pair beside each linear layer of its blocks."""
+    vit.requires_grad_(False)
+    for layer in linear_layers(vit).values():
+        parametrize.register_parametrization(layer, "weight", Pair(layer.weight, rank))
+
+
+def merged(backbone: Backbone) -> Backbone:
+    """The backbone itself, or where it has pairs a plain copy whose weights are the sums."""
+    if not backbone.cfg.lora_rank:
+        return backbone
+    state = {name: tensor for name, tensor in backbone.vit.state_dict().items() if ".parametrizations." not in name}
+    for name, layer in linear_layers(backbone.vit).items():
+        state[f"blocks.{name}.weight"] = layer.weight.detach()
+    # Built anew: a copy would share the class of its layers with the original, and with it their `weight`.
+    with torch.random.fork_rng(devices=[]):
+        plain = type(backbone)(replace(backbone.cfg, lora_rank=0, pretrained=False))
+    plain.vit.load_state_dict(state)
+    return plain.to(next(backbone.parameters()).device).train(backbone.training)
+
+
+def with_frozen_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A plain network's `state` in the names of one with pairs, whose state is `own`: the pairs stay its own."""
+    found = {}
+    for name, tensor in state.items():
+        frozen = name.removesuffix(".weight") + ORIGINAL
+        found[frozen if frozen in own else name] = tensor
+    return found | {name: tensor for name, tensor in own.items() if ".parametrizations.weight.0." in name}
+
+
+def trained_share(module: nn.Module) -> float:
+    """Share of the parameters that learn."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return sum(count for count, learns in counts if learns) / max(1, sum(count for count, _ in counts))
