@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-if TYPE_CHECKING:
-    from vit_suite.models.backbone import Backbone
+Network = TypeVar("Network", bound=nn.Module)
 
 ORIGINAL = ".parametrizations.weight.original"
 """How the name of a frozen weight ends, where the plain network has `.weight`."""
@@ -50,10 +49,11 @@ def add_pairs(vit: nn.Module, rank: int) -> None:
         parametrize.register_parametrization(layer, "weight", Pair(layer.weight, rank))
 
 
-def merged(backbone: Backbone) -> Backbone:
-    """The backbone itself, or where it has pairs a plain copy whose weights are the sums."""
+def merged(network: Network) -> Network:
+    """The `Backbone` itself, or where it has pairs a plain copy whose weights are the sums."""
+    backbone = cast(Any, network)
     if not backbone.cfg.lora_rank:
-        return backbone
+        return network
     state = {name: tensor for name, tensor in backbone.vit.state_dict().items() if ".parametrizations." not in name}
     for name, layer in linear_layers(backbone.vit).items():
         state[f"blocks.{name}.weight"] = layer.weight.detach()
