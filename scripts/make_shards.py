@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from vit_suite.config import DataConfig
 from vit_suite.data.registry import DATASETS, open_split
-from vit_suite.data.shard_index import INDEX, LOCK, open_index
+from vit_suite.data.shard_index import INDEX, open_index
 from vit_suite.data.shards import CLASSES, ShardSource
 from vit_suite.data.source import FileSource, ImageSource, stable_seed
 from vit_suite.errors import UserError
@@ -55,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if splits[0].classes:
                 (partial / CLASSES).write_text("".join(f"{name}\n" for name in splits[0].classes), encoding="utf-8")
             shards = open_index(partial, sorted(path.name for path in partial.glob("*.tar")), whole=True)
-            (partial / LOCK).unlink()
             move(partial, options.output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
