@@ -61,9 +61,32 @@ DINO = [
     "--views.local_crops=2",
 ]
 SIT = ["--method.name=sit", "--method.contrastive_dim=16", "--method.sheet_every_epochs=0"]
+DINOV2 = [
+    "--method.name=dinov2",
+    "--method.out_dim=64",
+    "--method.hidden_dim=32",
+    "--method.bottleneck_dim=16",
+    "--method.freeze_last_layer_epochs=0",
+    "--views.local_size=16",
+    "--views.local_crops=2",
+    "--optim.lr_scaling=linear",
+]
+MAE = ["--method.name=mae", "--method.decoder_dim=16", "--method.decoder_depth=2", "--method.decoder_heads=2"]
 METHODS = {
     "dino": DINO,
     "dino_in_groups": [*DINO, "--method.head_batch_norm=false", "--method.crops_at_once=1"],
+    "dinov2": [
+        *DINOV2,
+        "--method.centering=sinkhorn_knopp",
+        "--method.separate_head=true",
+        "--method.gram_weight=1",
+        "--method.gram_from=3",
+        "--method.gram_every=2",
+        "--views.gram_size=48",
+    ],
+    "dinov2_ema": DINOV2,
+    "mae": [*MAE, "--method.sheet_every_epochs=0"],
+    "crossmae": [*MAE, "--method.sheet_every_epochs=0", "--method.decoder=cross", "--method.predict_ratio=0.5"],
     "sit_v1": SIT,
     "sit_v3": [
         *SIT,

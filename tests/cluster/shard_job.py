@@ -23,6 +23,8 @@ RUNS = {
     "dino": [*METHODS["dino"], "--method.freeze_last_layer_epochs=1", "--optim.clip=0.3", "--snapshots.every_epochs=1"],
     "sit": [*METHODS["sit_v3"], "--method.loss_weights=july", "--method.sheet_every_epochs=1", "--optim.clip=0.3",
             "--optim.clip_mode=global"],
+    "dinov2": [*METHODS["dinov2"], "--optim.clip=0.3", "--method.freeze_last_layer_epochs=1"],
+    "crossmae": [*METHODS["crossmae"], "--optim.clip=0.3", "--optim.clip_mode=global"],
     "supervised": [*SUPERVISED, "--trainer.accumulate=2", "--backbone.checkpointing=true"],
     "bf16": [*METHODS["dino"], "--trainer.precision=bf16"],
 }  # fmt: skip

@@ -34,6 +34,8 @@ LOGGED = {
         "weight_decay",
     ),
     "sit": ("loss", "contrastive", "reconstruction", "psnr", "weight_contrastive", "weight_reconstruction"),
+    "dinov2": ("loss", "dino", "ibot", "koleo", "teacher_entropy", "kl", "feature_std", "prototypes_used", "lr"),
+    "crossmae": ("loss", "psnr", "lr"),
     "supervised": ("loss", "top1"),
 }
 NAMES = list(LOGGED)

@@ -25,6 +25,10 @@ pytestmark = pytest.mark.slow
 LOSSES = {
     "dino": ("loss", "dino", "koleo", "teacher_entropy", "kl", "center_norm", "feature_std", "prototypes_used"),
     "dino_in_groups": ("loss", "dino", "koleo", "kl"),
+    "dinov2": ("loss", "dino", "ibot", "koleo", "teacher_entropy", "kl", "feature_std", "prototypes_used"),
+    "dinov2_ema": ("loss", "dino", "ibot", "koleo", "teacher_entropy", "kl", "center_norm", "feature_std"),
+    "mae": ("loss", "psnr"),
+    "crossmae": ("loss", "psnr"),
     "sit_v1": (
         "loss",
         "contrastive",
@@ -36,7 +40,7 @@ LOSSES = {
     ),
     "sit_v3": ("loss", "contrastive", "contrastive_accuracy", "reconstruction", "psnr"),
 }
-CANCELLED = re.compile(r"head\.mlp\.\d\.(bias|running_mean)|qkv\.bias|vit\.norm\.bias")
+CANCELLED = re.compile(r"head\.mlp\.\d\.(bias|running_mean)|qkv\.bias|attn\.kv\.bias|vit\.norm\.bias")
 """A shift that BatchNorm, or the softmax over keys, takes away has a gradient of rounding alone, which AdamW turns into
 steps of lr. The outputs do not depend on it."""
 
@@ -155,8 +159,10 @@ def test_training_gives_the_same_trace(both, method):
 @pytest.mark.parametrize("method", LOSSES)
 def test_training_gives_the_same_negatives_center_and_average(both, method):
     one, many = (torch.load(folder / method / "gathered.pt") for folder in both)
-    assert len(one) == 16 and largest(one, many) < 1e-4
-    assert largest(one[:2], many[:2]) < 1e-5  # before the first step
+    assert len(one) == (0 if method in ("mae", "crossmae") else 16)  # these compare no images
+    if one:
+        assert largest(one, many) < 1e-4
+        assert largest(one[:2], many[:2]) < 1e-5  # before the first step
     one, many = (
         torch.load(folder / method / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in both
     )

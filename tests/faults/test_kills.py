@@ -23,7 +23,27 @@ from vit_suite.training.status import read_status
 from vit_suite.training.stop import DRILL
 
 LONG = {"trainer__max_epochs": 12, "saving__every_steps": 1, "evaluate__every_epochs": 4}
-METHODS = {"dino": {}, "sit": SIT | KINDS["v3"], "supervised": SUPERVISED}
+DINOV2 = {
+    "method__name": "dinov2",
+    "method__centering": "sinkhorn_knopp",
+    "method__gram_weight": 1.0,
+    "method__gram_from": 3,
+    "method__gram_every": 2,
+}
+MAE = {
+    "method__name": "mae",
+    "method__decoder": "cross",
+    "method__decoder_dim": 16,
+    "method__decoder_depth": 2,
+    "method__decoder_heads": 2,
+    "method__out_dim": None,
+    "method__hidden_dim": None,
+    "method__bottleneck_dim": None,
+    "method__warmup_teacher_temperature_epochs": None,
+    "views__local_size": None,
+    "views__local_crops": None,
+}
+METHODS = {"dino": {}, "dinov2": DINOV2, "mae": MAE, "sit": SIT | KINDS["v3"], "supervised": SUPERVISED}
 
 
 @pytest.mark.slow
@@ -52,7 +72,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("files", [False, True], ids=["in memory", "from files, views in workers"])
-@pytest.mark.parametrize("method", ["dino", "sit v1", "supervised"])
+@pytest.mark.parametrize("method", ["dino", "dinov2", "mae", "sit v1", "supervised"])
 def test_every_method_goes_on_from_mid_epoch(pretrain, photographs, monkeypatch, tmp_path, method, files):  # noqa: F811
     """Weights, EMA, center, the uncertainties of SiT's losses, optimizer: between two checkpoints, in the second
     epoch."""

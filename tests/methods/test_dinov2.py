@@ -7,7 +7,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from tests.methods.test_dino import close, crops, data, train
 from vit_suite.config import BackboneConfig
 from vit_suite.config.dinov2 import DINOv2Config, DINOv2OptimConfig, DINOv2ViewsConfig
 from vit_suite.errors import UserError
@@ -16,6 +15,8 @@ from vit_suite.losses.gram import gram_loss
 from vit_suite.methods.dinov2 import DINOv2, masked_patches, refresh_due
 from vit_suite.views.draw import alone
 from vit_suite.views.masks import Masks
+
+from .test_dino import close, crops, data, train
 
 SIZES = {"global_size": 16, "local_size": 8, "local_crops": 3}
 

@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.methods.test_dino import close, data, train
 from vit_suite.config import BackboneConfig
 from vit_suite.config.mae import MAEConfig, MAEOptimConfig, MAEViewsConfig
 from vit_suite.errors import UserError
@@ -16,6 +15,8 @@ from vit_suite.losses.reconstruction import patchify, unpatchify
 from vit_suite.methods.mae import MAE
 from vit_suite.models.masked import encode_visible
 from vit_suite.views.draw import alone
+
+from .test_dino import close, data, train
 
 CROSS = {"decoder": "cross", "predict_ratio": 0.5}
 

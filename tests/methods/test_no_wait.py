@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from vit_suite import DINO, SiT, SupervisedViT
+from vit_suite import DINO, MAE, DINOv2, SiT, SupervisedViT
 from vit_suite.config import (
     BackboneConfig,
     DINOConfig,
@@ -31,6 +31,8 @@ from vit_suite.config import (
     SupervisedViewsConfig,
     ViewsConfig,
 )
+from vit_suite.config.dinov2 import DINOv2Config, DINOv2ViewsConfig
+from vit_suite.config.mae import MAEConfig, MAEViewsConfig
 from vit_suite.data.loader import ResidentLoader
 from vit_suite.data.order import EpochPlan
 from vit_suite.data.shapes import ShapesSource
@@ -47,6 +49,19 @@ def dino(**options) -> DINO:
     return DINO(method, BACKBONE, ViewsConfig(global_size=32, local_size=16, local_crops=2), batch_size=BATCH)
 
 
+def dinov2(**options) -> DINOv2:
+    method = DINOv2Config(out_dim=64, hidden_dim=32, bottleneck_dim=16, **options)
+    views = DINOv2ViewsConfig(
+        global_size=32, local_size=16, local_crops=2, gram_size=48 if method.gram_weight else None
+    )
+    return DINOv2(method, BACKBONE, views, batch_size=BATCH)
+
+
+def mae(**options) -> MAE:
+    method = MAEConfig(decoder_dim=16, decoder_depth=2, decoder_heads=2, **options)
+    return MAE(method, BACKBONE, MAEViewsConfig(global_size=32), batch_size=BATCH)
+
+
 def sit(**options) -> SiT:
     return SiT(SiTConfig(**options), BACKBONE, SiTViewsConfig(global_size=32), batch_size=BATCH)
 
@@ -60,6 +75,10 @@ METHODS = {
     "dino": dino,
     "dino koleo": lambda: dino(koleo_weight=0.1, freeze_last_layer_epochs=0),
     "dino in groups of crops": lambda: dino(crops_at_once=1),
+    "dinov2": lambda: dinov2(gram_weight=1.0, koleo_weight=0.1),
+    "dinov2 sinkhorn": lambda: dinov2(centering="sinkhorn_knopp", separate_head=True),
+    "mae": lambda: mae(),
+    "crossmae": lambda: mae(decoder="cross", predict_ratio=0.5),
     "sit blocks": lambda: sit(contrastive="nt_xent", corruption="blocks", color=0.5),
     "sit gmml": lambda: sit(contrastive="info_nce", corruption="gmml", reconstruct="corrupted"),
     "sit mask": lambda: sit(contrastive="none", corruption="mask", mask_rule="80/10/10", loss_weights="fixed"),
