@@ -298,7 +298,7 @@ def command_help(name: str, config_class: type, words: list[str]) -> str:
     width = max(60, min(130, shutil.get_terminal_size((110, 24)).columns))
     parts = [
         f"usage: vit-suite {name} [--config FILE] [--OPTION VALUE ...]",
-        textwrap.fill(" ".join(config_class.__doc__.split()), width),
+        textwrap.fill(" ".join((config_class.__doc__ or "").split()), width),
         _entry("--config FILE", "YAML with any of the options below; options on the command line win over it", width)
         + "\n"
         + _entry("--print_config", "Print the resolved options as YAML and stop", width),
@@ -309,7 +309,7 @@ def command_help(name: str, config_class: type, words: list[str]) -> str:
         texts = {option.key: f"{docs.get(option.key.rpartition('.')[2], '')} {_facts(option)}" for option in options}
         rows = [_entry(f"--{key}", text, width) for key, text in texts.items()]
         if group:
-            rows.insert(0, textwrap.fill(f"{group}: {' '.join(cls.__doc__.split())}", width))
+            rows.insert(0, textwrap.fill(f"{group}: {' '.join((cls.__doc__ or '').split())}", width))
         if rows:
             parts.append("\n".join(rows))
     return "\n\n".join(parts)

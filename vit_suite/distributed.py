@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -252,7 +252,7 @@ def shard(
 
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     fully_shard(module, mesh=mesh, mp_policy=policy)
-    if forward != "forward":
+    if forward != "forward" and isinstance(module, nn.Module):
         register_fsdp_forward_method(module, forward)
 
 
@@ -262,18 +262,18 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def own_part(tensor: Tensor) -> Tensor:
+def own_part(tensor: Any) -> Tensor:
     """What this rank holds of a tensor, in the same memory; all of one that is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
-def gathered(tensor: Tensor) -> Tensor:
+def gathered(tensor: Any) -> Tensor:
     """All of a sharded tensor (all ranks call this together); another one as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+def sharded_as(tensor: Tensor, like: Any) -> Tensor:
     """A tensor that every rank has whole, sharded as `like` is; nothing is sent."""
     if not is_sharded(like):
         return tensor

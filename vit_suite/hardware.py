@@ -20,6 +20,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+Precision = Literal["bf16", "fp32"]
+AskedPrecision = Literal["auto", "bf16", "fp32"]
+
+
 def pick_device(accelerator: Literal["auto", "cpu", "gpu"] = "auto") -> torch.device:
     """The device of a single-process command."""
     if accelerator == "gpu" and not torch.cuda.is_available():
@@ -47,7 +51,7 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
-def pick_precision(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+def pick_precision(precision: AskedPrecision, device: torch.device) -> Precision:
     """bf16 or fp32; auto takes bf16 where it is native."""
     if precision == "auto":
         return "bf16" if native_bf16(device) else "fp32"
@@ -66,7 +70,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
     """The context a forward pass of that precision runs in."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
@@ -78,7 +82,7 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def matmul_rate(precision: Literal["bf16", "fp32"], device: torch.device, seconds: float = 0.5) -> float:
+def matmul_rate(precision: Precision, device: torch.device, seconds: float = 0.5) -> float:
     """FLOP/s of products of square matrices on this device and number of threads: the best of three tries of `seconds`
     each.
 

@@ -155,7 +155,7 @@ class Schema:
         self.groups[group] = cls
         hints, limited = get_type_hints(cls), get_type_hints(cls, include_extras=True)
         # Options of a base class that come by keyword alone stand behind the class's own.
-        for field in sorted(dataclasses.fields(cls), key=lambda field: field.kw_only):
+        for field in sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only)):
             key, hint = join(group, field.name), hints[field.name]
             default = _default(field) if template is None else getattr(template, field.name)
             if variants := field.metadata.get("variants"):
@@ -168,7 +168,7 @@ class Schema:
                 if selector == own:  # not another group's, whose choice this group follows
                     self.options[selector] = self.options[selector]._replace(hint=Literal[tuple(variants)])
                     self.selectors.append(selector)
-            elif dataclasses.is_dataclass(hint):
+            elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
                 self._add(key, hint, None if default is REQUIRED else default, chosen)
             else:
                 self.options[key] = Option(
@@ -240,7 +240,7 @@ def _exceeds(value: Any, ceiling: float) -> bool:
     """Whether a value, written or not, is a number above `ceiling`."""
     if isinstance(value, str) and (WHOLE_NUMBER.fullmatch(value) or DECIMAL_NUMBER.fullmatch(value)):
         value = float(value)
-    return isinstance(value, numbers.Real) and value > ceiling
+    return isinstance(value, (int, float)) and value > ceiling
 
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
@@ -360,7 +360,9 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
                 field.target.id: " ".join(text.value.value.split())
                 for field, text in itertools.pairwise(node.body)
                 if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
                 and isinstance(text, ast.Expr)
                 and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
             }
     return docs

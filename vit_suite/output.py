@@ -61,7 +61,7 @@ def patient_output() -> Iterator[PatientStream]:
             setattr(sys, name, open(number, "w", closefd=False))
     before = sys.stdout, sys.stderr
     out, err = PatientStream(sys.stdout), PatientStream(sys.stderr)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield out
     finally:

@@ -36,7 +36,8 @@ def load_config(
     """A config object from a YAML file (None: from the defaults) and overrides, which win: either the words of a
     command line (`["--optim.lr", "1e-3"]`) or a mapping, nested or dotted (`{"optim.lr": 1e-3}`). Raises UserError."""
     if isinstance(overrides, Mapping):
-        files, given = [], read_mapping(overrides)
+        files: list[str] = []
+        given = read_mapping(overrides)
     else:
         files, given = read_arguments(overrides)
     layers = [read_yaml(config_file(file)) for file in ([] if path is None else [os.fspath(path)]) + files]

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 WARNING: signal.Signals | None = getattr(signal, "SIGUSR1", None)
 """A cluster's warning that a job's time is nearly up; None on Windows."""
@@ -74,7 +75,7 @@ class Signals:
         self._set(number, self._handle)
 
     @staticmethod
-    def _set(number: int, handler: object) -> None:
+    def _set(number: int, handler: Any) -> None:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
             signal.signal(number, handler)
 

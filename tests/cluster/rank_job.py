@@ -204,7 +204,10 @@ def search(folder: Path, checkpoint: Path) -> None:
     source = ImageDataModule(DataConfig(name="shapes", image_size=32, length=61)).train_source
     common = (loaded.backbone, source.subset([*range(61), *range(30)]), 32, loaded.mean, loaded.std)
     whole, shared = (
-        features.extract_features(*common, batch_size=7, precision="fp32", shared=shared) for shared in (False, True)
+        features.extract_features(
+            *common, options=features.FeatureOptions(batch_size=7, precision="fp32", shared=shared)
+        )
+        for shared in (False, True)
     )
     options = {"ks": [3, 50], "neighbours": True, "scores": True}
     found = knn.knn_classify(

@@ -17,7 +17,7 @@ from vit_suite.data.shapes import ShapesSource
 from vit_suite.data.source import FileSource
 from vit_suite.errors import UserError
 from vit_suite.evaluation import fewshot, linear
-from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.features import FeatureOptions, extract_features
 from vit_suite.evaluation.linear import linear_probe
 from vit_suite.evaluation.linear_heads import Recipe
 from vit_suite.evaluation.linear_inputs import Feature
@@ -100,7 +100,10 @@ def test_numbers_are_those_of_a_probe_from_python(probe, tiny_run, tmp_path):
     loaded = load_backbone(tiny_run)
     sources = (ShapesSource(split, length, (32, 32), 3, 0) for split, length in (("train", 100), ("test", 40)))
     train, test = (
-        extract_features(loaded.backbone, s, 32, loaded.mean, loaded.std, precision="fp32", unit=False) for s in sources
+        extract_features(
+            loaded.backbone, s, 32, loaded.mean, loaded.std, options=FeatureOptions(precision="fp32", unit=False)
+        )
+        for s in sources
     )
     expected = linear_probe(train, test, Recipe((0.3,), 20, 32))
     scores = results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]

@@ -23,7 +23,7 @@ from tests.commands.conftest import (
 from tests.training.test_rundir import stop_after
 from vit_suite.config import DataConfig
 from vit_suite.data.module import ImageDataModule
-from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.features import FeatureOptions, extract_features
 from vit_suite.training.scores import OnlineAccuracy
 from vit_suite.training.status import read_status
 from vit_suite.weights.checkpoint import load_backbone
@@ -74,7 +74,7 @@ def test_the_files_repeat_the_score(supervised_run):
     test = ImageDataModule(DataConfig(name="shapes", image_size=32, length=64, test_length=40)).test_source
     assert digest == loaded.sha256 == results(supervised_run)[0]["sha256"] and classes == list(test.classes)
     features, labels, *_ = extract_features(
-        loaded.backbone, test, 32, loaded.mean, loaded.std, unit=False, precision="fp32"
+        loaded.backbone, test, 32, loaded.mean, loaded.std, options=FeatureOptions(unit=False, precision="fp32")
     )
     accuracy = 100 * (head(features).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(results(supervised_run)[0]["metrics"]["top1"], abs=1e-3)

@@ -7,7 +7,7 @@ from torch import nn
 from vit_suite import distributed
 from vit_suite.data.decode import DecodeError
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import extract_features, frozen, raw_pixel_features
+from vit_suite.evaluation.features import FeatureOptions, extract_features, frozen, raw_pixel_features
 from vit_suite.views.evaluate import eval_view
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -61,7 +61,7 @@ def expected(net, pictures):
 def test_features_equal_the_model_on_the_evaluation_view(options):
     source, net = Source(**options), Net().train()
     net.norm.eval()
-    result = extract_features(net, source, 8, MEAN, STD, batch_size=4, precision="fp32")
+    result = extract_features(net, source, 8, MEAN, STD, options=FeatureOptions(batch_size=4, precision="fp32"))
     torch.testing.assert_close(result.features, expected(net, source.pictures))
     assert result.labels.equal(source.labels) and result.indices.tolist() == list(range(len(source)))
     assert result.features.dtype == torch.float32 and not result.features.requires_grad
@@ -72,7 +72,7 @@ def test_features_equal_the_model_on_the_evaluation_view(options):
 
 def test_undecodable_images_are_dropped_with_their_labels():
     source, net = Source(bad=[0, 5, 10]), Net()
-    result = extract_features(net, source, 8, MEAN, STD, batch_size=2, precision="fp32")
+    result = extract_features(net, source, 8, MEAN, STD, options=FeatureOptions(batch_size=2, precision="fp32"))
     good = [i for i in range(11) if i not in (0, 5, 10)]
     assert result.indices.tolist() == good
     assert [failure.path for failure in result.failures] == ["0.jpg", "5.jpg", "10.jpg"]
@@ -89,7 +89,7 @@ def test_failures_reach_the_quarantine_once():
 
     source = Source(bad=[1, 7])
     source.quarantine = Quarantine()
-    extract_features(Net(), source, 8, MEAN, STD, batch_size=3)
+    extract_features(Net(), source, 8, MEAN, STD, options=FeatureOptions(batch_size=3))
     assert Quarantine.calls == [(2, "toy", 11)]
 
 
@@ -113,15 +113,15 @@ def test_modes_come_back_after_an_error():
 
 def test_bf16_is_close_and_comes_back_as_float32():
     source, net = Source(), Net()
-    exact = extract_features(net, source, 8, MEAN, STD, precision="fp32").features
-    rough = extract_features(net, source, 8, MEAN, STD, precision="bf16").features
+    exact = extract_features(net, source, 8, MEAN, STD, options=FeatureOptions(precision="fp32")).features
+    rough = extract_features(net, source, 8, MEAN, STD, options=FeatureOptions(precision="bf16")).features
     assert rough.dtype == torch.float32 and not rough.equal(exact)
     torch.testing.assert_close(rough, exact, atol=0.02, rtol=0)
 
 
 def test_raw_pixels():
     source = Source(count=5)
-    result = raw_pixel_features(source, 8, MEAN, STD, batch_size=2)
+    result = raw_pixel_features(source, 8, MEAN, STD, options=FeatureOptions(batch_size=2))
     pixels = (torch.stack(source.pictures) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(result.features, nn.functional.normalize(pixels.flatten(1), dim=1))
 
@@ -137,5 +137,5 @@ def test_joining_batches_copies_no_list(monkeypatch):
             return Watched([*other, *self])
 
     monkeypatch.setattr(distributed, "gather_objects", lambda part: [(Watched(part[0]), part[1], Watched(part[2]))])
-    result = extract_features(Net(), Source(count=40, bad={3}), 8, MEAN, STD, batch_size=1)
+    result = extract_features(Net(), Source(count=40, bad={3}), 8, MEAN, STD, options=FeatureOptions(batch_size=1))
     assert result.indices.tolist() == [i for i in range(40) if i != 3] and Watched.copied == 0

@@ -12,7 +12,7 @@ from torch.nn import functional
 from vit_suite import distributed
 from vit_suite.errors import UserError
 from vit_suite.evaluation import features, knn
-from vit_suite.evaluation.features import Features, collect, own_rows, pick_rows
+from vit_suite.evaluation.features import FeatureOptions, Features, collect, own_rows, pick_rows
 from vit_suite.evaluation.knn import KNNOptions, knn_classify
 
 from .test_features import MEAN, STD, Source
@@ -54,9 +54,8 @@ def test_every_rank_gets_all_features_in_the_order_of_the_images(ranks, count, b
     source = Source(count=11, bad=(0, 7))
 
     def features_of(shared: bool) -> Features:
-        return collect(
-            source, 8, MEAN, STD, lambda views: views.flatten(1)[:, :5], torch.device("cpu"), batch_size, shared=shared
-        )
+        options = FeatureOptions(batch_size, shared=shared)
+        return collect(source, (8, MEAN, STD), lambda views: views.flatten(1)[:, :5], options)
 
     (whole,) = ranks(1, lambda: features_of(False))
     assert whole.indices.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10] and whole.rows is None
@@ -83,7 +82,7 @@ def test_what_one_rank_cannot_embed_stops_all(ranks):
 
     def attempt() -> str:
         with pytest.raises(UserError) as error:
-            collect(Source(count=11), 8, MEAN, STD, embed, torch.device("cpu"), 2)
+            collect(Source(count=11), (8, MEAN, STD), embed, FeatureOptions(2))
         return str(error.value)
 
     assert ranks(3, attempt) == ["the features are not finite"] * 3

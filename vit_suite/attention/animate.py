@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -48,7 +49,7 @@ def _write_gif(path: Path, frames: Callable[[Sequence[int]], Iterator[np.ndarray
 def _write_mp4(path: Path, frames: Callable[[Sequence[int]], Iterator[np.ndarray]], count: int, rate: float) -> None:
     av = need_av("format mp4")
     with av.open(os.fspath(path), "w", format="mp4") as container:
-        stream = None
+        stream: Any = None
         for frame in frames(range(count)):
             frame = np.pad(
                 frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge"
@@ -58,4 +59,5 @@ def _write_mp4(path: Path, frames: Callable[[Sequence[int]], Iterator[np.ndarray
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+        if stream is not None:
+            container.mux(stream.encode())

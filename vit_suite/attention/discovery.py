@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def last_keys(backbone: Backbone, images: Tensor) -> Tensor:
     Without gradients; the backbone runs in eval mode and gets its own mode back. A CLS token is not needed. UserError
     when the blocks have no keys to read.
     """
-    block = backbone.vit.blocks[-1]
+    block: Any = backbone.vit.blocks[-1]
     attention = getattr(block, "attn", None)
     if not all(hasattr(attention, name) for name in ("qkv", "k_norm", "num_heads")):
         raise UserError(f"the keys of {type(block).__name__} blocks cannot be read; use a plain ViT.")

@@ -49,7 +49,8 @@ def cut(images: int, batch_size: int) -> list[range]:
 def view_size(size: Sequence[int], patch: int, shorter: int | None, max_tokens: int) -> tuple[int, int]:
     """(height, width) in pixels at which the backbone sees an image of `size`: multiples of `patch`, at most
     `max_tokens` patches. `shorter`: length in pixels of the shorter side; the image's own when None."""
-    height, width = size
+    height: float = size[0]
+    width: float = size[1]
     if shorter is not None:
         factor = shorter / min(height, width)
         height, width = height * factor, width * factor

@@ -74,7 +74,9 @@ def encode_png(pixels: np.ndarray, palette: np.ndarray | None = None) -> bytes:
     if not stored:
         filtered[1:, 1:] -= rows[:-1]
     colors = b"" if palette is None else _chunk(b"PLTE", palette.tobytes())
-    return _start(height, width, color) + colors + _chunk(b"IDAT", zlib.compress(filtered, 0 if stored else 1)) + _END
+    return (
+        _start(height, width, color) + colors + _chunk(b"IDAT", zlib.compress(filtered.data, 0 if stored else 1)) + _END
+    )
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -104,4 +104,5 @@ def as_picture(image: np.ndarray) -> np.ndarray:
 def write_npz(path: str | os.PathLike, /, **arrays: Any) -> None:
     """Arrays and plain numbers by name, loadable with numpy.load(path) and no pickle."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    np.savez_compressed(path, **{name: np.asarray(value) for name, value in arrays.items()})
+    named: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez_compressed(path, **named)

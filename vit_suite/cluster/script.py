@@ -125,7 +125,8 @@ def seconds(time: str) -> int:
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?", time)
     if not found:
         raise UserError(f"time: expected minutes, H:MM:SS or D-HH:MM:SS, got '{time}'.")
-    days, first, second, third = (int(part) if part else None for part in found.groups())
+    days, second, third = (None if found[part] is None else int(found[part]) for part in (1, 3, 4))
+    first = int(found[2])
     if days is None and third is None:  # minutes, and perhaps seconds
         return 60 * first + (second or 0)
     return ((24 * (days or 0) + first) * 60 + (second or 0)) * 60 + (third or 0)

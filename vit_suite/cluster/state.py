@@ -21,7 +21,7 @@ def report(folder: Path) -> str:
         raise UserError(f"'{folder}' holds neither a launched job ({RECORD}) nor the status.json of a run.")
     job = record.get("job")
     entries = queue(job) if job else None
-    jobs = [f"{job}_{index}" for index in range(len(names))] if record.get("runs") else [job]
+    jobs = [f"{job}_{index}" for index in range(len(names))] if record.get("runs") else [job or ""]
     found = {entry.job: entry for entry in entries or []}
     lines = []
     for name, number in zip(names, jobs, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -13,10 +13,10 @@ from vit_suite.commands.data_of import open_data, representation, results_path, 
 from vit_suite.config import KNNConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.resident import GIB
-from vit_suite.evaluation.features import Features, extract_features, pick_rows, raw_pixel_features
+from vit_suite.evaluation.features import FeatureOptions, Features, extract_features, pick_rows, raw_pixel_features
 from vit_suite.evaluation.fewshot import Spread, draw_shots
 from vit_suite.evaluation.knn import KNNOptions, KNNResult, knn_classify
-from vit_suite.hardware import pick_precision, rank_device
+from vit_suite.hardware import AskedPrecision, pick_precision, rank_device
 from vit_suite.logs import speak
 from vit_suite.reports.results import append_result, table
 from vit_suite.views.evaluate import view_text
@@ -78,35 +78,30 @@ class Scorer:
         image_size: Sequence[int],
         batch_size: int,
         device: torch.device,
-        precision: str,
+        precision: AskedPrecision,
         progress: bool = True,
     ):
-        self.bank, self.test = data.bank(), data.test()
+        self.bank, self.test, self.device = data.bank(), data.test(), device
         self.ks, self.temperature, self.image_size = list(ks), temperature, list(image_size)
-        self.options = {
-            "batch_size": batch_size,
-            "device": device,
-            "precision": pick_precision(precision, device),
-            "progress": progress,
-            "workers": data.threads,
-        }
+        title = "features" if progress else None
+        self.options = FeatureOptions(batch_size, device, pick_precision(precision, device), data.threads, title)
         self.mean, self.std = data.mean, data.std
         self.representation = ""  # of the backbone that was scored last
 
     def features(self, loaded: LoadedBackbone) -> tuple[Features, Features]:
         """Of bank and test: the backbone's representation, L2-normalized."""
-        network = loaded.backbone.to(self.options["device"])
+        network = loaded.backbone.to(self.device)
         self.representation = representation(network)
         common = (self.image_size, loaded.mean, loaded.std)
-        bank = extract_features(network, self.bank, *common, shared=True, **self.options)
-        return bank, extract_features(network, self.test, *common, **self.options)
+        bank = extract_features(network, self.bank, *common, replace(self.options, shared=True))
+        return bank, extract_features(network, self.test, *common, self.options)
 
     def pixel_features(self) -> tuple[Features, Features]:
         """Of bank and test: the normalized pixels themselves, which a backbone has to beat."""
         common = (self.image_size, self.mean, self.std)
-        options = {key: self.options[key] for key in ("batch_size", "workers")}
-        bank = raw_pixel_features(self.bank, *common, shared=True, **options)
-        return bank, raw_pixel_features(self.test, *common, **options)
+        options = replace(self.options, title=None)
+        bank = raw_pixel_features(self.bank, *common, replace(options, shared=True))
+        return bank, raw_pixel_features(self.test, *common, options)
 
     def backbone(self, loaded: LoadedBackbone) -> KNNResult:
         """The vote with a backbone's features."""
@@ -118,7 +113,7 @@ class Scorer:
 
     def vote(self, bank: Features, test: Features) -> KNNResult:
         """Of the whole bank."""
-        vote = KNNOptions(ks=self.ks, temperature=self.temperature, device=self.options["device"])
+        vote = KNNOptions(ks=self.ks, temperature=self.temperature, device=self.device)
         return knn_classify(*bank[:2], *test[:2], options=vote, rows=bank.rows)
 
     def few_shot(self, features: tuple[Features, Features], shots: Sequence[int], draws: int, seed: int) -> Shots:
@@ -139,7 +134,7 @@ class Scorer:
             "k": self.ks,
             "temperature": self.temperature,
             "vote": "exp(cosine / temperature)",
-            "precision": self.options["precision"],
+            "precision": self.options.precision,
         }
 
 

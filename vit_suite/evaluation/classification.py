@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from vit_suite.errors import UserError
 from vit_suite.evaluation.calibration import expected_calibration_error, negative_log_likelihood
-from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.features import FeatureOptions, extract_features
+from vit_suite.hardware import AskedPrecision
 
 
 class Classification(NamedTuple):
@@ -53,13 +53,11 @@ def score_logits(logits: Tensor, labels: Tensor) -> Classification:
 
 
 def classify(
-    module: pl.LightningModule, source: Any, image_size: Iterable[int], batch_size: int, precision: str
+    module: Any, source: Any, image_size: Iterable[int], batch_size: int, precision: AskedPrecision
 ) -> Classification:
     """Score the classifier of a supervised `module` on the images of `source` under the evaluation view.
 
     All ranks call this, and all get the scores."""
-    options = {"batch_size": batch_size, "device": module.device, "precision": precision, "unit": False}
-    logits, labels, *_ = extract_features(
-        module.classifier(), source, list(image_size), module.mean, module.std, **options
-    )
-    return score_logits(logits, labels)
+    options = FeatureOptions(batch_size, module.device, precision, unit=False)
+    found = extract_features(module.classifier(), source, list(image_size), module.mean, module.std, options)
+    return score_logits(found.features, found.labels)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from vit_suite import distributed
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.reading import read
 from vit_suite.errors import UserError
-from vit_suite.hardware import autocast, pick_precision
+from vit_suite.hardware import AskedPrecision, autocast, pick_precision
 from vit_suite.views.evaluate import eval_view
+from vit_suite.views.resample import as_pair
 
 TILE = 256
 """Rows that ranks which share a bank take at a time, in turn."""
@@ -46,54 +48,53 @@ class Features(NamedTuple):
     it holds all."""
 
 
+@dataclass(frozen=True)
+class FeatureOptions:
+    """How features are computed."""
+
+    batch_size: int = 256
+    """Images in a forward pass; the last bits of a feature depend on it."""
+    device: torch.device | str | None = None
+    """Where the forward pass runs; the backbone's own device when None."""
+    precision: AskedPrecision = "auto"
+    workers: int | None = None
+    """Threads that decode, at most two batches ahead; the cores, at most 8, when None."""
+    title: str | None = None
+    """Of a progress bar; none is shown when None."""
+    unit: bool = True
+    """L2-normalize the features. Without it they are what the backbone returns, in fp32."""
+    shared: bool = False
+    """Each rank keeps its share of the rows (`Features.rows`) instead of all."""
+
+
 def extract_features(
     backbone: nn.Module,
     source: Any,
     image_size: int | Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
-    *,
-    batch_size: int = 256,
-    device: torch.device | str | None = None,
-    precision: Literal["auto", "bf16", "fp32"] = "auto",
-    workers: int | None = None,
-    progress: bool = False,
-    unit: bool = True,
-    shared: bool = False,
+    options: FeatureOptions | None = None,
 ) -> Features:
-    """CLS features of every image of `source` (an ImageSource) under the deterministic evaluation view.
+    """What `backbone` (any module, a classifier too) returns for every image of `source` (an ImageSource) under the
+    deterministic evaluation view.
 
-    `unit`: L2-normalize them; without it they are what `backbone` (any module, a classifier too) returns, in fp32.
-    `shared`: each rank keeps its share of the rows (`Features.rows`) instead of all.
-
-    The backbone runs in eval mode without gradients, and every module gets its own mode back afterwards. `device`:
-    where the forward pass runs; the backbone's own when not given. Images held in one tensor are sliced; others decode
-    in `workers` threads (the cores, at most 8, when not given) beside the forward pass, at most two batches ahead.
+    The backbone runs in eval mode without gradients, and every module gets its own mode back afterwards. Images held in
+    one tensor are sliced; others decode in threads beside the forward pass.
 
     Files that do not decode are left out and returned in `failures`. UserError when the source is empty or nothing
     decodes, or when the source's quarantine has more than its limit.
     """
-    device = torch.device(device) if device is not None else next(backbone.parameters()).device
-    precision = pick_precision(precision, device)
+    options = options or FeatureOptions()
+    device = torch.device(options.device) if options.device is not None else next(backbone.parameters()).device
+    precision = pick_precision(options.precision, device)
 
     def forward(images: Tensor) -> Tensor:
         with autocast(precision, device):
             features = backbone(images.to(device)).float()
-        return functional.normalize(features, dim=1) if unit else features
+        return functional.normalize(features, dim=1) if options.unit else features
 
     with frozen(backbone):
-        return collect(
-            source,
-            image_size,
-            mean,
-            std,
-            forward,
-            device,
-            batch_size,
-            workers,
-            "features" if progress else None,
-            shared,
-        )
+        return collect(source, (image_size, mean, std), forward, replace(options, device=device))
 
 
 def raw_pixel_features(
@@ -101,20 +102,15 @@ def raw_pixel_features(
     image_size: int | Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
-    *,
-    batch_size: int = 256,
-    workers: int | None = None,
-    progress: bool = False,
-    shared: bool = False,
+    options: FeatureOptions | None = None,
 ) -> Features:
     """The baseline that any training must beat: the normalized pixels of the evaluation view as (N, C * H * W),
-    L2-normalized."""
+    L2-normalized. They are made on the CPU."""
 
     def flatten(images: Tensor) -> Tensor:
         return functional.normalize(images.float().flatten(1), dim=1)
 
-    desc = "raw pixels" if progress else None
-    return collect(source, image_size, mean, std, flatten, torch.device("cpu"), batch_size, workers, desc, shared)
+    return collect(source, (image_size, mean, std), flatten, replace(options or FeatureOptions(), device="cpu"))
 
 
 @contextmanager
@@ -131,30 +127,28 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def collect(
-    source: Any,
-    size: int | Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    embed: Callable[[Tensor], Tensor],
-    device: torch.device,
-    batch_size: int = 256,
-    workers: int | None = None,
-    desc: str | None = None,
-    shared: bool = False,
-) -> Features:
-    """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `device`; drop and report what does
-    not decode.
+View = tuple[int | Sequence[int], Sequence[float], Sequence[float]]
+"""Size (side, or height and width, in pixels), mean and std of the evaluation view."""
 
-    Rows keep the shape and the type that `embed` gives them. `desc` is the title of a progress bar, None for none. A
+
+def collect(source: Any, view: View, embed: Callable[[Tensor], Tensor], options: FeatureOptions) -> Features:
+    """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `options.device`; drop and report
+    what does not decode.
+
+    Rows keep the shape and the type that `embed` gives them; `options.unit` and `precision` are its own affair. A
     UserError of one rank, of its images or of `embed`, is raised on all.
     """
     if len(source) == 0:
         raise UserError(f"{_title(source)} holds no images")
+    device, batch_size, shared = torch.device(options.device or "cpu"), options.batch_size, options.shared
+    size, mean, std = as_pair(view[0]), view[1], view[2]
     count, world = -(-len(source) // batch_size), distributed.world_size()
-    batches = _batches(source, batch_size, range(distributed.rank(), count, world), workers)
-    rows, indices, failures, kept = None, [], [], 0
-    bar = _bar(len(source), desc)
+    batches = _batches(source, batch_size, range(distributed.rank(), count, world), options.workers)
+    rows: Tensor | None = None
+    indices: list[int] = []
+    failures: list[DecodeError] = []
+    kept = 0
+    bar = _bar(len(source), options.title)
 
     def next_part() -> tuple[list[int], Tensor | UserError | None, list[DecodeError]]:
         """Numbers, rows and failures of this rank's next batch; of an error, which all ranks raise below, no
@@ -169,7 +163,7 @@ def collect(
         for found, part, failed in distributed.gather_objects(next_part()):
             if isinstance(part, UserError):
                 raise part
-            if found:
+            if part is not None:
                 if rows is None:  # once for the whole set: joining batches at the end would hold it twice
                     rows = torch.empty(
                         len(own_rows(len(source))) if shared else len(source), *part.shape[1:], dtype=part.dtype

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import Features, collect, frozen
-from vit_suite.hardware import autocast
+from vit_suite.evaluation.features import FeatureOptions, Features, collect, frozen
+from vit_suite.hardware import Precision, autocast
 from vit_suite.models.backbone import Backbone
 
 Part = tuple[str, int]
@@ -59,8 +59,9 @@ class Subject:
         progress: bool = False,
     ) -> Features:
         """Parts (N, P, D) of every image of `source` under the evaluation view, in memory. workers: as for `read`."""
-        desc = f"features of {source.split}" if progress else None
-        return collect(source, size, self.mean, self.std, self.embed, device, batch_size, workers, desc)
+        title = f"features of {source.split}" if progress else None
+        options = FeatureOptions(batch_size, device, workers=workers, title=title)
+        return collect(source, (size, self.mean, self.std), self.embed, options)
 
     def bytes(self, images: int) -> int:
         """Memory that the parts of so many images take."""
@@ -114,7 +115,7 @@ def backbone_subject(
     features: Sequence[Feature],
     mean: Sequence[float],
     std: Sequence[float],
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Subject:
     """The tokens of a frozen backbone: run in eval mode, and every module gets its own mode back after each pass."""
     wanted = {feature: parts_of(feature, backbone.has_cls, registers(backbone)) for feature in features}

@@ -13,8 +13,8 @@ rows stand side by side:
 - mean map: the mean over heads.
 
 What a row needs to be told (threshold, fixed head) is chosen on OTHER images than the scored ones. Beside them stand a
-centerd box of the best fixed size, which is chosen on the scored images themselves and so an upper bound for any fixed
-centerd box, and the whole image.
+centered box of the best fixed size, which is chosen on the scored images themselves and so an upper bound for any fixed
+centered box, and the whole image.
 
 Deviations from published protocols: objects of all classes are one mask (there is no published code of DINO's score;
 the re-implementation
@@ -37,7 +37,7 @@ from vit_suite.evaluation.regions import largest_region, mask_boxes
 HIT = 0.5
 """IoU from which a box counts as found (CorLoc)."""
 STEPS = 20
-"""Sizes of the centerd box that are tried, a side."""
+"""Sizes of the centered box that are tried, a side."""
 
 # Truth
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
     if masks.dtype != torch.bool:
         raise ValueError(f"Jaccard needs bool masks, not {masks.dtype}")
     # Counting the pixels of each cell once makes a mask cost gh x gw products, not H x W.
-    grid = masks.shape[-2:]
+    grid = masks.shape[-2], masks.shape[-1]
     objects, counted = _in_cells(truth == 1, grid), _in_cells(truth >= 0, grid)
     chosen = masks.double().flatten(-2)
     shared = chosen @ objects
@@ -103,7 +103,7 @@ def on_object(cells: Tensor, grid: tuple[int, int], truth: Tensor, size: tuple[i
 
 
 def center_overlaps(truth: Tensor, size: tuple[int, int], steps: int = STEPS) -> Tensor:
-    """`overlap` of centerd boxes of 1/steps .. steps/steps of the height and of the width: (steps, steps); the last is
+    """`overlap` of centered boxes of 1/steps .. steps/steps of the height and of the width: (steps, steps); the last is
     the whole image.
 
     For a mask the boxes are rounded to whole pixels.
@@ -121,7 +121,7 @@ def center_overlaps(truth: Tensor, size: tuple[int, int], steps: int = STEPS) ->
 
 
 def _middle(side: int, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last (exclusive) pixel of centerd stretches of a side."""
+    """First and last (exclusive) pixel of centered stretches of a side."""
     length = (side * shares).round().long().clamp(1, side)
     start = (side - length) // 2
     return start, start + length
@@ -243,7 +243,7 @@ class Baselines:
     """Scores of what looks at nothing."""
 
     center_box: Score
-    """The centerd box of the best fixed size for each score, chosen on the scored images; it points at the center."""
+    """The centered box of the best fixed size for each score, chosen on the scored images; it points at the center."""
     sizes: dict[str, tuple[float, float]]
     """(height, width) shares of that box for the mean overlap, and for the share that is found."""
     whole_image: Score

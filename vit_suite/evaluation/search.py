@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,10 +150,11 @@ class Bank:
                 (kth - unit * kth.abs() - 2 * error).to(dtype).clamp(min=torch.finfo(dtype).min)
             )  # above what is left out
             kept = found[2] >= cut[found[0], 0]
-            found = tuple(part[kept] for part in found)
+            found = found[0][kept], found[1][kept], found[2][kept]
             room = torch.where(settled, self.limit - torch.bincount(found[0], minlength=len(queries)), -1)
             (query, column, product), settled = _members(grouped, largest, cut, room)
-            found = tuple(map(torch.cat, zip(found, (query, start + column, product), strict=True)))
+            new = query, start + column, product
+            found = torch.cat([found[0], new[0]]), torch.cat([found[1], new[1]]), torch.cat([found[2], new[2]])
             if not settled.any():
                 break
         return found[:2], settled
@@ -279,7 +281,8 @@ def _steps(rows: Tensor) -> Tensor:
 @contextmanager
 def plain_products(device: torch.device) -> Iterator[None]:
     """Matrix products as they are written: no autocast, no TF32 and no bf16 passes for float32."""
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    settings = torch.backends.cuda.matmul, mkldnn.matmul
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

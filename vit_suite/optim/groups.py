@@ -29,7 +29,8 @@ def parameter_groups(
     `last_layer_apart` the heads' last layers have groups of their own too, marked `last_layer` (DINOv2
     dinov2/utils/param_groups.py).
     """
-    blocks = 1 + max((_block(name) for name, _ in module.named_parameters() if _block(name) is not None), default=-1)
+    found = [_block(name) for name, _ in module.named_parameters()]
+    blocks = 1 + max((block for block in found if block is not None), default=-1)
     groups: dict[tuple[int, int, bool], dict] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -84,9 +84,11 @@ def write_shares(pen: ImageDraw.ImageDraw, shares: np.ndarray, cell: int, corner
         )
 
 
-def paste_upright(canvas: Image.Image, text: str, font: ImageFont.FreeTypeFont, middle: int, top: int) -> None:
-    """Text that reads upwards, centerd on the column `middle`, ending at the row `top`."""
-    left, above, right, below = font.getbbox(text)
+def paste_upright(
+    canvas: Image.Image, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, middle: int, top: int
+) -> None:
+    """Text that reads upwards, centered on the column `middle`, ending at the row `top`."""
+    left, above, right, below = map(round, font.getbbox(text))
     strip = Image.new("L", (right, below + 2), 0)
     ImageDraw.Draw(strip).text((0, 0), text, 255, font)
     strip = strip.rotate(90, expand=True)

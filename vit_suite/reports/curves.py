@@ -6,9 +6,11 @@ bokeh and not plotly, because every report carries its library: bokeh.min.js is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, Legend
+from bokeh.models import ColumnDataSource, HoverTool
+from bokeh.models.annotations import Legend
 from bokeh.palettes import Category10, Category20, Turbo256
 from bokeh.plotting import figure
 
@@ -52,7 +54,7 @@ def curve(metric: str, runs: Mapping[str, Series], width: int = 480, height: int
     if len(runs) > 1:
         legend = Legend(items=lines, click_policy="hide", label_text_font_size="8pt", spacing=0, padding=4)
         plot.add_layout(legend, "below")
-        plot.height += 24 * len(runs)
+        plot.height = height + 24 * len(runs)
     return plot
 
 
@@ -66,6 +68,7 @@ def scatter(
     plot = figure(title=title, width=500, height=460, tools=TOOLS)
     plot.toolbar.autohide = True
     kinds = sorted(set(labels))
+    palette: Sequence[str]
     if len(kinds) <= 10:
         palette = Category10[10]
     elif len(kinds) <= 20:
@@ -82,11 +85,12 @@ def scatter(
         "picture": list(thumbnails),
         "color": [color[label] for label in labels],
     }
-    style = {"source": ColumnDataSource(data), "size": 8, "color": "color", "alpha": 0.8}
-    dots = plot.scatter("x", "y", **style, **({"legend_group": "label"} if named else {}))
+    style: dict[str, Any] = {"source": ColumnDataSource(data), "size": 8, "color": "color", "alpha": 0.8}
+    dots = plot.scatter("x", "y", **(style | ({"legend_group": "label"} if named else {})))
     if named:
         plot.add_layout(plot.legend[0], "right")
-        plot.legend.label_text_font_size, plot.legend.padding, plot.legend.spacing = "8pt", 2, 0
+        for name, value in {"label_text_font_size": "8pt", "padding": 2, "spacing": 0}.items():
+            setattr(plot.legend, name, value)
     tip = '<div><img src="@picture" style="max-width:96px;image-rendering:pixelated"><br>@label<br>@name</div>'
     plot.add_tools(HoverTool(renderers=[dots], tooltips=tip))
     plot.grid.visible = False

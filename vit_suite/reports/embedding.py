@@ -15,7 +15,7 @@ from PIL import Image
 
 from vit_suite.attention.render import as_picture
 from vit_suite.data.source import ImageSource
-from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.features import FeatureOptions, extract_features
 from vit_suite.weights.checkpoint import LoadedBackbone
 
 QUERIES = 8
@@ -43,9 +43,8 @@ class Embedding(NamedTuple):
 
 def embed(loaded: LoadedBackbone, source: ImageSource, further: bool = True) -> Embedding:
     """The map of the images of `source` under a backbone, seen as its scores see them, in fp32."""
-    found = extract_features(
-        loaded.backbone, source, list(loaded.image_size), loaded.mean, loaded.std, precision="fp32"
-    )
+    options = FeatureOptions(precision="fp32")
+    found = extract_features(loaded.backbone, source, list(loaded.image_size), loaded.mean, loaded.std, options)
     features = found.features.numpy()
     indices = found.indices.tolist()
     labels = [source.label(index) for index in indices]

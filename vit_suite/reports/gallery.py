@@ -66,8 +66,8 @@ def write_gallery(folder: str | Path, source: ImageSource | None = None) -> Path
     places = {} if source is None else {source.path(index): index for index in range(len(source))}
 
     def item(entry: tuple[str, list[dict[str, str]]]) -> tuple[list[str], float, dict[str, Any]]:
-        picture = None if entry[0] not in places else source.load(places[entry[0]]).numpy()
-        return _item(folder, *entry, picture)
+        found = None if source is None or entry[0] not in places else source.load(places[entry[0]]).numpy()
+        return _item(folder, *entry, found)
 
     path = folder / "index.html"
     write_atomically(path, lambda temporary: _write(temporary, folder, prefetch(item, images.items(), ahead=32)))

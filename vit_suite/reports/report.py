@@ -118,7 +118,7 @@ def in_short(run: RunFiles) -> dict[str, str]:
                 found[f"{name}, best epoch"] = f"{best:.1f}"
     if (loss := run.last("train/loss")) is not None:
         found["loss"] = f"{loss:.4g}"
-    entry = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
+    entry: Mapping[str, Any] = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
     metrics = entry.get("metrics", {})
     for key, name in (("steps", "optimizer steps"), ("epochs", "epochs"), ("images", "images seen")):
         if key in metrics:
@@ -250,7 +250,7 @@ COMPARED = ("method", "data", "state", "kNN top-1, last", "kNN top-1, best", "he
 
 def compared(run: RunFiles) -> list[Any]:
     """A row of the comparison."""
-    entry = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
+    entry: Mapping[str, Any] = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
     metrics: Mapping[str, Any] = entry.get("metrics", {})
     return [
         run.options.get("method.name"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,8 +17,9 @@ from vit_suite.config import EvaluateConfig, PretrainConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.evaluation.classification import classify
-from vit_suite.evaluation.features import extract_features
+from vit_suite.evaluation.features import FeatureOptions, extract_features
 from vit_suite.evaluation.knn import KNNOptions, knn_classify
+from vit_suite.hardware import AskedPrecision
 from vit_suite.methods.base import Method
 from vit_suite.training.parts import Parts
 
@@ -33,7 +35,9 @@ class OnlineScore(pl.Callback):
 
     metric: str
 
-    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
+    def __init__(
+        self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: AskedPrecision
+    ):
         self.cfg, self.precision = cfg, precision
         self.image_size = list(image_size)
         self.test = data.test(cfg.test_size)
@@ -64,15 +68,18 @@ class OnlineKNN(OnlineScore):
 
     metric = "knn/top1"
 
-    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
+    def __init__(
+        self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: AskedPrecision
+    ):
         super().__init__(cfg, data, image_size, precision)
         self.bank = data.bank(cfg.bank_size)
 
     def score(self, module: Method) -> dict[str, float]:
-        options = {"batch_size": self.cfg.batch_size, "device": module.device, "precision": self.precision}
+        options = FeatureOptions(self.cfg.batch_size, module.device, self.precision)
+        view = self.image_size, module.mean, module.std
         backbone = module.whole().evaluation_backbone()
-        bank = extract_features(backbone, self.bank, self.image_size, module.mean, module.std, shared=True, **options)
-        test = extract_features(backbone, self.test, self.image_size, module.mean, module.std, **options)
+        bank = extract_features(backbone, self.bank, *view, replace(options, shared=True))
+        test = extract_features(backbone, self.test, *view, options)
         vote = KNNOptions(ks=[self.cfg.k], temperature=self.cfg.temperature, device=module.device)
         return {self.metric: knn_classify(*bank[:2], *test[:2], options=vote, rows=bank.rows).top1[self.cfg.k]}
 
@@ -86,7 +93,9 @@ class OnlineAccuracy(OnlineScore):
 
     metric = "val/top1"
 
-    def __init__(self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: str):
+    def __init__(
+        self, cfg: EvaluateConfig, data: ImageDataModule, image_size: Iterable[int], precision: AskedPrecision
+    ):
         test = data.test_source
         if test.labels is None or not bool((test.labels >= 0).any()):
             raise UserError(

@@ -73,7 +73,8 @@ class Plane(NamedTuple):
     def area(self) -> tuple[float, float]:
         """Mean of a block's area, and of its square, in pixels."""
         lengths = [stop - start for start, stop in (self.down.every(), self.across.every())]
-        return tuple((lengths[0] ** power).mean().item() * (lengths[1] ** power).mean().item() for power in (1, 2))
+        first, second = ((lengths[0] ** power).mean().item() * (lengths[1] ** power).mean().item() for power in (1, 2))
+        return first, second
 
     def covered(self) -> Tensor:
         """(H, W) probability that a block covers the pixel."""

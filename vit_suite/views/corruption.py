@@ -166,8 +166,8 @@ class _Views:
 def _blocks(cfg: SiTConfig, clean: Tensor, draw: Draw, patch_size: int) -> Corrupted:
     """Version 1: gray, blur, noise, another image."""
     views = _Views(clean, draw)
-    height, width = size = views.shape[-2:]
-    one, many = plane_of_one(*size), plane_of_many(*size, tuple(cfg.block_side))
+    height, width = views.shape[-2:]
+    one, many = plane_of_one(height, width), plane_of_many(height, width, (cfg.block_side[0], cfg.block_side[1]))
     areas = [share * height * width for share in (cfg.drop_area, cfg.replace_area)]
     slots = [slots_of_sum(many, area) for area in areas]
     gray, blur = views.numbers("gray", ONE), views.numbers("blur", BLUR)

@@ -87,7 +87,7 @@ def _mix(
         return images, targets
     if mixture.kind == "mixup":
         return torch.lerp(others, images, lam), torch.lerp(other_targets, targets, lam)
-    top, bottom, left, right = cut_box(*images.shape[-2:], lam, mixture.y, mixture.x)
+    top, bottom, left, right = cut_box(images.shape[-2], images.shape[-1], lam, mixture.y, mixture.x)
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
     lam = 1 - (bottom - top) * (right - left) / images[0, 0].numel()

@@ -30,7 +30,7 @@ from vit_suite.hardware import send
 
 Kernel = Literal["bicubic", "bilinear"]
 Method = Literal["auto", "dense", "single"]
-Size = int | tuple[int, int] | list[int]
+Size = int | Sequence[int]
 
 CPU_CHUNK = 1 << 19
 """Elements of weights and intermediates that a chunk of images may hold on a CPU (2 MiB of fp32). Microseconds an image
@@ -231,14 +231,16 @@ def crop_resize_views(
     if method == "single" or (method == "auto" and _sparse_is_faster(images, boxes)):
         if boxes.is_floating_point():
             raise ValueError("fractional boxes need the dense products, method='dense'")
-        return _one_by_one(images, boxes, flip, pair, kernel)
+        return _one_by_one(list(images), boxes, flip, pair, kernel)
     if not isinstance(images, Tensor) and len({image.shape for image in images}) == 1:
         images = torch.stack(list(images))
     device = images[0].device
     boxes = send(boxes, device)
     flip = None if flip is None else send(flip, device)
     with full_precision(device):
-        return (_dense if isinstance(images, Tensor) else _buckets)(images, boxes, flip, pair, kernel)
+        if isinstance(images, Tensor):
+            return _dense(images, boxes, flip, pair, kernel)
+        return _buckets(images, boxes, flip, pair, kernel)
 
 
 def crop_resize(

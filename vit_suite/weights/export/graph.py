@@ -9,7 +9,7 @@ Axes: B images, h x w patches, N = h w, T = prefix + N tokens, D width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,7 @@ class Traceable(nn.Module):
         table = position.float().reshape(self.native[0], self.native[1], -1)
         return torch.einsum("ih,hwd,jw->ijd", down, table, across).flatten(0, 1).unsqueeze(0)
 
-    def block(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def block(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens, attention weights (B, heads, T, T)) after a block."""
         branch, weights = self.attend(block.attn, x if self.post_norm else block.norm1(x))
         x = x + block.ls1(branch)

@@ -63,7 +63,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def config_of(backbone: Backbone, kind: str) -> dict[str, Any]:
     """config.json: every dimension, so that no default of transformers counts."""
     vit, cfg = backbone.vit, backbone.cfg
-    mlp = vit.blocks[0].mlp
+    block: Any = vit.blocks[0]
+    mlp = block.mlp
     gated = not isinstance(mlp.act, torch.nn.GELU)
     hidden = mlp.fc1.out_features // (2 if gated else 1)
     height, width = cfg.image_size or [0, 0]
@@ -78,7 +79,7 @@ def config_of(backbone: Backbone, kind: str) -> dict[str, Any]:
         "num_channels": cfg.channels,
         "hidden_act": "gelu",
         "layer_norm_eps": vit.norm.eps,
-        "qkv_bias": vit.blocks[0].attn.qkv.bias is not None,
+        "qkv_bias": block.attn.qkv.bias is not None,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "dtype": "float32",
@@ -170,7 +171,8 @@ def to_vit(backbone: Backbone) -> dict[str, Tensor]:
 def to_dinov2(backbone: Backbone) -> dict[str, Tensor]:
     """Weights in the names of Dinov2Model; LayerScale is 1 where the network has none."""
     state, found = dict(backbone.vit.state_dict()), embeddings(backbone)
-    gated = not isinstance(backbone.vit.blocks[0].mlp.act, torch.nn.GELU)
+    first: Any = backbone.vit.blocks[0]
+    gated = not isinstance(first.mlp.act, torch.nn.GELU)
     inner, outer = ("weights_in", "weights_out") if gated else ("fc1", "fc2")
     names = {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": f"mlp.{inner}", "mlp.fc2": f"mlp.{outer}"}
     found["embeddings.mask_token"] = torch.zeros(1, backbone.dim)

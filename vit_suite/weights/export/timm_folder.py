@@ -67,10 +67,11 @@ def arguments_of(backbone: Backbone) -> dict[str, Any]:
     }
     if cfg.name != EXPLICIT:
         return arguments
-    eps = float(vit.norm.eps)
+    norm: Any = vit.norm
+    eps = float(norm.eps)
     if not 0.1 * TIMM_EPS <= eps <= 10 * TIMM_EPS and eps > TIMM_EPS:
         raise UserError(f"--format timm: LayerNorm's epsilon is {eps:g}, and timm's config.json cannot say so.")
-    block = vit.blocks[0]
+    block: Any = vit.blocks[0]
     if not isinstance(block.mlp.act, torch.nn.GELU):
         raise UserError("--format timm: timm's config.json cannot name a SwiGLU; take --format huggingface.")
     gamma = getattr(block.ls1, "gamma", None)
