@@ -159,7 +159,7 @@ def test_look_reads_every_block(backbone):
     x, grid = backbone.embed(images)
     product = torch.eye(x.shape[1])
     for index, block in enumerate(backbone.vit.blocks):
-        attention = backbone.attention_of(index, x)  # (B, h, T, T)
+        attention = backbone.attention_of(index, x, grid)  # (B, h, T, T)
         product = (0.5 * attention.mean(1) + 0.5 * torch.eye(x.shape[1])) @ product
         x = block(x)
     torch.testing.assert_close(looked.rollout, product[:, 0, 3:].unflatten(-1, grid))

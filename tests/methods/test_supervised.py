@@ -17,7 +17,8 @@ from vit_suite.config import BackboneConfig, DataConfig, SupervisedConfig, Super
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.methods.supervised import Classifier, average_momentum, soft_cross_entropy
-from vit_suite.models.backbone import Backbone, resize_position
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.positions import resize_position
 from vit_suite.optim.groups import parameter_groups
 from vit_suite.views.draw import alone
 from vit_suite.views.mix import smoothed

@@ -74,8 +74,8 @@ def test_the_last_block_for_cls_alone_gives_cls_and_all_gradients(options, fused
     kept = None if kept is None else kept.flatten(1).double()
     results = []
     for whole in (False, True):
-        x = backbone.embed(images)[0]
-        cls = backbone.pooled(last(backbone.blocks(x, kept), x)) if whole else backbone(images, kept)
+        x, grid = backbone.embed(images)
+        cls = backbone.pooled(last(backbone.blocks(x, grid, kept), x)) if whole else backbone(images, kept)
         gradients = torch.autograd.grad(cls.square().sum(), list(backbone.parameters()))
         results.append([cls, *gradients])
     torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)

@@ -12,7 +12,8 @@ from timm.layers import DropPath as TimmDropPath
 from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.blocks import DropPath, sincos_positions
+from vit_suite.models.blocks import DropPath
+from vit_suite.models.positions import sincos_positions
 from vit_suite.views.draw import Draw, alone
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vit_suite.models import blocks
-from vit_suite.models.backbone import resize_position
+from vit_suite.models.positions import resize_position
 
 from .golden import largest_error, load_golden, record, with_prefix
 from .networks import golden_backbone

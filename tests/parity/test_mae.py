@@ -10,8 +10,8 @@ from torch import nn
 from vit_suite.config import BackboneConfig
 from vit_suite.losses.reconstruction import masked_mse, patch_statistics, patchify, unpatchify
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.blocks import sincos_positions
 from vit_suite.models.masked import CrossDecoder, Decoder, SelfDecoder, encode_visible
+from vit_suite.models.positions import sincos_positions
 from vit_suite.views.masks import random_patches
 
 from .golden import largest_error, load_golden, record, with_prefix

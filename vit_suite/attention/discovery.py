@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vit_suite.errors import UserError
 from vit_suite.evaluation.features import frozen
 from vit_suite.evaluation.regions import region_at
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.blocks import PostNormBlock
+from vit_suite.models.blocks import queries_and_keys
 
 
 class Discovery(NamedTuple):
@@ -52,19 +51,12 @@ def last_keys(backbone: Backbone, images: Tensor) -> Tensor:
     Without gradients; the backbone runs in eval mode and gets its own mode back. A CLS token is not needed. UserError
     when the blocks have no keys to read.
     """
-    block: Any = backbone.vit.blocks[-1]
-    attention = getattr(block, "attn", None)
-    if not all(hasattr(attention, name) for name in ("qkv", "k_norm", "num_heads")):
-        raise UserError(f"the keys of {type(block).__name__} blocks cannot be read; use a plain ViT.")
     with torch.no_grad(), frozen(backbone):
-        x, _ = backbone.embed(images)
-        for after in islice(backbone.blocks(x), backbone.depth - 1):
+        x, grid = backbone.embed(images)
+        for after in islice(backbone.blocks(x, grid), backbone.depth - 1):
             x = after
-        x = x if isinstance(block, PostNormBlock) else block.norm1(x)
-        keys = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))[
-            :, backbone.prefix_tokens :, 1
-        ]  # (B, N, h, D / h)
-        return attention.k_norm(keys).flatten(-2).float()
+        _, keys = queries_and_keys(backbone.vit.blocks[-1], x, None)  # (B, h, T, D / h), not turned by rotary positions
+        return keys[:, :, backbone.prefix_tokens :].transpose(1, 2).flatten(-2).float()
 
 
 def lost(keys: Tensor, grid: tuple[int, int], k: int = 100) -> Discovery:

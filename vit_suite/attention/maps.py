@@ -44,9 +44,8 @@ def attention_maps(backbone: Any, images: Tensor) -> Tensor:
     """What the CLS token looks at in the last block: images (B, C, H, W), normalized -> (B, h, gh, gw) float32, without
     gradients.
 
-    backbone: anything with patch_size, prefix_tokens, has_cls and last_attention (vit_suite.models.backbone.Backbone);
-    a module runs in
-    eval mode and gets its own mode back. UserError for a backbone without a CLS token.
+    backbone: anything with grid_of, prefix_tokens, has_cls and last_attention (vit_suite.models.backbone.Backbone). A
+    module runs in eval mode and gets its own mode back. UserError for a backbone without a CLS token.
     """
     require_cls(backbone)
     with torch.no_grad(), frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
@@ -60,17 +59,16 @@ def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = Fal
     `rollout` holds an attention matrix (B, T, T) for each block; without it memory grows with T alone where the kernel
     of the blocks allows it. For anything beyond the heads the backbone needs depth, embed, blocks and attention_of too.
     """
-    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
-    prefix = backbone.prefix_tokens
+    grid, prefix = backbone.grid_of(images), backbone.prefix_tokens
     if not (rollout or norms or patches):
         return Look(cls_attention(backbone.last_attention(images, CLS), prefix, grid).float())
     x, _ = backbone.embed(images)
     means: list[Tensor] = []
-    for index, after in enumerate(backbone.blocks(x)):
+    for index, after in enumerate(backbone.blocks(x, grid)):
         if rollout:
-            means.append(backbone.attention_of(index, x).mean(1))
+            means.append(backbone.attention_of(index, x, grid).mean(1))
         if index == backbone.depth - 1:
-            heads = backbone.attention_of(index, x, CLS)
+            heads = backbone.attention_of(index, x, grid, CLS)
         x = after
     rolled = rolled_out(means)[:, prefix:].unflatten(-1, grid) if rollout else None
     lengths = x[:, prefix:].float().norm(dim=-1).unflatten(-1, grid) if norms else None

@@ -11,7 +11,8 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
-from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import check_image_size
 from vit_suite.places import check_file
 from vit_suite.reports.results import read_results
 from vit_suite.weights.checkpoint import LoadedBackbone
@@ -29,7 +30,7 @@ def results_path(cfg: ScoreConfig) -> Path:
 def view_size(cfg: ScoreConfig, loaded: LoadedBackbone) -> list[int]:
     """[height, width] in pixels of the view that is scored."""
     size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
-    check_image_size(size, loaded.backbone.patch_size, "image_size")
+    check_image_size(size, loaded.backbone.patch, "image_size")
     return list(size)
 
 

@@ -23,7 +23,7 @@ from vit_suite.evaluation.embedding import (
 from vit_suite.evaluation.embedding_files import need_pyarrow
 from vit_suite.hardware import pick_precision, rank_device
 from vit_suite.logs import speak
-from vit_suite.models.backbone import check_image_size
+from vit_suite.models.build import check_image_size
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 
@@ -48,7 +48,7 @@ def make_embedder(cfg: EmbedConfig, loaded: LoadedBackbone) -> Embedder:
     """The backbone with the options that decide its features."""
     device = rank_device(cfg.accelerator)
     size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
-    check_image_size(size, loaded.backbone.patch_size, "image_size")
+    check_image_size(size, loaded.backbone.patch, "image_size")
     options = EmbedOptions(
         kind_of(loaded.backbone, cfg.features, cfg.checkpoint),
         cfg.normalize,

@@ -36,31 +36,48 @@ class BackboneConfig:
     """The vision transformer: a timm name, or `vit` with explicit dimensions."""
 
     name: str = "vit"
-    """timm model name (vit_small_patch16_224, deit3_base_patch16_224, vit_small_patch14_reg4_dinov2, ...), or `vit`."""
-    patch_size: Side | None = None
-    """Side of a patch in pixels; timm's own for a timm name, 16 for `vit`."""
+    """timm model name (vit_small_patch16_224, vit_small_patch14_reg4_dinov2, vit_small_patch16_dinov3, ...), or
+    `vit`."""
+    patch_size: Annotated[list[Side], Range(length=2)] | Side | None = None
+    """Side of a patch in pixels, or [height, width]; timm's own for a timm name, 16 for `vit`."""
     dim: TokenWidth | None = None
     """Width of a token; timm's own for a timm name, 384 for `vit`."""
     depth: Depth | None = None
-    """Number of blocks; timm's own for a timm name, 12 for `vit`."""
+    """Number of blocks; timm's own for a timm name, 12 for `vit` (11 with backbone.stem conv)."""
     heads: Depth | None = None
     """Attention heads; timm's own for a timm name, dim / 64 (at least 1) for `vit`."""
     mlp_ratio: Annotated[float, Range(above=0, ceiling=64)] | None = None
     """Hidden width of a block's MLP over dim; timm's own for a timm name, 4 for `vit`."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """A block's MLP: two layers with GELU, or gated by SiLU (SwiGLU, arXiv 2002.05202), which has a third layer of the
+    same width. For `vit`."""
+    layer_scale: Annotated[float, Range(above=0, most=1)] | None = None
+    """First value of LayerScale (arXiv 2103.17239), a learned factor for each channel of a block's branches: DINOv2 and
+    DINOv3 start at 1e-5; none when not given. For `vit`."""
+    stem: Literal["patch", "conv"] = "patch"
+    """What makes tokens of pixels: one linear map of each patch, or 3x3 convolutions of stride 2 with BatchNorm (arXiv
+    2106.14881). For `vit` with square patches of 4, 8, 16 or 32."""
     registers: Annotated[int, Range(0, ceiling=1024)] | None = None
     """Register tokens (arXiv 2309.16588); timm's own for a timm name, 0 for `vit`."""
     class_token: bool = True
     """Have a CLS token; for `vit`, timm names decide themselves. Without one, backbone.pool has to be mean."""
     pool: Literal["cls", "mean"] = "cls"
     """The image's representation: the CLS token, or the mean of the patch tokens, both after the final norm."""
-    positions: Literal["learned", "sincos_1d", "sincos_2d"] = "learned"
+    positions: Literal["learned", "sincos_1d", "sincos_2d", "rope"] = "learned"
     """Position embedding: learned, or fixed sines and cosines of the patch's number (Vaswani et al. 2017) or of its row
-    and column (Beyer et al. 2022). For `vit`."""
+    and column (Beyer et al. 2022); or rotary, which turns queries and keys by row and column (DINOv3). For `vit`."""
+    resize: Literal["offset", "antialias", "bicubic", "sincos"] | None = None
+    """How positions of another size than image_size are made: offset = DINO and DINOv2; antialias = DINOv2 with
+    registers; bicubic = MAE's fine-tuning, Hugging Face's ViT; sincos = computed anew, for positions sincos_*. When not
+    given: antialias for timm's reg4_dinov2, else offset. Rotary positions fit any size."""
+    prefix_positions: bool = True
+    """Whether CLS and registers have learned positions too (DINO), or patches alone (DeiT-3, DINOv2 with registers).
+    For `vit`."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each branch (ViT), or after each sum, with none at the end (Vaswani et al. 2017). For `vit`."""
     norm_eps: PositiveShare | None = None
-    """Added to the variance in every LayerNorm; timm's own for a timm name, 1e-6 for `vit`. Hugging Face's ViT has
-    1e-12, DINOv3 1e-5."""
+    """Added to the variance in every LayerNorm; timm's own for a timm name, 1e-6 for `vit` (1e-5 with rotary
+    positions). Hugging Face's ViT has 1e-12, DINOv3 1e-5."""
     causal: bool = False
     """A patch attends to itself and earlier ones, in raster order; CLS and registers to everything (set by method.order
     causal)."""

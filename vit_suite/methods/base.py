@@ -21,8 +21,10 @@ from vit_suite.config import BackboneConfig, CropConfig, MethodConfig, OptimConf
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.methods.sharding import Sharded
-from vit_suite.models.backbone import Backbone, check_image_size, known_patch_size, resize_position
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import check_image_size, known_patch_size
 from vit_suite.models.lora import with_frozen_names
+from vit_suite.models.positions import resize_position
 from vit_suite.optim.groups import clip_all, clip_each, clip_networks, parameter_groups
 from vit_suite.optim.schedules import cosine, peak_rate
 from vit_suite.views.draw import Draw
@@ -40,9 +42,7 @@ def as_config(cls: type[T], value: T | dict | None) -> T:
 def for_views(backbone: BackboneConfig, views: CropConfig) -> BackboneConfig:
     """`backbone` with the position grid of the global crop where it names none. UserError when its patches do not tile
     that crop."""
-    if patch := known_patch_size(
-        backbone
-    ):  # here the message can name the option; the network knows an image size only
+    if patch := known_patch_size(backbone):  # here the message can name the option; the network knows a size only
         check_image_size([views.global_size], patch, "views.global_size")
     return replace(backbone, image_size=backbone.image_size or [views.global_size, views.global_size])
 
@@ -64,8 +64,11 @@ def copy_backbone(to: Backbone, source: Backbone) -> None:
     if to.native_grid != source.native_grid and "pos_embed" in state:
         learned = "pos_embed" in dict(to.vit.named_parameters())
         prefix = 0 if to.vit.no_embed_class else to.prefix_tokens
-        resized = resize_position(state["pos_embed"], source.native_grid, to.native_grid, prefix)
-        state["pos_embed"] = resized if learned else to.vit.pos_embed
+        resized = to.vit.pos_embed
+        if learned:
+            how = source.cfg.resize
+            resized = resize_position(state["pos_embed"], source.native_grid, to.native_grid, prefix, how)
+        state["pos_embed"] = resized
     if to.cfg.lora_rank:
         state = with_frozen_names(state, to.vit.state_dict())
     to.vit.load_state_dict(state)
@@ -165,7 +168,7 @@ class Method(pl.LightningModule):
         self.sums: dict[str, Tensor] = {}  # of the micro-batches of the step under way
         backbone = for_views(as_config(BackboneConfig, backbone), self.views_config)
         self.build(backbone)
-        check_image_size([self.views_config.global_size], self.evaluation_backbone().patch_size, "views.global_size")
+        check_image_size([self.views_config.global_size], self.evaluation_backbone().patch, "views.global_size")
         # As plain data, so that the checkpoint loads with `weights_only=True`.
         options = {"method": self.method, "backbone": backbone, "views": self.views_config, "optim": self.optim}
         self.save_hyperparameters(

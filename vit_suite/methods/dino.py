@@ -28,7 +28,8 @@ from vit_suite.losses.koleo import koleo_loss
 from vit_suite.methods.base import Losses, Method
 from vit_suite.methods.collapse import CollapseMonitor, distillation_signs
 from vit_suite.methods.gradients import Gradients, add_gradients, with_gradients
-from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.schedules import cosine, teacher_temperature
@@ -115,7 +116,7 @@ class DINO(Method):
         self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method, norm_last_layer=True)
         copy_weights(self.teacher, self.student)
         if views.local_crops:
-            check_image_size([views.local_size], self.student.backbone.patch_size, "views.local_size")
+            check_image_size([views.local_size], self.student.backbone.patch, "views.local_size")
         self.register_buffer("center", torch.zeros(method.out_dim))
         self.monitor = CollapseMonitor(method.out_dim)
 

@@ -34,7 +34,8 @@ from vit_suite.losses.koleo import koleo_loss
 from vit_suite.losses.sinkhorn import sinkhorn_knopp
 from vit_suite.methods.base import Losses, Method
 from vit_suite.methods.collapse import CollapseMonitor, distillation_signs
-from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.groups import parameter_groups

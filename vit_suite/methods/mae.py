@@ -23,7 +23,8 @@ from vit_suite.errors import UserError
 from vit_suite.hardware import send
 from vit_suite.losses.reconstruction import at, masked_mse, patch_statistics, patchify, psnr, unpatchify
 from vit_suite.methods.base import Losses, Method
-from vit_suite.models.backbone import Backbone, check_image_size
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import check_image_size
 from vit_suite.models.masked import CrossDecoder, SelfDecoder, encode_visible, init_mae_
 from vit_suite.views.draw import Draw, alone
 from vit_suite.views.masks import Split, random_patches

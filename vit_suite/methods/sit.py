@@ -32,7 +32,8 @@ from vit_suite.losses.contrastive import info_nce, info_nce_logits, nt_xent_logi
 from vit_suite.losses.reconstruction import psnr, reconstruction_l1
 from vit_suite.losses.uncertainty import uncertainty_sum, uncertainty_weights
 from vit_suite.methods.base import Losses, Method
-from vit_suite.models.backbone import EXPLICIT, Backbone, check_image_size
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import EXPLICIT, check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import ContrastiveHead, PatchDecoder, init_linear_
 from vit_suite.optim.schedules import cosine

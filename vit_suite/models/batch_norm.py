@@ -8,29 +8,46 @@ from torch import Tensor, nn
 from vit_suite import distributed
 
 
+def _normed(layer: nn.BatchNorm1d | nn.BatchNorm2d, rows: Tensor) -> Tensor:
+    """Rows (M, C) by the statistics of all ranks' rows, of which there are M on every rank; counts them too.
+
+    Two passes, mean and then variance, because a mean of squares less the square of the mean loses digits.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        values, count = rows.float(), len(rows) * distributed.world_size()
+        mean = distributed.sum_over_ranks(values.sum(0)) / count
+        centered = values - mean
+        variance = distributed.sum_over_ranks(centered.square().sum(0)) / count
+        output = centered * torch.rsqrt(variance + layer.eps)
+        if layer.affine:
+            output = output * layer.weight + layer.bias
+    with torch.no_grad():
+        layer.num_batches_tracked += 1
+        layer.running_mean.lerp_(mean, layer.momentum)
+        layer.running_var.lerp_(variance * (count / (count - 1)), layer.momentum)
+    return output.to(rows.dtype)
+
+
 class BatchNorm1d(nn.BatchNorm1d):
     """nn.BatchNorm1d of (B, D) that in training takes its statistics from the batches of all ranks, which are of one
     size.
 
-    N ranks so give the numbers of one rank with the whole batch: outputs, gradients (of a loss that DDP averages over
-    ranks) and running
-    statistics. Two passes, mean and then variance, because a mean of squares less the square of the mean loses digits.
-    In evaluation, and on one rank, it is torch's own. The names in `state_dict` are the same.
+    So N ranks give the numbers of one rank with the whole batch: outputs, gradients (of a loss that DDP averages over
+    ranks) and running statistics. In evaluation, and on one rank, it is torch's own. The names in `state_dict` are the
+    same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and distributed.active()):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            rows, count = x.float(), len(x) * distributed.world_size()
-            mean = distributed.sum_over_ranks(rows.sum(0)) / count
-            centerd = rows - mean
-            variance = distributed.sum_over_ranks(centerd.square().sum(0)) / count
-            output = centerd * torch.rsqrt(variance + self.eps)
-            if self.affine:
-                output = output * self.weight + self.bias
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return output.to(x.dtype)
+        return _normed(self, x)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """The same for images (B, C, H, W), over B, H and W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and distributed.active()):
+            return super().forward(x)
+        rows = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        return _normed(self, rows.flatten(0, 2)).view_as(rows).permute(0, 3, 1, 2)

@@ -1,5 +1,5 @@
-"""Pieces of a ViT that timm has no option for: fixed sine positions, post-norm blocks, causal order over patches, a
-last block for the CLS token alone, and drop path whose draws do not depend on the number of ranks.
+"""Pieces of a ViT that timm has no option for: post-norm blocks, causal order over patches, a last block for the CLS
+token alone, drop path whose draws do not depend on the number of ranks, and reading the attention of a block.
 
 Axes: B images, N patches (row-major), T = prefix + N tokens, D width, M views (one row of a forward pass each).
 """
@@ -7,11 +7,13 @@ Axes: B images, N patches (row-major), T = prefix + N tokens, D width, M views (
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.layers import DropPath as TimmDropPath
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ def replace_drop_path(vit: nn.Module) -> None:
     for block in vit.blocks:
         for name, part in list(block.named_modules()):
             if isinstance(part, TimmDropPath):
-                if not isinstance(block, PreNormBlock | PostNormBlock | BranchNormBlock):
+                if not isinstance(block, OWN_BLOCKS):
                     raise UserError(
                         f"backbone.drop_path {part.drop_prob:g}: {type(block).__name__} blocks cannot drop the same"
                         " paths on any number of ranks: set backbone.drop_path 0."
@@ -103,6 +105,37 @@ class BranchNormBlock(ResPostBlock):
         branch = self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
         x = x + _dropped(self.drop_path1, branch, kept, 0)
         return x + _dropped(self.drop_path2, self.norm2(self.mlp(x)), kept, 1)
+
+
+class RopeBlock(EvaBlock):
+    """timm's EvaBlock (rotary positions, LayerScale, plain or gated MLP) with drawn paths.
+
+    `rope` (N, 2 d) or (heads, N, 2 d): sines and cosines of the patches' positions, for heads of width d.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        branch = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + _dropped(self.drop_path1, branch if self.gamma_1 is None else self.gamma_1 * branch, kept, 0)
+        branch = self.mlp(self.norm2(x))
+        return x + _dropped(self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch, kept, 1)
+
+
+OWN_BLOCKS = (PreNormBlock, PostNormBlock, BranchNormBlock, RopeBlock)
+"""Blocks whose `forward` takes `kept`."""
+
+
+def replace_rope_blocks(vit: nn.Module) -> None:
+    """Make timm's EvaBlocks this module's, which hold the same parts: timm's Eva has no argument for them."""
+    for block in vit.blocks:
+        if type(block) is EvaBlock:
+            block.__class__ = RopeBlock
 
 
 PLAIN = {torch.bfloat16: 1536, torch.float32: 64}
@@ -225,6 +258,35 @@ def own_layers(vit: nn.Module) -> dict[str, type[nn.Module]]:
     return layers
 
 
+def queries_and_keys(block: nn.Module, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and k (B, heads, T, d) as `block` multiplies them, normed and turned; x (B, T, D) is the block's input.
+
+    UserError where the block has no attention that can be read.
+    """
+    attention = getattr(block, "attn", None)
+    if not isinstance(block, OWN_BLOCKS) or not isinstance(attention, TimmAttention | EvaAttention | AttentionRope):
+        raise UserError(f"the attention of {type(block).__name__} blocks cannot be read; use a plain ViT.")
+    x = x if isinstance(block, PostNormBlock | BranchNormBlock) else block.norm1(x)
+    if attention.qkv is None:
+        q, k = attention.q_proj(x), attention.k_proj(x)
+    else:
+        bias = attention.qkv.bias
+        if isinstance(attention, EvaAttention) and attention.q_bias is not None:
+            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        q, k, _ = F.linear(x, attention.qkv.weight, bias).chunk(3, dim=-1)
+    q, k = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in (q, k))
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        prefix = attention.num_prefix_tokens
+        q, k = (
+            torch.cat(
+                [part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=attention.rotate_half)], dim=2
+            )
+            for part in (q, k)
+        )
+    return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # heads may share their keys
+
+
 @functools.lru_cache(maxsize=8)
 def causal_mask(tokens: int, prefix: int, device: torch.device) -> Tensor:
     """(T, T) bool, True where a row may look: the prefix at everything, a patch at itself and earlier patches.
@@ -235,29 +297,3 @@ def causal_mask(tokens: int, prefix: int, device: torch.device) -> Tensor:
     mask[:, :prefix] = False
     mask[:prefix] = True
     return mask.to(device)
-
-
-def _waves(places: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """sin and cos (..., dim / 2) of places at wavelengths from 2 pi to 10,000 x 2 pi."""
-    rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = places.double().unsqueeze(-1) * rates
-    return angles.sin(), angles.cos()
-
-
-def sincos_positions(kind: Literal["sincos_1d", "sincos_2d"], grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
-    """Fixed position embedding (1, T, D).
-
-    sincos_1d: of the place in the sequence, prefix included; sine and cosine take turns (Vaswani et al. 2017, section
-    3.5).
-    sincos_2d: quarters sin(column), cos(column), sin(row), cos(row), and zero for the prefix (Beyer et al. 2022 after
-    MoCo v3).
-    """
-    need = 2 if kind == "sincos_1d" else 4
-    if dim % need:
-        raise UserError(f"backbone.positions {kind} needs a backbone.dim that {need} divides, not {dim}.")
-    if kind == "sincos_1d":
-        sine, cosine = _waves(torch.arange(prefix + grid[0] * grid[1]), dim)
-        return torch.stack([sine, cosine], -1).flatten(1).float().unsqueeze(0)
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    patches = torch.cat([*_waves(columns.flatten(), dim // 2), *_waves(rows.flatten(), dim // 2)], dim=-1)  # (N, D)
-    return torch.cat([torch.zeros(prefix, dim, dtype=torch.float64), patches]).float().unsqueeze(0)

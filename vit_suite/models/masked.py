@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.blocks import Attention, PreNormBlock, sincos_positions
+from vit_suite.models.blocks import Attention, PreNormBlock
+from vit_suite.models.positions import sincos_positions
 from vit_suite.views.masks import Split
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -41,7 +42,7 @@ def encode_visible(backbone: Backbone, images: Tensor, visible: Tensor, kept: Te
     prefix = backbone.prefix_tokens
     patches = x[:, prefix:].gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     x = torch.cat([x[:, :prefix], patches], dim=1)
-    return [x, *backbone.blocks(x, kept)]
+    return [x, *backbone.blocks(x, None, kept)]
 
 
 class Decoder(nn.Module):
