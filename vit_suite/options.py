@@ -109,7 +109,7 @@ class Option(NamedTuple):
         return self._type_name(ceiling=any(_exceeds(wrong, limit.ceiling) for limit in self.limits))
 
     def _type_name(self, ceiling: bool = False) -> str:
-        limits = ", ".join(limit.words(ceiling) for limit in self.limits)
+        limits = ", ".join(dict.fromkeys(limit.words(ceiling) for limit in self.limits))
         name = "path" if self.place else _spell(self.hint)
         return f"{name} ({limits})" if limits else name
 
@@ -277,6 +277,9 @@ def convert(hint: Any, value: Any) -> Any:
 def _convert_union(members: tuple[Any, ...], value: Any) -> Any:
     if type(None) in members and (value is None or value == "null"):
         return None
+    kinds = {get_origin(_bare(member)) is list for member in members if member is not type(None)}
+    if len(kinds) == 2 and isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]  # the command line gives a list of one item where an option may be a list or a number
     for member in members:
         if member is not type(None):
             try:
@@ -284,6 +287,11 @@ def _convert_union(members: tuple[Any, ...], value: Any) -> Any:
             except ValueError:
                 continue
     raise ValueError(value)
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its limits."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _items(value: Any) -> list[Any]:

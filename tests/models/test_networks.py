@@ -189,7 +189,7 @@ def test_a_convolutional_stem_is_the_papers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stem": "conv", "patch_size": 6, "image_size": [12, 12]}, r"backbone\.patch_size has to be 4, 8, 16 or 32, not 6"),
+        ({"stem": "conv", "patch_size": 6, "image_size": [12, 12]}, r"has to be 4, 8, 16 or 32, not 6"),
         ({"stem": "conv", "patch_size": [4, 8]}, r"has to be 4, 8, 16 or 32, not \[4, 8\]"),
         ({"stem": "conv", "dim": 27, "heads": 3}, r"needs a backbone\.dim that 2 divides"),
         ({"positions": "rope", "stem": "conv"}, r"backbone\.stem conv is not for backbone\.positions rope"),

@@ -44,8 +44,9 @@ def attention_maps(backbone: Any, images: Tensor) -> Tensor:
     """What the CLS token looks at in the last block: images (B, C, H, W), normalized -> (B, h, gh, gw) float32, without
     gradients.
 
-    backbone: anything with grid_of, prefix_tokens, has_cls and last_attention (vit_suite.models.backbone.Backbone). A
-    module runs in eval mode and gets its own mode back. UserError for a backbone without a CLS token.
+    backbone: anything with patch_size (or patch, both sides), prefix_tokens, has_cls and last_attention
+    (vit_suite.models.backbone.Backbone). A module runs in eval mode and gets its own mode back. UserError for a
+    backbone without a CLS token.
     """
     require_cls(backbone)
     with torch.no_grad(), frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
@@ -59,7 +60,8 @@ def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = Fal
     `rollout` holds an attention matrix (B, T, T) for each block; without it memory grows with T alone where the kernel
     of the blocks allows it. For anything beyond the heads the backbone needs depth, embed, blocks and attention_of too.
     """
-    grid, prefix = backbone.grid_of(images), backbone.prefix_tokens
+    rows, columns = getattr(backbone, "patch", None) or (backbone.patch_size, backbone.patch_size)
+    grid, prefix = (images.shape[-2] // rows, images.shape[-1] // columns), backbone.prefix_tokens
     if not (rollout or norms or patches):
         return Look(cls_attention(backbone.last_attention(images, CLS), prefix, grid).float())
     x, _ = backbone.embed(images)

@@ -38,7 +38,7 @@ class BackboneConfig:
     name: str = "vit"
     """timm model name (vit_small_patch16_224, vit_small_patch14_reg4_dinov2, vit_small_patch16_dinov3, ...), or
     `vit`."""
-    patch_size: Annotated[list[Side], Range(length=2)] | Side | None = None
+    patch_size: Side | Annotated[list[Side], Range(length=2)] | None = None
     """Side of a patch in pixels, or [height, width]; timm's own for a timm name, 16 for `vit`."""
     dim: TokenWidth | None = None
     """Width of a token; timm's own for a timm name, 384 for `vit`."""
