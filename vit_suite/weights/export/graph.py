@@ -105,7 +105,7 @@ class Traceable(nn.Module):
         return vit.norm_pre(torch.cat([*prefix, x], dim=1) + torch.cat([vit.pos_embed[:, :skipped], positions], dim=1))
 
     def positions(self, position: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(1, h0 w0, D) of the native grid -> (1, h w, D): DINO's rule, `models.backbone.resize_position`."""
+        """(1, h0 w0, D) of the native grid -> (1, h w, D): DINO's rule, `models.positions.resize_position`."""
         height, width = (
             torch.arange(side, device=position.device, dtype=torch.float32) for side in grid
         )  # of the graph's length

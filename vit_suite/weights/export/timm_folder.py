@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from vit_suite.errors import UserError
-from vit_suite.models.backbone import EXPLICIT, Backbone
+from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import EXPLICIT
 from vit_suite.weights.checkpoint import LoadedBackbone
 from vit_suite.weights.export.huggingface import write_json
 
