@@ -104,12 +104,13 @@ def test_what_has_no_partner_is_named(images, tmp_path, caplog):
         UserError, match=r"no truth in .*masks' has the name of an image.*called x, images a.jpg, c.jpg, deep/b.png"
     ):
         open_truths(images, mask_folder(tmp_path / "none", ("x.png",)))
-    with pytest.raises(
-        UserError, match=r"2 truths are not of the size.*a.jpg is 4x2, its truth in a.png 2x4; c.jpg is"
-    ):
-        wrong = mask_folder(tmp_path / "wrong", ("a.png", "c.png"), (2, 4))
-        mask_folder(tmp_path / "wrong", ("deep/b.png",))
-        open_truths(images, wrong)
+    wrong = mask_folder(tmp_path / "wrong", ("a.png", "c.png"), (2, 4))
+    mask_folder(tmp_path / "wrong", ("deep/b.png",))
+    source, _ = open_truths(images, wrong)
+    assert len(source) == 1 and [one.reason for one in source.failures] == [
+        "a.jpg is 4x2, its truth in a.png 2x4",
+        "c.jpg is 4x2, its truth in c.png 2x4",
+    ]
 
 
 def test_folders_that_are_none(images, tmp_path):
@@ -148,21 +149,20 @@ def test_voc(images, tmp_path):
     ]  # counted from 1, the last pixel named: xmin 1, xmax W is everything
     assert truths.load(1).shape == (0, 4)
     (folder / "c.xml").write_text(XML.format(40, 20, OBJECT.format(0, 1, 1, 4, 2)))
-    with pytest.raises(UserError, match="c.jpg is 4x2, its truth in Annotations 40x20"):
-        open_truths(images, folder)
+    source, _ = open_truths(images, folder)
+    assert len(source) == 1 and source.failures[0].reason == "c.jpg is 4x2, its truth in Annotations 40x20"
     (folder / "c.xml").write_text(XML.format(4, 2, OBJECT.format(0, 1, 1, 9, 2)))
-    with pytest.raises(
-        UserError, match=r"1 images are empty or lie outside.*c.jpg \(4x2\): \[\[0.0, 0.0, 9.0, 2.0\]\]"
-    ):
-        open_truths(images, folder)
+    source, truths = open_truths(images, folder)
+    assert "lie outside of the image are left out: [[0.0, 0.0, 9.0, 2.0]]" in source.failures[0].reason
+    assert truths.load(1).shape == (0, 4)
     for text in (
         "<annotation",
         XML.format(4, 2, OBJECT.format(0, "one", 1, 9, 2)),
         "<a><object><bndbox></bndbox></object></a>",
     ):
         (folder / "c.xml").write_text(text)
-        with pytest.raises(UserError, match="c.xml' is no VOC annotation"):
-            open_truths(images, folder)
+        source, _ = open_truths(images, folder)
+        assert "expected object/bndbox with xmin" in source.failures[0].reason and source.path(0).endswith("a.jpg")
 
 
 def test_coco(images, tmp_path):
@@ -198,9 +198,10 @@ def test_text_of_tiny_imagenet(images, tmp_path):
     (tmp_path / "n01_boxes.txt").rename(boxes / "n01_boxes.txt")
     source, truths = open_truths(images, boxes)
     assert len(source) == 1 and truths.load(0).tolist() == [[0, 0, 4, 2]]
-    (boxes / "n01_boxes.txt").write_text("a.jpg 0 0 3\n")
-    with pytest.raises(UserError, match="n01_boxes.txt': expected `name"):
-        open_truths(images, boxes)
+    (boxes / "n01_boxes.txt").write_text("\ufeffa.jpg 0 0 3 1\nc.jpg 0 0 3\n")
+    source, _ = open_truths(images, boxes)
+    assert len(source) == 1 and source.failures[0].path.endswith("n01_boxes.txt:2")
+    assert source.failures[0].reason.startswith("expected `name [WNID] x0 y0 x1 y1`, found 'c.jpg 0 0 3'")
 
 
 def test_data_sets_bring_their_own():
@@ -212,3 +213,104 @@ def test_data_sets_bring_their_own():
     shapes.boxes = torch.tensor([[0.0, 0, 1, 1], [float("nan")] * 4])
     truths = source_truths(shapes)
     assert truths.kind == "boxes" and truths.load(0).tolist() == [[0, 0, 1, 1]] and truths.load(1).shape == (0, 4)
+
+
+# What real folders hold
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_by_color_alpha_and_jpeg(tmp_path):
+    object_ = np.zeros((40, 60), np.uint8)
+    object_[:10] = 255
+    colors = np.dstack([object_] * 3)
+    Image.fromarray(colors).quantize(2).save(tmp_path / "palette.png")  # whichever entry comes first
+    Image.fromarray(np.dstack([np.full_like(colors, 90), object_])).save(tmp_path / "alpha.png")
+    Image.fromarray(np.dstack([object_, object_ * 0, object_ * 0])).save(tmp_path / "red.jpg", quality=75)
+    Image.fromarray(object_).save(tmp_path / "gray.jpg", quality=60)
+    Image.fromarray(np.dstack([colors, np.full_like(object_, 255)])).save(tmp_path / "opaque.png")
+    for name in ("palette.png", "alpha.png", "red.jpg", "gray.jpg", "opaque.png"):
+        mask = read_mask(tmp_path / name)
+        assert abs((mask == 1).float().mean().item() - 0.25) < 0.02, name
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(object_[::-1].copy()).save(tmp_path / "turned.png", exif=exif)
+    assert (read_mask(tmp_path / "turned.png").numpy() == object_ // 255).all()
+
+
+def test_a_photograph_is_no_mask(images, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.jpg")
+    with pytest.raises(UserError, match="looks like a photograph"):
+        read_mask(tmp_path / "photo.jpg")
+    colors = np.full((4, 4, 3), 200, np.uint8)
+    colors[0] = 90, 20, 20
+    Image.fromarray(colors).save(tmp_path / "bright.png")
+    with pytest.raises(UserError, match="none is black: say with mask_values index"):
+        read_mask(tmp_path / "bright.png")
+    (tmp_path / "copies").mkdir()
+    for name in ("a.jpg", "c.jpg"):
+        (tmp_path / "copies" / name).write_bytes((images / name).read_bytes())
+    with pytest.raises(UserError, match="2 of 2 masks are the photographs themselves"):
+        open_truths(images, tmp_path / "copies")
+
+
+def test_boxes_of_a_root_that_holds_the_photographs_too(tmp_path, caplog):
+    root = tmp_path / "VOC"
+    (root / "Annotations").mkdir(parents=True)
+    (root / "JPEGImages").mkdir()
+    for i in range(3):
+        Image.new("RGB", (60, 40), (i, 0, 0)).save(root / "JPEGImages" / f"{i}.jpg")
+        (root / "Annotations" / f"{i}.xml").write_text(XML.format(60, 40, OBJECT.format(0, 5, 5, 15, 15)))
+    with caplog.at_level(logging.INFO, "vit_suite"):
+        source, truths = open_truths(root / "JPEGImages", root)
+    assert truths.kind == "boxes" and len(source) == 3 and truths.load(0).tolist() == [[4, 4, 15, 15]]
+    assert "truth: boxes (VOC XML) in" in caplog.text and "3 of 3 images have one, 0 truths belong to no" in caplog.text
+    for file in (root / "Annotations").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="expected a folder of masks or VOC XML"):  # and not the photographs
+        open_truths(root / "JPEGImages", root)
+    mask_folder(root, ("0.png",), (60, 40))
+    assert open_truths(root / "JPEGImages", root)[1].load(0).all()
+
+
+def test_xml_as_labeling_tools_leave_it(tmp_path, caplog):
+    for i in range(3):
+        (tmp_path / "i").mkdir(exist_ok=True)
+        Image.new("RGB", (60, 40)).save(tmp_path / "i" / f"IMG.{i}.jpg")
+    box = OBJECT.format(0, 0, 1, 60, 40)
+    (tmp_path / "i" / "IMG.0.XML").write_text(XML.format("60.0", "40", box))  # beside the images, any case, a float
+    (tmp_path / "i" / "._IMG.0.xml").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "i" / "IMG.1.xml").write_text(XML.format(60, 40, OBJECT.format(0, 1, 1, 63, 40) + box))
+    with caplog.at_level(logging.WARNING, "vit_suite"):
+        source, truths = open_truths(tmp_path / "i", tmp_path / "i")
+    assert len(source) == 2 and truths.load(0).tolist() == [[-1, 0, 60, 40]]
+    assert len(source.failures) == 1 and len(truths.load(1)) == 1  # the box outside is listed, the other one scored
+    assert "2 boxes in" in caplog.text and "--box_origin 0" in caplog.text
+    assert open_truths(tmp_path / "i", tmp_path / "i", origin=0)[1].load(0).tolist() == [[0, 1, 61, 41]]
+
+
+def test_coco_names_keep_their_endings_and_bad_rows_are_listed(tmp_path):
+    (tmp_path / "i").mkdir()
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        Image.new("RGB", (60, 40)).save(tmp_path / "i" / name)
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(("a.jpg", "a.png", "b.jpg", "b.jpg"))],
+        "annotations": [
+            {"image_id": 0, "bbox": [0, 0, 10, 10]},
+            {"image_id": 1, "bbox": [30, 20, 10, 10]},
+            {"image_id": 2, "bbox": ["1", "1", "5", "5"]},
+            {"image_id": 3, "bbox": [7, 7, 2, 2]},  # the same file again: its boxes are joined
+            {"image_id": 0, "bbox": None},
+            {"image_id": 99, "bbox": [0, 0, 1, 1]},
+            {"image_id": 1, "bbox": [3, 3, 0, 5]},
+        ],
+    }
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    source, truths = open_truths(tmp_path / "i", tmp_path / "c.json")
+    boxes = {source.path(i)[-5:]: truths.load(i).tolist() for i in range(3)}
+    assert boxes["a.jpg"] == [[0, 0, 10, 10]] and boxes["a.png"] == [[30, 20, 40, 30]]
+    assert boxes["b.jpg"] == [[1, 1, 6, 6], [7, 7, 9, 9]]
+    assert [one.reason[:12] for one in source.failures] == ["annotation 4", "annotation 5", "boxes that a"]
+    content["images"] = content["images"][:1]
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert len(open_truths(tmp_path / "i", tmp_path / "c.json")[0]) == 1  # a.png does not get a.jpg's boxes

@@ -54,12 +54,14 @@ def run(cfg: LocalizeConfig) -> None:
             pick_precision(cfg.precision, device),
             progress=True,
         )
+        check = Quarantine(limit=cfg.data.max_corrupt)
+        total = len(source) + len(source.failures)
+        check.report(list(source.failures), source.title, total)
         found = localize(localizer, {"checkpoint": loaded, "untrained": loaded.untrained(cfg.seed)}, cfg.seed)
-        if found.looked.failures:
-            Quarantine(limit=cfg.data.max_corrupt).report(found.looked.failures, source.title, len(source))
+        check.report(found.looked.failures, source.title, total)
         if distributed.rank() == 0:
-            if found.looked.failures:
-                log.warning("%d files do not decode, first %s", len(found.looked.failures), found.looked.failures[0])
+            if failures := [*source.failures, *found.looked.failures]:
+                log.warning("%d images or truths cannot be used, first %s", len(failures), failures[0])
             print(found.text())
             protocol = found.protocol() | {
                 "checkpoint": cfg.checkpoint,
@@ -81,7 +83,7 @@ def open_images(cfg: LocalizeConfig, channels: int) -> tuple[ImageSource, Truths
             raise UserError(
                 f"both images and data.name {cfg.data.name} are given; expected a folder with its truth, or a data set."
             )
-        source, truths = open_truths(cfg.images, cfg.truth, cfg.mask_values, channels)
+        source, truths = open_truths(cfg.images, cfg.truth, cfg.mask_values, channels, cfg.box_origin)
         return set_reading(source, cfg.data), truths
     if cfg.truth is not None:
         raise UserError("truth is given without images; data sets bring their own.")
@@ -161,6 +163,7 @@ class Localized:
             "images": len(self.choosing),
             "scored": int((~self.choosing).sum()),
             "left_out": {"without_object": self.looked.empty, "not_decoded": len(self.looked.failures)},
+            "not_used": [str(one) for one in [*how.source.failures, *self.looked.failures]],
             "chosen": (
                 "thresholds and heads by mean overlap (the pointing head by hits) on the images that are not scored"
             ),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from vit_suite.config.data import LocalizeDataConfig
-from vit_suite.config.limits import Batch, Checkpoint, Input, OutputFile, PositiveShare, Seed, Side, Width
+from vit_suite.config.limits import Batch, Checkpoint, Input, OutputFile, PositiveShare, Range, Seed, Side, Width
 from vit_suite.config.shared import ReadingConfig
 
 
@@ -28,6 +28,8 @@ class LocalizeConfig(ReadingConfig):
     mask_values: Literal["auto", "index", "gray"] = "auto"
     """What masks hold: index = class numbers, 0 ground, 255 left out (VOC); gray = object above 127; auto = told from
     the file where it is certain."""
+    box_origin: Annotated[int, Range(0, 1)] = 1
+    """Number that VOC XML gives the first pixel: 1 as VOC itself, 0 as many labeling tools."""
     data: LocalizeDataConfig = field(default_factory=lambda: LocalizeDataConfig(name=""))
     method: list[Literal["attention", "lost", "tokencut"]] = field(
         default_factory=lambda: ["attention", "lost", "tokencut"]

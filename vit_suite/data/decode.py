@@ -257,11 +257,11 @@ def _pixels(
     if image.format == "PNG" and _is_16_bit(image):
         return _png16(image, path, content)
     if image.mode.startswith("I") or image.mode == "F":
-        return Wide(np.asarray(_upright(image))[..., None])
+        return Wide(np.asarray(upright(image))[..., None])
     if only_wide:
         return None
     frame = _frame_box(image)
-    image = _upright(image)
+    image = upright(image)
     if channels not in (1, 3):
         return _channels_first(np.asarray(image))
     if image.mode == "La":  # premultiplied: Pillow's only way out of it
@@ -312,7 +312,8 @@ TURNS = {
 """EXIF orientation -> what shows the image upright."""
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation shows it."""
     if image.format == "TIFF":
         image.load()  # Pillow turns it here by itself, and forgets the tag
     turn = TURNS.get(_orientation(image))
@@ -389,7 +390,7 @@ def _wide_tiff(
             image.seek(page)
             found.append(np.array(image))
         return Wide(np.stack(found, -1))
-    values = np.asarray(_upright(image))
+    values = np.asarray(upright(image))
     if image.tag_v2.get(339, (1,))[0] == 2 and values.dtype == np.uint8:  # Pillow takes signed bytes for unsigned ones
         values = values.view(np.int8)
     if image.tag_v2.get(262) == 0 and image.mode == "I;16":  # white is zero

@@ -1,0 +1,105 @@
+"""Masks of objects as people save them -> 1 object, 0 ground, -1 left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vit_suite.data.decode import JPEG, upright
+from vit_suite.errors import UserError
+
+VOID = (224, 224, 192)
+"""Color of index 255 in VOC's palette: left out of scores."""
+SHADES = 0.05
+"""Share of pixels between dark and bright from which a picture of many colors is no mask: JPEG's noise at the border of
+an object stays below it, a photograph never does."""
+MaskValues = Literal["auto", "index", "gray"]
+
+
+def read_mask(path: str | Path, values: MaskValues = "auto") -> Tensor:
+    """A mask file as int8 (H, W) of 1 object, 0 ground, -1 left out; EXIF orientation is applied. UserError for a file
+    that could mean two things.
+
+    values: index = 0 is ground, 255 is left out (VOC's borders), others are objects. gray = above half is object. auto:
+
+    - transparency: what is opaque is object (cut-outs);
+    - gray with one value besides 0: that value is object;
+    - colors, of palettes too: black is ground, VOC's color of 255 is left out, others are objects;
+    - many colors or shades, most of them dark or bright (a mask that went through JPEG): above half is object.
+
+    Gray files of several values are refused by auto, since they could be class numbers or shades.
+    """
+    path = Path(path)
+    try:
+        pixels, alpha = _read(path, values)
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged input
+        raise UserError(f"mask '{path}' cannot be read ({type(error).__name__}: {error}).") from error
+    if alpha is not None and values == "auto" and alpha.min() < alpha.max():
+        return _trinary(alpha > 127)
+    if pixels.ndim == 3 and pixels.shape[2] == 3 and bool((pixels == pixels[..., :1]).all()):
+        pixels = pixels[..., 0]
+    if pixels.ndim == 3 and pixels.shape[2] == 3 and values == "auto":
+        return _of_colors(path, pixels)
+    if pixels.ndim != 2:
+        raise UserError(
+            f"mask '{path}' has shape {pixels.shape}; expected one value a pixel, or colors with mask_values auto."
+        )
+    if values == "gray":
+        return _trinary(pixels > (127 if pixels.dtype == np.uint8 else 0))
+    if values == "index":
+        return _trinary((pixels != 0) & (pixels != 255), pixels == 255)
+    kinds = np.unique(pixels)
+    if len(kinds[kinds != 0]) <= 1:
+        return _trinary(pixels != 0)
+    if path.suffix.lower() in JPEG and _two_toned(pixels):
+        return _trinary(pixels > 127)
+    listed = ", ".join(map(str, kinds[:5].tolist())) + (f", ... ({len(kinds)} in all)" if len(kinds) > 5 else "")
+    raise UserError(
+        f"gray mask '{path}' holds {len(kinds)} values ({listed}): say with mask_values whether they are class numbers"
+        " (index) or shades (gray)."
+    )
+
+
+def _read(path: Path, values: MaskValues) -> tuple[np.ndarray, np.ndarray | None]:
+    """(pixels (H, W) or (H, W, 3), alpha (H, W) or None)."""
+    if path.suffix.lower() == ".npy":
+        return np.load(path, allow_pickle=False), None
+    with Image.open(path) as image:
+        image = upright(image)
+        if image.mode == "P" and values == "index" or image.mode in ("1", "L") or image.mode.startswith("I"):
+            return np.asarray(image), None
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            whole = np.asarray(image.convert("RGBA"))
+            return whole[..., :3], whole[..., 3]
+        return np.asarray(image.convert("RGB")), None
+
+
+def _of_colors(path: Path, pixels: np.ndarray) -> Tensor:
+    colors = pixels.reshape(-1, 3).astype(np.uint32)
+    count = len(np.unique(colors[:, 0] << 16 | colors[:, 1] << 8 | colors[:, 2]))
+    brightest = pixels.max(-1)
+    if count > 256 or (path.suffix.lower() in JPEG and count > 2):
+        if not _two_toned(brightest):
+            raise UserError(f"mask '{path}' has {count} colors of all shades: it looks like a photograph, not a mask.")
+        return _trinary(brightest > 127)
+    if brightest.min() > 0 and count > 1:
+        raise UserError(
+            f"mask '{path}' has {count} colors, and none is black: say with mask_values index that they are class"
+            " numbers."
+        )
+    left_out = (pixels == VOID).all(-1)
+    return _trinary(pixels.any(-1) & ~left_out, left_out)
+
+
+def _two_toned(shades: np.ndarray) -> bool:
+    return bool(((shades > 64) & (shades < 192)).mean() < SHADES)
+
+
+def _trinary(objects: np.ndarray, left_out: np.ndarray | None = None) -> Tensor:
+    mask = torch.from_numpy(objects.astype(np.int8))
+    return mask if left_out is None else mask - torch.from_numpy(left_out.astype(np.int8))
