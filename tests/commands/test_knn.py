@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.commands.conftest import results
 from vit_suite.data import reading
@@ -284,3 +285,25 @@ def test_workers_decide_how_many_threads_decode(knn, photographs, monkeypatch, w
     data = ["--data.name", "folder", "--data.root", photographs, "--data.resident", "false"]
     assert knn("--data.workers", workers, data=data).status == 0
     assert pools == threads
+
+
+@pytest.mark.parametrize("resident", ["auto", "false"])
+def test_counts_are_those_of_the_images_that_were_scored(knn, tmp_path, resident):
+    root = tmp_path / "set"
+    for split in ("train", "test"):
+        for name in "ab":
+            (root / split / name).mkdir(parents=True)
+            for i in range(10):
+                path = root / split / name / f"{i}.png"
+                side = 32 if resident == "auto" else 32 + i  # of one size they are held in memory
+                pixels = np.random.default_rng(i).integers(0, 255, (side, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+                if i < 4:
+                    path.write_bytes(b"junk")
+    data = ["--data.name", "folder", "--data.root", root, "--data.max_corrupt", 0.5, "--data.resident", resident]
+    said = knn(data=data)
+    assert said.status == 0, said.err
+    assert "top-1 % of 12 images, bank of 12" in said.out and "16 files do not decode and are left out" in said.out
+    protocol = results(tmp_path / "scores.json")[0]["protocol"]
+    assert protocol["bank"]["images"] == protocol["test"]["images"] == 12 and len(protocol["left_out"]) == 16
+    assert all("cannot identify image file" in line for line in protocol["left_out"])

@@ -68,3 +68,9 @@ def representation(backbone: Backbone) -> str:
     """What a backbone answers with, for results.json."""
     what = "CLS token" if backbone.cfg.pool == "cls" else "mean of the patch tokens"
     return f"{what} after the final norm"
+
+
+def say_left_out(failures: list[str]) -> None:
+    """One line below a score about the files that it was measured without; all are in the entry of results.json."""
+    if failures:
+        print(f"{len(failures)} files do not decode and are left out, listed in the entry; the first: {failures[0]}")

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import torch
 
 from vit_suite import distributed
-from vit_suite.commands.data_of import open_data, representation, results_path, view_size
+from vit_suite.commands.data_of import open_data, representation, results_path, say_left_out, view_size
 from vit_suite.config import KNNConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.resident import GIB
@@ -60,8 +60,10 @@ def run(cfg: KNNConfig) -> None:
             results = {name: scorer.vote(*found) for name, found in features.items()}
             shown, metrics = accuracy_table(results), {name: accuracies(result) for name, result in results.items()}
         if distributed.rank() == 0:
-            bank = f"bank of {len(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
-            print(f"{data.name}: top-1 % of {len(scorer.test)} images, {bank}, temperature {cfg.temperature}\n{shown}")
+            bank = f"bank of {data.usable(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
+            count = data.usable(scorer.test)
+            print(f"{data.name}: top-1 % of {count} images, {bank}, temperature {cfg.temperature}\n{shown}")
+            say_left_out(protocol["left_out"])
             append_result(path, "knn few-shot" if cfg.shots else "knn", metrics, protocol, loaded.sha256)
             print(f"appended to {path}")
 
@@ -81,7 +83,7 @@ class Scorer:
         precision: AskedPrecision,
         progress: bool = True,
     ):
-        self.bank, self.test, self.device = data.bank(), data.test(), device
+        self.data, self.bank, self.test, self.device = data, data.bank(), data.test(), device
         self.ks, self.temperature, self.image_size = list(ks), temperature, list(image_size)
         title = "features" if progress else None
         self.options = FeatureOptions(batch_size, device, pick_precision(precision, device), data.threads, title)
@@ -127,8 +129,9 @@ class Scorer:
         """Everything that decides the score besides the weights."""
         return {
             "data": self.bank.name,
-            "bank": {"split": self.bank.split, "images": len(self.bank)},
-            "test": {"split": self.test.split, "images": len(self.test)},
+            "bank": {"split": self.bank.split, "images": self.data.usable(self.bank)},
+            "test": {"split": self.test.split, "images": self.data.usable(self.test)},
+            "left_out": self.data.left_out(self.bank, self.test),
             "features": f"{self.representation}, L2-normalized",
             "view": view_text(self.image_size),
             "k": self.ks,

@@ -12,7 +12,7 @@ from itertools import islice
 from torch import Tensor
 
 from vit_suite import distributed
-from vit_suite.commands.data_of import open_data, results_path, view_size
+from vit_suite.commands.data_of import open_data, results_path, say_left_out, view_size
 from vit_suite.config import LinearConfig, SupervisedViewsConfig
 from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
 from vit_suite.data.module import ImageDataModule
@@ -80,6 +80,7 @@ def run(cfg: LinearConfig) -> None:
                 "trained_on": loaded.meta,
                 "data_options": asdict(data.cfg),
             }
+            say_left_out(entry["left_out"])
             append_result(path, "linear few-shot" if cfg.shots else "linear", metrics, entry, loaded.sha256)
             print(f"appended to {path}")
 
@@ -232,8 +233,9 @@ class Prober:
         return {
             "protocol": protocol.says,
             "data": self.train.name,
-            "train": {"split": self.train.split, "images": len(self.train)},
-            "test": {"split": test.split, "images": len(test)},
+            "train": {"split": self.train.split, "images": data.usable(self.train)},
+            "test": {"split": test.split, "images": data.usable(test)},
+            "left_out": data.left_out(self.train, test),
             "view": view_text(self.size),
             "augment": (
                 "random resized crop of 8 to 100% of the area, flip"
@@ -299,8 +301,9 @@ def report(results: dict[str, Result], prober: Prober) -> str:
                 tables.append(sweep_table(one.held_out, f"held out{label}, top-1 %"))
                 warn_of_edge(one.held_out, one.setting)
     cfg, train, test = prober.cfg, prober.train, prober.data.test()
-    images = f"{cfg.draws} draws from the {len(train)} images" if cfg.shots else f"{len(train)} images"
-    title = f"{train.name}: {cfg.head} heads on {images} of {train.split}, scored on {len(test)} of {test.split}"
+    count, scored = prober.data.usable(train), prober.data.usable(test)
+    images = f"{cfg.draws} draws from the {count} images" if cfg.shots else f"{count} images"
+    title = f"{train.name}: {cfg.head} heads on {images} of {train.split}, scored on {scored} of {test.split}"
     columns = [f"protocol {cfg.protocol}", "top-1 %", "top-5 %", "lr", "blocks", "pool"]
     return "\n\n".join([f"{title}\n{table(columns, rows)}", *tables])
 

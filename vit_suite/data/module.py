@@ -181,6 +181,17 @@ class ImageDataModule(pl.LightningDataModule):
         """`size` scored images that have a label (None or 0: all), class by class."""
         return self._sample(self.test_source, size, seed)
 
+    def usable(self, source: ImageSource) -> int:
+        """Images of `source` without those that were found not to decode: what a score was measured on."""
+        bad = self.quarantine.failures.get(source.title)
+        return sum(source.path(index) not in bad for index in range(len(source))) if bad else len(source)
+
+    def left_out(self, *sources: ImageSource) -> list[str]:
+        """`path: reason` of every file of the splits of these sources that did not decode."""
+        titles = dict.fromkeys(source.title for source in sources)
+        found = (self.quarantine.failures.get(title, {}) for title in titles)
+        return [f"{path}: {reason}" for failures in found for path, reason in failures.items()]
+
     def _sample(self, source: ImageSource, size: int | None, seed: int | None) -> ImageSource:
         if source.labels is not None and bool((source.labels < 0).any()):  # as in STL-10's train+unlabeled
             source = source.subset((source.labels >= 0).nonzero().squeeze(1))

@@ -53,7 +53,7 @@ def test_protocol(cfg: PretrainConfig, parts: Parts) -> dict[str, object]:
     average = parts.method.classifier() is not parts.method.trained()
     return {
         "split": parts.data.test_source.split,
-        "images": len(parts.data.test()),
+        "images": parts.data.usable(parts.data.test()),
         "view": view_text([cfg.views.global_size] * 2),
         "precision": parts.precision,
         "weights": "their average (EMA) after the last step" if average else "those after the last step",
