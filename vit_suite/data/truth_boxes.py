@@ -14,7 +14,7 @@ from typing import Any
 
 from vit_suite.data.decode import DecodeError, is_image
 from vit_suite.data.listing import found_in
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, short
 
 Box = list[float]
 
@@ -107,7 +107,7 @@ def _coco(file: Path) -> BoxFile:
             if image.get("height") and image.get("width"):
                 entry.size = int(float(image["height"])), int(float(image["width"]))
     except (KeyError, TypeError, ValueError, RecursionError, OSError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
+        what = short(f"{type(error).__name__}: {error}")
         raise UserError(f"'{file}' is no COCO annotation ({what}): {expected}.") from error
     for number, note in enumerate(notes):
         try:
