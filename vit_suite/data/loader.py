@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +33,9 @@ from vit_suite.signals import outlive
 
 Images = Tensor | list[Tensor]
 ATTEMPTS = 20  # replacements tried for one image before giving up
+SHM = "/dev/shm"
+SHM_ATTEMPTS, SHM_PAUSE = 40, 0.5
+"""A worker waits 20 s for room in shared memory."""
 
 
 class ResidentLoader(EpochLoader):
@@ -97,7 +102,7 @@ class FileLoader(EpochLoader):
                 if self.decode_on is not None:
                     images = self._decoded(images, labels, indices)
                 yield images, labels, indices
-        except UserError:
+        except (UserError, SharedMemoryFull):
             self.close()
             raise
 
@@ -171,7 +176,7 @@ class _Decoder:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, batch: Batch) -> tuple[Any, Tensor, Tensor, list[DecodeError], UserError | None]:
+    def __getitems__(self, batch: Batch) -> tuple[Any, Tensor, Tensor, list[DecodeError], Exception | None]:
         images: list[Tensor] = []
         indices: list[int] = []
         failures: list[DecodeError] = []
@@ -185,7 +190,13 @@ class _Decoder:
             return [], torch.empty(0), torch.empty(0), failures, error
         chosen = torch.tensor(indices, dtype=torch.int64)
         labels = self.source.labels
-        return result, torch.full_like(chosen, -1) if labels is None else labels[chosen], chosen, failures, None
+        given = torch.full_like(chosen, -1) if labels is None else labels[chosen]
+        if torch.utils.data.get_worker_info() is not None:
+            try:
+                _share([result, given, chosen])
+            except SharedMemoryFull as error:
+                return [], torch.empty(0), torch.empty(0), failures, error
+        return result, given, chosen, failures, None
 
     def load(self, index: int, failures: list[DecodeError]) -> tuple[Tensor, int]:
         """Image `index`, or the one that takes its place, and the index of that one."""
@@ -198,6 +209,38 @@ class _Decoder:
             index = stable_seed("replacement", place, attempt) % len(self.source)
         last = f"{failures[-1].path} ({failures[-1].reason})"
         raise UserError(f"{ATTEMPTS} images of {self.source.title} in a row do not decode; the last is {last}.")
+
+
+class SharedMemoryFull(RuntimeError):
+    """The machine's shared memory does not take what a worker has decoded."""
+
+
+def _share(result: Any) -> None:
+    """Move every tensor of a worker's result to shared memory, through which the main process gets it.
+
+    torch would do it in the thread that feeds the queue between them. When shared memory is full there, the batch is
+    dropped without a word, and the main process waits for it for ever. Here it is waited until the main process has
+    taken other batches, and said when that does not help.
+    """
+    if isinstance(result, (list, tuple)):
+        for part in result:
+            _share(part)
+    elif isinstance(result, Tensor) and result.numel():
+        for attempt in range(SHM_ATTEMPTS):
+            try:
+                result.share_memory_()
+                return
+            except RuntimeError as error:
+                if "shared memory" not in str(error):
+                    raise
+            if attempt + 1 < SHM_ATTEMPTS:
+                time.sleep(SHM_PAUSE)
+        free = shutil.disk_usage(SHM)
+        raise SharedMemoryFull(
+            f"{SHM} is full: {free.free / 2**20:.0f} of {free.total / 2**20:.0f} MiB are free, and a batch of the"
+            f" workers takes {result.nbytes / 2**20:.0f} MiB more. Give fewer --data.workers (0 needs none), a smaller"
+            " --data.batch_size, or the machine more shared memory (docker run --shm-size 8g)."
+        )
 
 
 def _quarantine(given: Quarantine | None, source: ImageSource) -> Quarantine:

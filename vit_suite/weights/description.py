@@ -244,7 +244,12 @@ def check_statistics(own: Mapping[str, Any], options: Mapping[str, Any], source:
                 + (" above 0." if name == "std" else ".")
             )
     size = own.get("image_size")
-    if size is not None and options.get("image_size") is not None and list(size) != list(options["image_size"]):
+    sides = isinstance(size, list) and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in size)
+    if size is not None and not (sides and len(size) in (0, 2)):
+        raise UserError(
+            f"checkpoint '{source}' describes image_size as {str(size)[:80]}; expected [height, width] in pixels."
+        )
+    if size and options.get("image_size") is not None and list(size) != list(options["image_size"]):
         raise UserError(
             f"checkpoint '{source}' describes image_size as {str(size)[:80]},"
             f" its backbone's as {options['image_size']}."
