@@ -109,6 +109,28 @@ def test_the_target_is_the_clean_turned_view():
     assert not torch.equal(corrupted.images, clean)
 
 
+def test_how_often_and_how_views_are_turned():
+    draw = alone(4000)
+    each = draw_turns(draw, 2, torch.device("cpu"))
+    assert torch.equal(each, (draw.uniform(2, purpose="rotation").T * 4).long())  # four labels, equally frequent
+    assert (each[0] != each[1]).double().mean() == pytest.approx(0.75, abs=0.03)
+    seldom = draw_turns(draw, 2, torch.device("cpu"), share=0.3)
+    assert torch.bincount(seldom.flatten()).div(8000).tolist() == pytest.approx([0.7, 0.1, 0.1, 0.1], abs=0.02)
+    together = draw_turns(draw, 2, torch.device("cpu"), together=True)
+    assert torch.equal(together[0], together[1]) and torch.equal(together[0], each[0])
+    assert (draw_turns(draw, 2, torch.device("cpu"), share=1.0) > 0).all()
+
+
+def test_a_module_turns_views_as_its_options_say():
+    module, draw = make(turn_share=1.0, turn_together=True), alone(4)
+    clean = rotate(torch.stack(crops()), draw_turns(draw, 2, torch.device("cpu"), 1.0, together=True))
+    corrupted = corrupt(module.method, clean, draw, 4)
+    output = module.student(corrupted.images.flatten(0, 1)).pixels.unflatten(0, (2, 4))
+    torch.testing.assert_close(module.losses(crops(), draw=draw)["reconstruction"], reconstruction_l1(output, clean))
+    with pytest.raises(UserError, match="turn_share 0.5 has no effect here: it is for method.rotation true"):
+        make(rotation=False, turn_share=0.5)
+
+
 def test_causal_tokens_draw_the_next_patch():
     module = make(**CAUSAL)
     images = torch.stack(crops())

@@ -34,6 +34,10 @@ class SiTConfig(MethodConfig):
     """Method."""
     rotation: bool = True
     """Turn each view by 0, 90, 180 or 270 degrees and predict which, from a token of its own (v1; v3 has neither)."""
+    turn_share: Annotated[float, Range(above=0, most=1)] = 0.75
+    """Probability that a view is turned; 0.75 makes the four turns equally frequent (v1)."""
+    turn_together: bool = False
+    """Turn both views of an image alike, so that the contrastive loss need not make turned images equal (v1: false)."""
     contrastive: Literal["nt_xent", "info_nce", "none"] = "nt_xent"
     """nt_xent = the two views of an image against all others (v1); info_nce = against an EMA teacher's clean views
     (v3)."""

@@ -43,6 +43,8 @@ from vit_suite.views.rotate import draw_turns, rotate
 
 TURNS = 4
 SERVES = {
+    "turn_share": (lambda m: m.rotation, "method.rotation true"),
+    "turn_together": (lambda m: m.rotation, "method.rotation true"),
     "contrastive_head": (lambda m: m.contrastive != "none", "method.contrastive nt_xent or info_nce"),
     "contrastive_dim": (lambda m: m.contrastive != "none", "method.contrastive nt_xent or info_nce"),
     "hidden_dim": (lambda m: m.contrastive_head == "mlp", "method.contrastive_head mlp"),
@@ -199,7 +201,7 @@ class SiT(Method):
         clean = torch.stack(crops)  # (V, B, C, S, S)
         turns = None
         if self.method.rotation:
-            turns = draw_turns(draw, len(crops), clean.device)
+            turns = draw_turns(draw, len(crops), clean.device, self.method.turn_share, self.method.turn_together)
             clean = rotate(clean, turns)
         corrupted = corrupt(self.method, clean, draw, self.student.backbone.patch_size)
         hidden = None if corrupted.hidden is None else corrupted.hidden.flatten(0, 1)

@@ -9,9 +9,22 @@ from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
 
 
-def draw_turns(draw: Draw, views: int, device: torch.device) -> Tensor:
-    """(V, B) int64 labels 0..3, each view its own."""
-    return send((draw.uniform(views, purpose="rotation").T * 4).long().contiguous(), device)
+UNIFORM = 0.75
+"""Share of turned views that makes the four labels equally frequent."""
+
+
+def draw_turns(draw: Draw, views: int, device: torch.device, share: float = UNIFORM, together: bool = False) -> Tensor:
+    """(V, B) int64 labels 0..3 of V views of B images.
+
+    share: probability that a view is turned, by each of the three turns equally often.
+    together: all views of an image have one turn; else each has its own.
+    """
+    uniform = draw.uniform(views, purpose="rotation").T  # (V, B) in 0..1
+    if together:
+        uniform = uniform[:1].expand_as(uniform)
+    upright = 1 - share
+    turned = 1 + ((uniform - upright) * (3 / share)).long().clamp(0, 2)  # rounding must not make a fourth turn
+    return send(torch.where(uniform < upright, 0, turned).contiguous(), device)
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
