@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,24 +21,19 @@ def test_demo(vit_suite, tmp_path):
     digest = load_backbone(tmp_path / "demo").sha256
     assert all(entry["sha256"] == digest and entry["protocol"] and entry["command"] for entry in (pretrain, knn, masks))
 
-    rows = {
-        line.rsplit(maxsplit=4)[0]: line.split()[-4:]
-        for line in said.out.splitlines()
-        if re.match("(trained|untrained|raw)", line)
-    }
     printed = [line.split() for line in said.out.splitlines()]
-    for name in ("trained", "untrained", "raw pixels"):
+    for name in ("trained here", "untrained", "raw pixels", "shipped"):
         scores = [knn["metrics"][name][f"k{k}"]["top1"] for k in (10, 20, 100, 200)]
         assert all(0 < score < 100 for score in scores)
-        assert [*name.split(), *(f"{score:.2f}" for score in scores)] in printed, rows
+        assert [*name.split(), *(f"{score:.2f}" for score in scores)] in printed
+    assert ["chance", *["10.00"] * 4] in printed
+
     found = masks["metrics"]
     rows = {
-        f"{prefix}{row}": one
-        for name, prefix in (("trained", ""), ("untrained", "untrained: "))
-        for row, one in found[name].items()
+        f"{name}: {row}": found[name][row] for name in found if "_" not in name for row in ("fixed head", "mean map")
     }
     rows |= {"center box": found["center_box"], "whole image": found["whole_image"]}
-    assert len(rows) == 8 and rows["fixed head"]["head"] in range(3)
+    assert len(rows) == 8 and rows["trained here: fixed head"]["head"] in range(3)
     for name, metrics in rows.items():
         scores = [metrics["jaccard"], metrics["pointing"]]
         assert all(0 < score < 100 for score in scores)
@@ -49,14 +42,17 @@ def test_demo(vit_suite, tmp_path):
             for words in printed
         ), name
 
+    with Image.open(tmp_path / "demo" / "overview.png") as image:
+        assert image.width > 8 * 128 and image.height > 4 * 128 and np.asarray(image).std() > 0
+    assert (tmp_path / "demo" / "attention" / "index.html").is_file()
     pictures = sorted((tmp_path / "demo" / "images").glob("*.png"))
     assert len(pictures) == 16
     for picture in pictures:
         for kind in ("overlay", "mask"):
             with Image.open(tmp_path / "demo" / "attention" / f"{picture.stem}_mean_{kind}.png") as image:
-                assert image.size == (48, 48) and np.asarray(image).std() > 0
+                assert image.size == (192, 192) and np.asarray(image).std() > 0
 
-    for command in ("vit-suite pretrain --config configs/dino/", f"vit-suite attention --checkpoint {tmp_path}/demo"):
+    for command in ("vit-suite pretrain --config dino/cifar10_cpu", "vit-suite attention --checkpoint runs/mine"):
         assert command in said.out
     again = vit_suite("demo", *words)
     assert again.status == 0 and "is complete: 2 steps" in again.log

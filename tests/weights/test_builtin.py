@@ -1,15 +1,20 @@
 """`builtin:NAME`: backbones that come with the package."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
+from vit_suite.attention.localize import Localizer
+from vit_suite.commands.localize import localize
 from vit_suite.config import BackboneConfig
+from vit_suite.data.shapes import ShapesSource
+from vit_suite.data.truth import source_truths
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.weights import checkpoint
-from vit_suite.weights.checkpoint import load_backbone, save_backbone
+from vit_suite.weights.checkpoint import BUILTIN_FOLDER, load_backbone, save_backbone
 
 
 def test_a_name_is_a_file_of_the_package(tmp_path, monkeypatch):
@@ -24,3 +29,21 @@ def test_a_name_is_a_file_of_the_package(tmp_path, monkeypatch):
         load_backbone("builtin:smal")
     with pytest.raises(UserError, match="builtin:NAME"):
         load_backbone(tmp_path / "nothing.ckpt")
+
+
+def test_the_backbone_that_comes_along_is_what_its_json_says():
+    loaded = load_backbone("builtin:shapes")
+    about = json.loads((BUILTIN_FOLDER / "shapes.json").read_text())
+    assert loaded.sha256 == about["sha256"] and loaded.image_size == [48, 48]
+    assert (BUILTIN_FOLDER / "shapes.safetensors").stat().st_size < 4 * 2**20
+    assert about["config"]["data"]["name"] == "shapes" and about["command"].startswith("vit-suite pretrain")
+    knn, masks = about["scores"]["knn"], about["scores"]["masks"]
+    assert knn["backbone"]["k20"]["top1"] > knn["raw pixels"]["k20"]["top1"] + 10
+    assert masks["backbone"]["fixed head"]["jaccard"] > masks["center_box"]["jaccard"] + 5
+
+
+def test_it_finds_the_objects_of_images_it_has_not_seen():
+    loaded = load_backbone("builtin:shapes")
+    source = ShapesSource("test", 40, (48, 48), seed=7)
+    found = localize(Localizer(source, source_truths(source), ("attention",), (0.9,)), {"it": loaded}, seed=0)
+    assert found.scores["it"]["fixed head"].overlap > found.baselines.center_box.overlap + 5

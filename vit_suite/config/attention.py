@@ -30,7 +30,7 @@ class AttentionConfig(ReadingConfig):
 
     checkpoint: Checkpoint
     """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
-    solo-learn, lightly), or timm:NAME."""
+    solo-learn, lightly), timm:NAME, or builtin:shapes."""
     images: Input | None = None
     """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of
     data.name to score."""

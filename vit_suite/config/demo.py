@@ -10,17 +10,18 @@ from vit_suite.config.limits import Epochs, Minutes, OutputFolder, Range, Seed
 
 @dataclass
 class DemoConfig:
-    """Everything once, offline: generated images, a small ViT, DINO, kNN and attention masks."""
+    """Everything once, offline: a small ViT that comes along, generated images to train it on, kNN and attention
+    masks."""
 
     output: OutputFolder = "demo"
     """Run directory."""
-    seed: Seed = 0
-    """Seed of the images, the weights and the views."""
-    images: Annotated[int, Range(1, ceiling=1_000_000)] = 4000
+    seed: Seed = 1
+    """Seed of the images, the weights and the views. The backbone that comes along was trained on images of seed 0."""
+    images: Annotated[int, Range(1, ceiling=1_000_000)] = 5000
     """Generated training images."""
     test_images: Annotated[int, Range(1, ceiling=1_000_000)] = 1000
     """Generated images that are scored."""
-    epochs: Epochs = 20
+    epochs: Epochs = 8
     """Passes over the training images."""
     minutes: Minutes = 2.5
     """Stop training after so many minutes, wherever it stands."""

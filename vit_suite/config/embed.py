@@ -17,7 +17,7 @@ class EmbedConfig:
     stopped goes on when it is started again."""
 
     checkpoint: str
-    """Run directory, .ckpt, .safetensors, .pth of the DINO release, or timm:NAME."""
+    """Run directory, .ckpt, .safetensors, .pth of the DINO release, timm:NAME, or builtin:shapes."""
     images: str | None = None
     """Folder of images (searched through), one image, or a text list of paths; without it the split of data.name."""
     data: ImagesConfig = field(default_factory=lambda: ImagesConfig(name=""))

@@ -28,7 +28,7 @@ class ScoreConfig(ReadingConfig):
 
     checkpoint: Checkpoint
     """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
-    solo-learn, lightly), or timm:NAME."""
+    solo-learn, lightly), timm:NAME, or builtin:shapes."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
     batch_size: Batch = 256
     """Images in a forward pass; for linear also in an optimizer step of the heads."""

@@ -34,7 +34,7 @@ class FinetuneConfig(ReadingConfig):
 
     checkpoint: Checkpoint
     """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
-    solo-learn, lightly), or timm:NAME."""
+    solo-learn, lightly), timm:NAME, or builtin:shapes."""
     method: SupervisedConfig = field(default_factory=lambda: SupervisedConfig(ema=0.0))
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
