@@ -16,7 +16,7 @@ def test_demo(vit_suite, tmp_path):
     said = vit_suite("demo", *words)
     assert said.status == 0, said.err
     pretrain, knn, masks = results(tmp_path / "demo")
-    assert [entry["task"] for entry in (pretrain, knn, masks)] == ["pretrain", "knn", "localize"]
+    assert [entry["task"] for entry in (pretrain, knn, masks)] == ["finetune", "knn", "localize"]
     assert pretrain["metrics"]["steps"] == 2
     digest = load_backbone(tmp_path / "demo").sha256
     assert all(entry["sha256"] == digest and entry["protocol"] and entry["command"] for entry in (pretrain, knn, masks))
@@ -56,7 +56,7 @@ def test_demo(vit_suite, tmp_path):
         assert command in said.out
     again = vit_suite("demo", *words)
     assert again.status == 0 and "is complete: 2 steps" in again.log
-    assert [entry["task"] for entry in results(tmp_path / "demo")] == ["pretrain", "knn", "localize", "knn", "localize"]
+    assert [entry["task"] for entry in results(tmp_path / "demo")] == ["finetune", "knn", "localize", "knn", "localize"]
 
 
 def test_output_that_is_not_a_run(vit_suite, tmp_path):

@@ -8,7 +8,6 @@ from torch import Tensor
 from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
 
-
 UNIFORM = 0.75
 """Share of turned views that makes the four labels equally frequent."""
 
