@@ -36,7 +36,7 @@ def test_demo(vit_suite, tmp_path):
     assert len(rows) == 8 and rows["trained here: fixed head"]["head"] in range(3)
     for name, metrics in rows.items():
         scores = [metrics["jaccard"], metrics["pointing"]]
-        assert all(0 < score < 100 for score in scores)
+        assert 0 < scores[0] < 100 and 0 < scores[1] <= 100  # it points at nearly every object
         assert any(
             words[: len(name.split()) + 2] == [*name.split(), *(f"{score:.2f}" for score in scores)]
             for words in printed

@@ -39,6 +39,7 @@ from vit_suite.reports.gallery import write_gallery
 from vit_suite.reports.results import append_result, table
 from vit_suite.training import rundir
 from vit_suite.training.run import train
+from vit_suite.training.start import adopt
 from vit_suite.views.multicrop import normalize_
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
@@ -100,17 +101,15 @@ def run(cfg: DemoConfig) -> None:
     """Look with the backbone that comes along, train one, score both beside what knows nothing, draw, and say what is
     next."""
     speak()
-    pretrain = recipe(cfg)
-    rundir.check(pretrain)  # says now, before anything is computed, when the folder is something else's
-    folder = Path(cfg.output)
-    shipped = load_backbone(BUILTIN)
+    pretrain, shipped, folder = recipe(cfg), load_backbone(BUILTIN), Path(cfg.output)
+    rundir.check(adopt(pretrain, shipped))  # says now, before anything is computed, when the folder is something else's
     data = ImageDataModule(pretrain.data, seed=cfg.seed)
     scorer = Scorer(data, KS, TEMPERATURE, shipped.image_size, 256, pick_device(), "auto", progress=False)
     log.info("1/4 the backbone that comes along, %s, on %d generated images", BUILTIN, cfg.test_images)
     first = scorer.backbone(shipped)
     log.info("it names the outline of %.1f%% by their 20 nearest neighbours; chance is %g%%", first.top1[20], CHANCE)
     log.info("2/4 training it on with the labels of %d more images, at most %.1f minutes", cfg.images, cfg.minutes)
-    if not train(pretrain):
+    if not train(pretrain, shipped):
         return
     log.info("3/4 scores")
     trained = load_backbone(folder)
