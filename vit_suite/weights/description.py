@@ -53,17 +53,28 @@ def infer(state: Mapping[str, Tensor], family: Family, heads: int, source: str) 
         "pool": "cls" if "cls_token" in state else "mean",
         "channels": channels,
         "drop_path": 0.0,
-        **mlp_options(state, dim, source),
+        **block_options(state, dim, source),
         **family.options,
     }
-    grid = grid_of(state, prefix, source) if "pos_embed" in state else [max(1, family.size // height)] * 2
+    if "pos_embed" not in state:
+        return options | {"image_size": [max(1, family.size // height) * height] * 2}
+    grid = grid_of(state, prefix, source)
+    options["prefix_positions"] = state["pos_embed"].shape[1] != grid[0] * grid[1]
     return options | {"image_size": [side * height for side in grid]}
 
 
-def mlp_options(state: Mapping[str, Tensor], dim: int, source: str) -> dict[str, Any]:
-    """Hidden width of the blocks' MLP over `dim`."""
-    hidden = _shape(state, "blocks.0.mlp.fc1.weight", 2, source)[0]
-    return {"mlp_ratio": hidden / dim}
+def block_options(state: Mapping[str, Tensor], dim: int, source: str) -> dict[str, Any]:
+    """Width and kind of the blocks' MLP, and whether they have LayerScale.
+
+    A SwiGLU holds gate and value as one layer of twice the width (DINOv2), or as two (DINOv3).
+    """
+    scaled = "blocks.0.ls1.gamma" in state or "blocks.0.gamma_1" in state
+    options: dict[str, Any] = {"layer_scale": 1e-5} if scaled else {}  # the first value, which the file replaces
+    hidden = _shape(state, "blocks.0.mlp.fc2.weight", 2, source)[1]
+    gated = "blocks.0.mlp.fc1_g.weight" in state
+    if not gated:
+        gated = _shape(state, "blocks.0.mlp.fc1.weight", 2, source)[0] == 2 * hidden
+    return options | {"mlp_ratio": hidden / dim, "mlp": "swiglu" if gated else "gelu"}
 
 
 def depth_of(state: Mapping[str, Tensor], source: str) -> int:
@@ -194,11 +205,13 @@ def check_own(own: Mapping[str, Any], state: Mapping[str, Tensor], source: str) 
 
 def _against_shapes(options: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
     """Each dimension that a description names has to be the one of the tensors."""
-    dim, channels, patch, _ = _shape(state, "patch_embed.proj.weight", 4, source)
+    if options.get("stem", "patch") == "conv":
+        return _against_conv_stem(options, state, source)
+    dim, channels, *patch = _shape(state, "patch_embed.proj.weight", 4, source)
     found: dict[str, Any] = {
         "dim": dim,
         "channels": channels,
-        "patch_size": patch,
+        "patch_size": patch if isinstance(options.get("patch_size"), list) else patch[0],
         "registers": _shape(state, "reg_token", 3, source)[1] if "reg_token" in state else 0,
     }
     for name, value in found.items():
@@ -208,9 +221,7 @@ def _against_shapes(options: Mapping[str, Any], state: Mapping[str, Tensor], sou
     depth, blocks = options.get("depth"), len(block_numbers(state))
     if depth is not None and depth > 4 * max(1, blocks):  # a smaller difference is counted key by key
         raise UserError(f"checkpoint '{source}' describes backbone.depth as {depth}, but its weights have {blocks}.")
-    hidden = next(
-        (t.shape[0] for name, t in state.items() if re.search(r"blocks\.0\.mlp\.fc1\w*\.weight$", name)), None
-    )
+    hidden = next((t.shape[-1] for name, t in state.items() if name == "blocks.0.mlp.fc2.weight"), None)
     ratio = options.get("mlp_ratio")
     if ratio is not None and hidden is not None and not hidden / 4 <= ratio * dim <= hidden * 4:
         raise UserError(
@@ -224,12 +235,32 @@ def _against_shapes(options: Mapping[str, Any], state: Mapping[str, Tensor], sou
             f"checkpoint '{source}' describes backbone.image_size as {size}; expected at most {LARGEST_SIDE} a side."
         )
     if "pos_embed" in state:
-        patches, tokens = (size[0] // patch) * (size[1] // patch), _shape(state, "pos_embed", 3, source)[1]
+        patches, tokens = (size[0] // patch[0]) * (size[1] // patch[1]), _shape(state, "pos_embed", 3, source)[1]
         if not patches <= tokens <= patches + 1 + found["registers"]:
             raise UserError(
                 f"checkpoint '{source}' describes backbone.image_size as {size}, which are {patches} patches of"
-                f" {patch} pixels, but its weights have {tokens} positions."
+                f" {patch[0]} x {patch[1]} pixels, but its weights have {tokens} positions."
             )
+
+
+def _against_conv_stem(options: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+    """The same for a convolutional stem, whose first layer tells the channels, and the blocks everything else."""
+    first = next((t for name, t in state.items() if name.startswith("patch_embed.") and t.ndim == 4), None)
+    if first is None or "blocks.0.norm1.weight" not in state:
+        raise UserError(f"checkpoint '{source}' describes a convolutional stem, and holds none.")
+    found = {
+        "channels": first.shape[1],
+        "dim": state["blocks.0.norm1.weight"].shape[0],
+        "depth": len(block_numbers(state)),
+    }
+    for name, value in found.items():
+        if options.get(name) not in (None, value):
+            raise UserError(
+                f"checkpoint '{source}' describes backbone.{name} as {options[name]}, but its weights have {value}."
+            )
+    size, patch = options.get("image_size") or [1, 1], options.get("patch_size") or 16
+    if "pos_embed" in state and size[0] * size[1] > 2 * patch * patch * state["pos_embed"].shape[1]:
+        raise UserError(f"checkpoint '{source}' describes image_size as {size}, more than it has positions for.")
 
 
 def check_statistics(own: Mapping[str, Any], options: Mapping[str, Any], source: str) -> None:

@@ -235,6 +235,9 @@ def checked(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """
     found = {}
     for name, tensor in tensors.items():
+        if name.endswith("num_batches_tracked"):  # BatchNorm counts
+            found[name] = tensor
+            continue
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(

@@ -27,12 +27,27 @@ SHARPNESS = -0.75
 """Parameter of torch's bicubic kernel without antialiasing."""
 
 
+SMOOTH = -0.5
+"""The same with antialiasing."""
+
+
 def cubic(distance: Tensor, a: float = SHARPNESS) -> Tensor:
     """Keys' cubic convolution kernel of a distance in samples."""
     x = distance.abs()
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def smoothed_weights(count: Tensor, native: int) -> Tensor:
+    """(count, native) matrix of `F.interpolate(size=count, mode="bicubic", antialias=True)`: another kernel (-0.5),
+    as wide as the step where it shrinks."""
+    step = native / (torch.ones_like(count).sum())
+    width = torch.maximum(step, torch.ones_like(step))
+    center = step * (count + 0.5)
+    columns = torch.arange(native, device=count.device, dtype=count.dtype)
+    weights = cubic((columns[None, :] - center[:, None] + 0.5) / width, SMOOTH)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def resize_weights(count: Tensor, native: int, offset: Tensor) -> Tensor:
@@ -73,6 +88,9 @@ class Traceable(nn.Module):
         self.outputs = list(outputs)
         self.pool, self.prefix = backbone.cfg.pool, backbone.prefix_tokens
         self.native = backbone.native_grid
+        self.rule = backbone.cfg.resize or "offset"
+        if self.rule == "sincos":
+            raise UserError("a network with backbone.resize sincos cannot be exported as a graph.")
         self.post_norm = backbone.cfg.norm == "post"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -109,12 +127,16 @@ class Traceable(nn.Module):
         height, width = (
             torch.arange(side, device=position.device, dtype=torch.float32) for side in grid
         )  # of the graph's length
-        same = torch.ones((), device=position.device)
-        for numbers, native in ((height, self.native[0]), (width, self.native[1])):
-            same = same * (torch.ones_like(numbers).sum() == native).to(same.dtype)
-        offset = 0.1 * (1 - same)  # none on the native grid, which stays as it is
-        down = resize_weights(height, self.native[0], offset)
-        across = resize_weights(width, self.native[1], offset)
+        if self.rule == "antialias":
+            down, across = smoothed_weights(height, self.native[0]), smoothed_weights(width, self.native[1])
+        else:
+            same = torch.ones((), device=position.device)
+            for numbers, native in ((height, self.native[0]), (width, self.native[1])):
+                same = same * (torch.ones_like(numbers).sum() == native).to(same.dtype)
+            # The native grid stays as it is, whatever the rule.
+            offset = (0.1 if self.rule == "offset" else 0.0) * (1 - same)
+            down = resize_weights(height, self.native[0], offset)
+            across = resize_weights(width, self.native[1], offset)
         table = position.float().reshape(self.native[0], self.native[1], -1)
         return torch.einsum("ih,hwd,jw->ijd", down, table, across).flatten(0, 1).unsqueeze(0)
 

@@ -1,7 +1,8 @@
 """A backbone in the names of Hugging Face: `config.json`, `model.safetensors`, `preprocessor_config.json`.
 
 Which class: ViTModel for a plain ViT; Dinov2WithRegistersModel for one with registers; Dinov2Model for one with
-LayerScale. Names only: nothing here needs transformers, whose own loading is the check that follows.
+LayerScale; DINOv3ViTModel for one with rotary positions. Names only: nothing here needs transformers, whose own loading is the
+check that follows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.models.eva import Eva
 from torch import Tensor
 
 from vit_suite.errors import UserError
@@ -22,6 +24,7 @@ ARCHITECTURES = {
     "vit": "ViTModel",
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
 }
 """model_type -> class of transformers."""
 
@@ -29,6 +32,10 @@ ARCHITECTURES = {
 def model_type(backbone: Backbone) -> str:
     """Which of transformers' networks this is. UserError where it is none."""
     vit, cfg = backbone.vit, backbone.cfg
+    if isinstance(vit, Eva):
+        if not is_dinov3(vit):
+            raise UserError("--format huggingface: of networks with rotary positions only DINOv3's are known.")
+        return "dinov3_vit"
     faults = {
         "blocks with LayerNorm after the sum (backbone.norm post)": cfg.norm == "post",
         "a causal order (backbone.causal)": cfg.causal,
@@ -48,10 +55,12 @@ def model_type(backbone: Backbone) -> str:
 def write_huggingface(loaded: LoadedBackbone, folder: Path) -> None:
     """The folder that `transformers.AutoModel.from_pretrained` loads."""
     kind = model_type(loaded.backbone)
-    state = to_vit(loaded.backbone) if kind == "vit" else to_dinov2(loaded.backbone)
+    writers = {"vit": to_vit, "dinov3_vit": to_dinov3}
+    state = writers.get(kind, to_dinov2)(loaded.backbone)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", config_of(loaded.backbone, kind))
+    config = dinov3_config(loaded.backbone) if kind == "dinov3_vit" else config_of(loaded.backbone, kind)
+    write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", preprocessor_of(loaded))
 
 
@@ -185,4 +194,80 @@ def to_dinov2(backbone: Backbone) -> dict[str, Tensor]:
         for ours, theirs in names.items():
             for kind in ("weight", "bias"):
                 found[f"{layer}.{theirs}.{kind}"] = state[f"blocks.{index}.{ours}.{kind}"]
+    return found
+
+
+# -- DINOv3 ------------------------------------------------------------------------------------------------------------
+
+
+def is_dinov3(vit: Eva) -> bool:
+    """Whether this Eva has rotary positions alone, LayerScale, and no bias of the key."""
+    names = set(dict(vit.state_dict()))
+    return {"cls_token", "reg_token", "blocks.0.gamma_1", "blocks.0.attn.q_bias", "norm.weight"} <= names and (
+        "pos_embed" not in names
+    )
+
+
+def dinov3_config(backbone: Backbone) -> dict[str, Any]:
+    """config.json of DINOv3ViTModel."""
+    state = backbone.vit.state_dict()
+    height, width = backbone.cfg.image_size or [0, 0]
+    gated = "blocks.0.mlp.fc1_g.weight" in state
+    return {
+        "architectures": [ARCHITECTURES["dinov3_vit"]],
+        "model_type": "dinov3_vit",
+        "hidden_size": backbone.dim,
+        "intermediate_size": state["blocks.0.mlp.fc2.weight"].shape[1],
+        "num_hidden_layers": backbone.depth,
+        "num_attention_heads": backbone.heads,
+        "num_register_tokens": backbone.prefix_tokens - 1,
+        "image_size": height if height == width else [height, width],
+        "patch_size": backbone.patch_size,
+        "num_channels": backbone.cfg.channels,
+        "hidden_act": "silu" if gated else "gelu",
+        "use_gated_mlp": gated,
+        "layer_norm_eps": backbone.vit.norm.eps,
+        "rope_theta": 100.0,
+        "query_bias": True,
+        "key_bias": False,
+        "value_bias": True,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "attention_dropout": 0.0,
+        "drop_path_rate": 0.0,
+        "layerscale_value": 1.0,
+        "pos_embed_shift": None,
+        "pos_embed_jitter": None,
+        "pos_embed_rescale": None,
+        "dtype": "float32",
+    }
+
+
+def to_dinov3(backbone: Backbone) -> dict[str, Tensor]:
+    """Weights in the names of DINOv3ViTModel."""
+    state = dict(backbone.vit.state_dict())
+    found = {
+        "embeddings.cls_token": state["cls_token"],
+        "embeddings.mask_token": torch.zeros(1, 1, backbone.dim),
+        "embeddings.register_tokens": state["reg_token"],
+        "embeddings.patch_embeddings.weight": state["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.bias": state["patch_embed.proj.bias"],
+        "norm.weight": state["norm.weight"],
+        "norm.bias": state["norm.bias"],
+    }
+    gated = "blocks.0.mlp.fc1_g.weight" in state
+    up = {"fc1_g": "gate_proj", "fc1_x": "up_proj"} if gated else {"fc1": "up_proj"}
+    names = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.o_proj"}
+    names |= {f"mlp.{ours}": f"mlp.{theirs}" for ours, theirs in {**up, "fc2": "down_proj"}.items()}
+    for index in range(backbone.depth):
+        block, layer = f"blocks.{index}", f"layer.{index}"
+        for part, tensor in zip("qkv", state[f"{block}.attn.qkv.weight"].chunk(3), strict=True):
+            found[f"{layer}.attention.{part}_proj.weight"] = tensor
+        for part in "qv":
+            found[f"{layer}.attention.{part}_proj.bias"] = state[f"{block}.attn.{part}_bias"]
+        for number in (1, 2):
+            found[f"{layer}.layer_scale{number}.lambda1"] = state[f"{block}.gamma_{number}"]
+        for ours, theirs in names.items():
+            for kind in ("weight", "bias"):
+                found[f"{layer}.{theirs}.{kind}"] = state[f"{block}.{ours}.{kind}"]
     return found
