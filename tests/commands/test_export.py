@@ -64,14 +64,26 @@ def test_folders_load_as_their_users_load_them(export, tmp_path, format, options
         torch.testing.assert_close(answers["patches"], backbone.tokens(images).patches, atol=1e-5, rtol=1e-5)
 
 
+KINDS = [
+    ({}, "vit"),
+    ({"registers": 2}, "dinov2_with_registers"),
+    ({"layer_scale": 1e-5}, "dinov2"),
+    ({"layer_scale": 1e-5, "registers": 3, "prefix_positions": False, "resize": "antialias"}, "dinov2_with_registers"),
+    ({"layer_scale": 1e-5, "mlp": "swiglu", "mlp_ratio": 2.75}, "dinov2"),
+    ({"layer_scale": 1e-5, "registers": 3, "positions": "rope"}, "dinov3_vit"),
+    ({"layer_scale": 1e-5, "registers": 3, "positions": "rope", "mlp": "swiglu", "mlp_ratio": 1.5}, "dinov3_vit"),
+]
+
+
 def test_huggingface_classes(export, tmp_path):
-    """ViTModel for a plain ViT, Dinov2WithRegistersModel for one with registers."""
-    for options, kind in (({}, "vit"), ({"registers": 2}, "dinov2_with_registers")):
-        assert export(random_backbone(**options), "--format", "huggingface").status == 0
+    """ViTModel for a plain ViT, others by registers, LayerScale and rotary positions; transformers loads each."""
+    pytest.importorskip("transformers", reason="the folder is loaded with transformers (extra: test)")
+    for options, kind in KINDS:
+        said = export(random_backbone(**options), "--format", "huggingface", "--outputs", "features", "patches")
+        assert said.status == 0, (kind, said.err)
         assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
-        if kind == "vit":
-            back = load_backbone(tmp_path / "out")  # and this suite reads its own folder by names
-            assert back.report.complete and back.mean == [0.5] * 3
+        back = load_backbone(tmp_path / "out")  # and this suite reads its own folder by names
+        assert back.report.complete and back.mean == [0.5] * 3
         for path in (tmp_path / "out").iterdir():
             path.unlink()
 

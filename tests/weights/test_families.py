@@ -6,11 +6,15 @@ Hugging Face models are made here with random weights, saved by transformers, lo
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vit_suite.config import BackboneConfig, ReadingConfig
 from vit_suite.errors import UserError
@@ -36,15 +40,33 @@ MODELS = {  # model, options beside TINY
         "decoder_num_attention_heads": 2,
         "decoder_intermediate_size": 32,
     },
+    "Dinov2Model": {"mlp_ratio": 2},
+    "Dinov2Model swiglu": {"mlp_ratio": 3, "use_swiglu_ffn": True},
+    "Dinov2WithRegistersModel": {"mlp_ratio": 2, "num_register_tokens": 3},
+    "DINOv3ViTModel": {"intermediate_size": 64, "num_register_tokens": 3},
+    "DINOv3ViTModel gated": {
+        "intermediate_size": 48,
+        "num_register_tokens": 2,
+        "use_gated_mlp": True,
+        "hidden_act": "silu",
+    },
 }
-ROW = {"ViTModel": "hf_vit", "ViTForImageClassification": "hf_vit"}
+ROW = {
+    "ViTModel": "hf_vit",
+    "ViTForImageClassification": "hf_vit",
+    "ViTMAEModel": "hf_vitmae",
+    "ViTMAEForPreTraining": "hf_vitmae",
+    "Dinov2Model": "hf_dinov2",
+    "Dinov2WithRegistersModel": "hf_dinov2_reg",
+    "DINOv3ViTModel": "hf_dinov3",
+}
 
 
 def make_hf(name: str, folder, **options):
     """A random model of transformers, saved; parameters are of order 1, so that epsilon and order show."""
     transformers = pytest.importorskip("transformers", reason="the files are made with transformers (extra: test)")
     torch.manual_seed(0)
-    cls = getattr(transformers, name)
+    cls = getattr(transformers, name.split()[0])
     model = cls(cls.config_class(**TINY, **options)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -76,7 +98,7 @@ def our_tokens(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
 def test_hugging_face_folders_give_what_transformers_gives(tmp_path, name):
     model = make_hf(name, tmp_path, **MODELS[name])
     loaded = load_backbone(tmp_path)
-    assert loaded.report.complete and loaded.family == ROW.get(name, "hf_vitmae")
+    assert loaded.report.complete and loaded.family == ROW[name.split()[0]]
     images = torch.randn(2, loaded.backbone.cfg.channels, 16, 16)
     torch.testing.assert_close(our_tokens(loaded.backbone, images), hf_tokens(model, images), atol=1e-5, rtol=1e-5)
     assert loaded.mean == ([0.5] * loaded.backbone.cfg.channels if loaded.family == "hf_vit" else [0.485, 0.456, 0.406])
@@ -128,6 +150,70 @@ def test_folders_in_shards(tmp_path):
     next((tmp_path / "parts").glob("*-00002-*.safetensors")).unlink()
     with pytest.raises(UserError, match="is incomplete"):
         load_backbone(tmp_path / "parts")
+
+
+# -- golden numbers of the official code -------------------------------------------------------------------------------
+
+GOLDEN = Path(os.environ.get("VIT_SUITE_GOLDEN") or Path(__file__).parents[1] / "golden")
+OFFICIAL = {
+    "dinov2_vit": "dinov2",
+    "dinov2_vit_reg": "dinov2_reg",
+    "dinov2_vit_swiglu": "dinov2",
+    "dinov3_vit": "dinov3",
+    "dinov3_vit_swiglu": "dinov3",
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone."])
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_files_give_official_numbers(tmp_path, name, prefix):
+    """A hub file, and a training checkpoint: CLS and patches at every size of the golden file."""
+    path = GOLDEN / f"{name}.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        options = json.loads(file.metadata()["golden"])["hyperparameters"]
+    state = {prefix + key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    if prefix:
+        state |= {key.replace("teacher", "student"): torch.zeros_like(value) for key, value in state.items()}
+    torch.save({"model": state} if prefix else state, tmp_path / "a.pth")
+    loaded = load_backbone(tmp_path / "a.pth", ReadingConfig(checkpoint_heads=options["heads"]))
+    assert loaded.family == OFFICIAL[name] and loaded.report.complete
+    for height, width in options["sizes"]:
+        size = f"{height}x{width}"
+        with torch.no_grad():
+            tokens = loaded.backbone.tokens(tensors[f"x_{size}"])
+            seen = loaded.backbone.last_attention(tensors[f"x_{size}"], slice(0, 1))[:, :, 0]
+        torch.testing.assert_close(tokens.cls, tensors[f"cls_{size}"], atol=5e-5, rtol=0)
+        torch.testing.assert_close(tokens.patches, tensors[f"patch_{size}"], atol=5e-5, rtol=0)
+        torch.testing.assert_close(seen, tensors[f"attn_cls_last_{size}"], atol=1e-5, rtol=0)
+
+
+def test_sit_of_version_1(tmp_path):
+    """Official tokens: rotation, contrastive, patches; here contrastive, rotation, patches."""
+    path = GOLDEN / "sit_v1.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        options = json.loads(file.metadata()["golden"])["hyperparameters"]
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    loaded = load_backbone(tmp_path / "a.pth", ReadingConfig(checkpoint_heads=options["heads"]))
+    assert loaded.family == "sit" and loaded.report.complete
+    ours = our_tokens(loaded.backbone, tensors["x1_in"])
+    theirs = tensors["features1"]
+    torch.testing.assert_close(ours[:, 0], theirs[:, 1], atol=3e-5, rtol=0)
+    torch.testing.assert_close(ours[:, 1], theirs[:, 0], atol=3e-5, rtol=0)
+    torch.testing.assert_close(ours[:, 2:], theirs[:, 2:], atol=3e-5, rtol=0)
+
+
+def test_a_bias_of_the_key_is_refused(tmp_path):
+    """With rotary positions it would count, and timm's Eva has none; the official one is masked."""
+    tensors = load_file(GOLDEN / "dinov3_vit.safetensors")
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    state = {key: value for key, value in state.items() if not key.endswith("bias_mask")}
+    state["blocks.0.attn.qkv.bias"] = torch.ones_like(state["blocks.0.attn.qkv.bias"])
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="has a bias of the key that is not zero"):
+        load_backbone(tmp_path / "a.pth", ReadingConfig(checkpoint_heads=3))
 
 
 # -- the wrappings of files in timm's names ----------------------------------------------------------------------------

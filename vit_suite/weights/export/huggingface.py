@@ -1,8 +1,8 @@
 """A backbone in the names of Hugging Face: `config.json`, `model.safetensors`, `preprocessor_config.json`.
 
 Which class: ViTModel for a plain ViT; Dinov2WithRegistersModel for one with registers; Dinov2Model for one with
-LayerScale; DINOv3ViTModel for one with rotary positions. Names only: nothing here needs transformers, whose own loading is the
-check that follows.
+LayerScale; DINOv3ViTModel for one with rotary positions. Names only: nothing here needs transformers, whose own
+loading is the check that follows.
 """
 
 from __future__ import annotations
