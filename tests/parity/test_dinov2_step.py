@@ -62,6 +62,7 @@ def build(hyper: dict, variant: dict, tensors: dict[str, torch.Tensor]) -> DINOv
         heads=hyper["heads"],
         mlp_ratio=hyper["mlp_ratio"],
         registers=hyper["num_register_tokens"],
+        resize="offset",
         drop_path=0.0,
     )
     views = DINOv2ViewsConfig(global_size=hyper["img"], local_size=hyper["local"], local_crops=hyper["local_crops"])

@@ -36,7 +36,7 @@ from vit_suite.methods.base import Losses, Method
 from vit_suite.methods.collapse import CollapseMonitor, distillation_signs
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size
-from vit_suite.models.ema import assert_twins, copy_weights, ema_update
+from vit_suite.models.ema import assert_twins, copy_parameters, copy_weights, ema_update
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.groups import parameter_groups
 from vit_suite.optim.schedules import cosine, teacher_temperature
@@ -315,7 +315,7 @@ class DINOv2(Method):
         """Move the teacher, and at its time take the Gram teacher anew."""
         ema_update(self.teacher, self.student, cosine(step, self.max_steps, self.method.momentum_teacher, 1.0))
         if self.gram_teacher is not None and refresh_due(self.method, step + 1):
-            ema_update(self.gram_teacher, self.teacher.backbone, 0.0)
+            copy_parameters(self.gram_teacher, self.teacher.backbone)
             if distributed.rank() == 0:
                 log.info("step %d: the Gram teacher is now the teacher of this moment", step + 1)
 

@@ -25,6 +25,15 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
 
 
+@torch.no_grad()
+def copy_parameters(to: nn.Module, source: nn.Module) -> None:
+    """Give `to` the parameters of `source`, of the same architecture. Of sharded networks each rank copies its part."""
+    targets, sources = (
+        [distributed.own_part(parameter) for parameter in network.parameters()] for network in (to, source)
+    )
+    torch._foreach_copy_(targets, sources)
+
+
 def copy_weights(teacher: nn.Module, student: nn.Module) -> None:
     """Give the teacher the student's weights and take it out of the gradient."""
     teacher.load_state_dict(student.state_dict())
