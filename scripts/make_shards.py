@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vit_suite.config import DataConfig
+from vit_suite.data.decode import DecodeError
 from vit_suite.data.registry import DATASETS, open_split
 from vit_suite.data.shard_index import INDEX, open_index
 from vit_suite.data.shards import CLASSES, ShardSource
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the options, writes the shards into a folder within the output, and moves them out of it when all are
     whole."""
     options = parse(arguments)
+    options.left_out = []
     try:
         splits = open_splits(options)
         check_output(options.output, options.overwrite)
@@ -66,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{sum(len(shard.names) for shard in shards.values())} images in {len(shards)} shards, {size:.0f} MiB, in"
         f" {options.output}"
     )
+    if options.left_out:
+        print(f"{len(options.left_out)} files could not be read and are left out:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in options.left_out[:20]), file=sys.stderr)
+        if len(options.left_out) > 20:
+            print(f"  ... and {len(options.left_out) - 20} more", file=sys.stderr)
     info = DATASETS[options.name]
     statistics = "".join(f" --data.{key} {' '.join(map(str, getattr(info, key)))}" for key in ("mean", "std"))
     print(
@@ -154,9 +161,21 @@ def write_split(source: ImageSource, folder: Path, options: argparse.Namespace) 
     generator = torch.Generator().manual_seed(stable_seed("make_shards", source.split, options.seed))
     order = range(len(source)) if options.keep_order else torch.randperm(len(source), generator=generator).tolist()
     progress = tqdm(order, desc=source.split, unit=" images", disable=None)
-    samples = (sample(source, index, place) for place, index in enumerate(progress))
+    samples = readable(source, progress, options.left_out)
     for number, part in enumerate(split_up(samples, limit, options.shard_images or sys.maxsize)):
         write_atomically(folder / f"{source.split}-{number:06d}.tar", lambda path, part=part: write_tar(path, part))
+
+
+def readable(source: ImageSource, order: Iterable[int], left_out: list[str]) -> Iterator[list[Member]]:
+    """The samples in this order; what cannot be read is added to `left_out`."""
+    place = 0
+    for index in order:
+        try:
+            yield sample(source, index, place)
+        except (UserError, DecodeError) as error:
+            left_out.append(str(error))
+            continue
+        place += 1
 
 
 def split_up(samples: Iterable[list[Member]], limit: int, count: int) -> Iterator[Iterator[list[Member]]]:
@@ -192,11 +211,14 @@ def sample(source: ImageSource, index: int, place: int) -> list[Member]:
 
 
 def encoded(source: ImageSource, index: int) -> Member:
-    """(file name, bytes) of an image: its own, or PNG or .npy of its pixels. UserError when its file cannot be read."""
+    """(file name, bytes) of an image: its own, or PNG or .npy of its pixels. UserError when its file cannot be read (a
+    link that leads nowhere, a named pipe)."""
     path = source.path(index)
     if isinstance(source, ShardSource):
         return path, source.content(index)
     if isinstance(source, FileSource):
+        if not os.path.isfile(path):
+            raise UserError(f"'{path}' of {source.title} is no file, or a link that leads nowhere.")
         try:
             return path, Path(path).read_bytes()
         except OSError as error:

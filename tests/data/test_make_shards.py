@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from vit_suite.config import DataConfig
 from vit_suite.data.decode import decode
 from vit_suite.data.registry import open_split, open_test, open_train
 from vit_suite.data.source import ArraySource
@@ -132,3 +134,28 @@ def test_a_conversion_that_breaks_off_leaves_the_old_set(script, loose, shards, 
             ["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite", "--shard-images", "5"]
         )
     fails(config("shards", shards), "is missing, but index.npz names it")
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_is_written(script, tmp_path, capsys):
+    for i in range(5):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "s" / f"{i}.png")
+    (tmp_path / "s" / "x.png").symlink_to("gone")
+    (tmp_path / "s" / "self.png").symlink_to("self.png")
+    os.mkfifo(tmp_path / "s" / "pipe.png")
+    assert script.main(["--name", "flat", "--root", str(tmp_path / "s"), "--output", str(tmp_path / "o")]) == 0
+    said = capsys.readouterr()
+    assert "5 images in 1 shards" in said.out and "3 files could not be read and are left out" in said.err
+    assert all(name in said.err for name in ("x.png", "self.png", "pipe.png"))
+    assert len(open_split(DataConfig(name="shards", root=str(tmp_path / "o")), "train")) == 5
+
+
+def test_class_names_that_are_no_utf8_or_hold_a_newline(script, tmp_path):
+    for name in ("caf\udce9", "a\nb"):
+        folder = os.path.join(os.fspath(tmp_path), "s", name)
+        os.makedirs(folder)
+        Image.new("RGB", (8, 8)).save(os.path.join(folder, "1.png"))
+    assert script.main(["--name", "folder", "--root", str(tmp_path / "s"), "--output", str(tmp_path / "o")]) == 0
+    assert (tmp_path / "o" / "classes.txt").read_text() == "a\\nb\ncaf\\xe9\n"
+    source = open_split(DataConfig(name="shards", root=str(tmp_path / "o")), "train")
+    assert source.classes == ["a\\nb", "caf\\xe9"] and sorted(source.labels.tolist()) == [0, 1]

@@ -1,8 +1,9 @@
 """Where each image of a folder of shards lies: the index that makes a sample of a tar file one read at an offset.
 
 A shard is an uncompressed tar file in the layout of the webdataset package. Members that share KEY, a name up to the
-first dot of its last part, are one sample. Its image is the member whose extension, all that follows that dot, is one
-of `decode.EXTENSIONS`; its label the text of a `.cls` member, else what a `.json` member has under "label" or "cls".
+first dot of its last part, are one sample (`choose_images` says what becomes of names with more dots). Its image is the
+member whose extension is one of `decode.EXTENSIONS`; its label the text of a `.cls` member, else what a `.json` member
+has under "label" or "cls".
 
 `index.npz` in the folder of the shards holds what `scan` found in each of them. It is written by
 `scripts/make_shards.py`, or when a
@@ -128,7 +129,12 @@ def read_index(file: Path) -> dict[str, Shard]:
             ends = stored["counts"].cumsum()[:-1]
             columns = [np.split(stored[key].astype(dtype, copy=False), ends) for key, dtype in TYPES.items()]
             names, lengths = stored["shards"].tolist(), stored["lengths"].tolist()
-        return {os.fsdecode(name): Shard(*row) for name, *row in zip(names, lengths, *columns, strict=True)}
+        shards = {os.fsdecode(name): Shard(*row) for name, *row in zip(names, lengths, *columns, strict=True)}
+        for shard in shards.values():
+            inside = (shard.offsets >= BLOCK) & (shard.sizes >= 0) & (shard.sizes <= shard.length)
+            if not bool((inside & (shard.offsets <= shard.length - shard.sizes)).all()):
+                raise ValueError("an image lies outside of its shard")
+        return shards
     except PermissionError:
         raise
     except Exception as error:  # numpy and zipfile raise many types on a damaged file
@@ -136,47 +142,126 @@ def read_index(file: Path) -> dict[str, Shard]:
         raise UserError(f"'{file}' {what}; delete it, and it is made again from the shards.") from None
 
 
+class _Member(NamedTuple):
+    """A file of a shard that may be an image."""
+
+    name: str
+    header: int
+    """CRC-32 of the block before it."""
+    offset: int
+    size: int
+
+
 def scan(path: Path) -> Shard:
-    """Read the headers and labels of a shard. UserError when it is not a whole tar file, or has members but no
-    image."""
-    images: dict[str, tuple[bytes, int, int, int]] = {}  # key -> name, header, offset, size
+    """Read the headers and labels of a shard. UserError when it is not a whole tar file, or has members but no image.
+
+    Hard and symbolic links within the shard are followed. Members that become no sample are counted and said.
+    """
+    pictures: list[_Member] = []
     labels: dict[str, str] = {}
+    links: list[tuple[str, str]] = []
+    places: dict[str, _Member] = {}
     found: set[str] = set()
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                key, extension = split_name(member.name)
+            for member in tar:
+                if member.islnk() or member.issym():
+                    below = "" if member.islnk() else os.path.dirname(member.name)
+                    links.append((member.name, os.path.normpath(os.path.join(below, member.linkname))))
+                    continue
+                if not member.isfile():
+                    continue
+                _, extension = split_name(member.name)
                 found.add(extension)
-                if extension in EXTENSIONS:
-                    if key in images:
-                        raise UserError(
-                            f"shard '{path}': sample {key} has two images, {os.fsdecode(images[key][0])} and"
-                            f" {member.name}."
-                        )
+                if last_ending(extension) in EXTENSIONS:
                     tar.fileobj.seek(member.offset_data - BLOCK)
                     header = zlib.crc32(tar.fileobj.read(BLOCK))
-                    images[key] = os.fsencode(member.name), header, member.offset_data, member.size
-                elif extension == ".cls" or (extension == ".json" and key not in labels):
-                    if member.size > MOST_LABEL:
-                        raise UserError(
-                            f"'{path}/{short(member.name)}' has {member.size:,} bytes; expected a label of at most"
-                            f" {MOST_LABEL:,}."
-                        )
-                    labels[key] = _label(tar.extractfile(member).read(), extension, f"'{path}/{member.name}'")
+                    one = _Member(member.name, header, member.offset_data, member.size)
+                    places[os.path.normpath(member.name)] = one
+                    pictures.append(one)
+                elif last_ending(extension) in (".cls", ".json"):
+                    _read_label(tar, member, path, labels)
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile takes a file that just stops for a whole one
                 raise tarfile.ReadError(f"it stops, or is damaged, at byte {tar.offset}")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError, EOFError) as error:
         raise UserError(
             f"shard '{path}' is not a whole uncompressed tar file ({error}); copy or make it again."
         ) from None
+    left_out = [name for name, target in links if target not in places and is_picture(name)]
+    pictures += [places[target]._replace(name=name) for name, target in links if target in places and is_picture(name)]
+    images, more = choose_images(pictures)
+    left_out += more
+    if left_out:
+        shown = ", ".join(short(name) for name in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        log.warning("shard '%s': %d images are left out, as a second one of a sample, or a broken link: %s", path,
+                    len(left_out), shown)  # fmt: skip
     if found and not images:
         expected = "expected KEY.jpg, .png, .webp or another image, with KEY.cls or KEY.json"
         raise UserError(f"shard '{path}' holds no images: {expected}; found {', '.join(sorted(found)[:6])}.")
-    names, headers, offsets, sizes = zip(*images.values(), strict=True) if images else ((), (), (), ())
-    words = [labels.get(key, "").encode() for key in images]
-    columns = zip((names, headers, offsets, sizes, words), TYPES.values(), strict=True)
-    return Shard(path.stat().st_size, *(np.array(values, dtype) for values, dtype in columns))
+    length, rows = path.stat().st_size, list(images.items())
+    columns = {
+        "names": [os.fsencode(one.name) for _, one in rows],
+        "headers": [one.header for _, one in rows],
+        "offsets": [one.offset for _, one in rows],
+        "sizes": [one.size for _, one in rows],
+        "labels": [labels.get(key, "").encode() for key, _ in rows],
+    }
+    return Shard(length, *(np.array(columns[key], kind) for key, kind in TYPES.items()))
+
+
+def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path, labels: dict[str, str]) -> None:
+    """Put the label of a `.cls` or `.json` member under its keys, by both ways of cutting a name (`choose_images`)."""
+    key, extension = split_name(member.name)
+    ending = last_ending(extension)
+    keys = {key + extension.removesuffix(ending)} | ({key} if extension == ending else set())
+    if ending == ".json" and all(key in labels for key in keys):
+        return
+    if member.size > MOST_LABEL:
+        raise UserError(
+            f"'{path}/{short(member.name)}' has {member.size:,} bytes; expected a label of at most {MOST_LABEL:,}."
+        )
+    content = tar.extractfile(member)
+    text = _label(content.read() if content else b"", ending, f"'{path}/{member.name}'")
+    for key in keys:
+        if ending == ".cls" or key not in labels:
+            labels[key] = text
+
+
+def last_ending(extension: str) -> str:
+    """`.seg.png` -> `.png`."""
+    return "." + extension.rpartition(".")[2] if extension else ""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a member's ending is an image's."""
+    return last_ending(split_name(name)[1]) in EXTENSIONS
+
+
+def choose_images(members: Sequence[_Member]) -> tuple[dict[str, _Member], list[str]]:
+    """(key -> its image, names of members that are left out).
+
+    A key ends at the first dot of a name, as in webdataset: `a.jpg` is the image of `a`, and `a.seg.png` beside it is
+    another field. Where no member is the image of `a` by that rule, as of `IMG.2020.jpg` and `IMG.2021.jpg`, names are
+    cut at the last dot. Of two images of one key (jpg and png) the first counts.
+    """
+    images: dict[str, _Member] = {}
+    left_out: list[str] = []
+    later = []
+    for member in members:
+        key, extension = split_name(member.name)
+        if extension not in EXTENSIONS:
+            later.append(member)
+        elif images.setdefault(key, member) is not member:
+            left_out.append(member.name)
+    plain = set(images)
+    for member in later:
+        key, extension = split_name(member.name)
+        if key in plain:  # a field of that sample
+            continue
+        if images.setdefault(key + extension.removesuffix(last_ending(extension)), member) is not member:
+            left_out.append(member.name)
+    return images, left_out
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -189,13 +274,20 @@ def _label(content: bytes, extension: str, what: str) -> str:
     try:
         text = content.decode().strip()
         if extension == ".cls":
-            return text
+            return _whole(text)
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON, which recurses once a level
         raise UserError(f"{what} is not readable text of a label ({short(str(error))}).") from None
     value = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
     if value is None:
         return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UserError(f"{what} has the label {str(value)[:60]}; expected a number or a word.")
     return str(value).strip()
+
+
+def _whole(text: str) -> str:
+    """`3.0` -> `3`; other text as it is."""
+    return text.partition(".")[0] if re.fullmatch(r"\d+\.0*", text) else text

@@ -29,7 +29,7 @@ from torch import Tensor
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import decode
 from vit_suite.data.files import ALIASES, SPLITS, WHOLE, choose_split, split_folders
-from vit_suite.data.listing import found_in
+from vit_suite.data.listing import found_in, printable, say_once
 from vit_suite.data.shard_index import BLOCK, INDEX, Shard, open_index
 from vit_suite.data.source import ImageSource, writable
 from vit_suite.errors import UserError, quote, short
@@ -84,7 +84,7 @@ class ShardSource(ImageSource):
         """The file of image `index` as it was put into the shard. UserError when the shard is gone or has changed."""
         path, offset, size = self._shard(index), int(self.offsets[index]), int(self.sizes[index])
         try:
-            block = _open(path, self.read_ahead).read(BLOCK + size, offset - BLOCK)
+            block = _open(path, self.read_ahead, os.getpid()).read(BLOCK + size, offset - BLOCK)
         except OSError as error:
             raise UserError(f"shard '{path}' cannot be read: {error.strerror}.") from None
         if len(block) < BLOCK + size or zlib.crc32(block[:BLOCK]) != self.headers[index]:
@@ -104,7 +104,9 @@ class _OpenFile:
     """A file descriptor that is closed when nobody refers to it: threads may still read a shard that `_open` has
     dropped."""
 
-    def __init__(self, path: str, read_ahead: bool) -> None:
+    def __init__(self, path: str, read_ahead: bool, process: int) -> None:
+        """`process`: the one that reads. A descriptor is never shared over a fork: whoever closes it first would take
+        it, or another file that got its number, from the other."""
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # else Windows changes line ends
         self.lock = threading.Lock()
         weakref.finalize(self, os.close, self.number)
@@ -212,7 +214,7 @@ def number_labels(words: np.ndarray, names: Path | None, folder: Path) -> tuple[
     classes = (
         []
         if names is None
-        else [line.strip() for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        else [printable(line.strip()) for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     )
     table = {b"": -1} | {name.encode(): number for number, name in enumerate(classes) if not name.isdecimal()}
     for word in dict.fromkeys(words.tolist()):
@@ -232,6 +234,11 @@ def number_labels(words: np.ndarray, names: Path | None, folder: Path) -> tuple[
             raise UserError(f"the shards in '{folder}' have the label '{short(os.fsdecode(word))}', which {need}.")
     labels = torch.tensor([table[word] for word in words.tolist()])
     most = int(labels.max())
+    if names is None and 0 < int(labels[labels >= 0].min() if most >= 0 else 0):
+        say_once(
+            f"the labels of the shards in '{folder}' begin at {int(labels[labels >= 0].min())}: the classes below have"
+            " no images, or the labels count from 1."
+        )
     if most < 0:
         return [], None
     if names is not None and most >= len(classes):
