@@ -31,8 +31,7 @@ def test_the_first_blocks_of_a_run(tmp_path, monkeypatch, capsys):
     make_builtin.main()
 
     short, image = load_backbone("builtin:small"), torch.randn(2, 3, 16, 16)
-    *_, after = whole.eval().blocks(whole.embed(image)[0])
-    before = list(whole.blocks(whole.embed(image)[0]))[1]
+    _, before, after = whole.eval().blocks(*whole.embed(image))
     torch.testing.assert_close(short.backbone(image), whole.vit.norm(before)[:, 0])
     assert not torch.allclose(short.backbone(image), whole.vit.norm(after)[:, 0])
     about = json.loads((package / "small.json").read_text())
