@@ -143,9 +143,9 @@ class Worker:
 
     def _record(self, job: _Job, extra: dict[str, Any]) -> dict[str, Any]:
         height, width = job.picture.shape[1:]
-        rows, columns = (side // self.backbone.patch_size for side in job.view.shape[1:])
+        rows, columns = self.backbone.grid_of(job.view)
         shrunk = tuple(job.view.shape[1:]) != view_size(
-            (height, width), self.backbone.patch_size, self.options.resize, 2**62
+            (height, width), self.backbone.patch, self.options.resize, 2**62
         )
         found = int(extra["artifacts"].sum()) if extra else 0
         counts = {"shrunk": int(shrunk), "coarse": int(rows * columns < COARSE), "artifacts": found}
@@ -172,9 +172,7 @@ class Worker:
 
     def _job(self, index: int, image: Tensor) -> _Job:
         picture = np.array(image.numpy(), order="C")
-        view = view_of(
-            torch.from_numpy(picture), self.backbone.patch_size, self.options.resize, self.options.max_tokens
-        )
+        view = view_of(torch.from_numpy(picture), self.backbone.patch, self.options.resize, self.options.max_tokens)
         return _Job(index, picture, view)
 
     def _bytes(self, size: Sequence[int]) -> int:

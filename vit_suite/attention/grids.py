@@ -8,11 +8,14 @@ Axes: C channels, H x W pixels, gh x gw patches, h heads, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from torch.nn import functional
+
+from vit_suite.config.limits import pair
 
 ATTENTION_BYTES = 256 * 2**20
 """Limit of the attention matrices (B, h, T, T) in float32 of a pass: T = 4096 takes 64 MiB a head and image. A single
@@ -46,7 +49,9 @@ def cut(images: int, batch_size: int) -> list[range]:
     return [range(start, min(start + size, images)) for start in range(0, images, size)]
 
 
-def view_size(size: Sequence[int], patch: int, shorter: int | None, max_tokens: int) -> tuple[int, int]:
+def view_size(
+    size: Sequence[int], patch: int | tuple[int, int], shorter: int | None, max_tokens: int
+) -> tuple[int, int]:
     """(height, width) in pixels at which the backbone sees an image of `size`: multiples of `patch`, at most
     `max_tokens` patches. `shorter`: length in pixels of the shorter side; the image's own when None."""
     height: float = size[0]
@@ -54,15 +59,16 @@ def view_size(size: Sequence[int], patch: int, shorter: int | None, max_tokens: 
     if shorter is not None:
         factor = shorter / min(height, width)
         height, width = height * factor, width * factor
-    rows, columns = (max(1, int(side / patch + 0.5)) for side in (height, width))
+    patch_rows, patch_columns = pair(patch)
+    rows, columns = max(1, int(height / patch_rows + 0.5)), max(1, int(width / patch_columns + 0.5))
     if rows * columns > max_tokens:
         factor = (max_tokens / (rows * columns)) ** 0.5
         rows = max(1, min(max_tokens, int(rows * factor)))
         columns = max(1, min(int(columns * factor), max_tokens // rows))
-    return rows * patch, columns * patch
+    return rows * patch_rows, columns * patch_columns
 
 
-def view_of(image: Tensor, patch: int, shorter: int | None, max_tokens: int) -> Tensor:
+def view_of(image: Tensor, patch: int | tuple[int, int], shorter: int | None, max_tokens: int) -> Tensor:
     """uint8 (C, H, W) -> uint8 (C, h, w) at its `view_size`; the image itself where it has that size."""
     size = view_size(image.shape[1:], patch, shorter, max_tokens)
     if tuple(image.shape[1:]) == size:
@@ -72,7 +78,7 @@ def view_of(image: Tensor, patch: int, shorter: int | None, max_tokens: int) -> 
 
 def attention_bytes(backbone: Any, size: Sequence[int], matrices: int) -> int:
     """Bytes of `matrices` attention matrices (T, T) in float32 of one image of `size` (H, W) pixels."""
-    tokens = backbone.prefix_tokens + size[0] * size[1] // backbone.patch_size**2
+    tokens = backbone.prefix_tokens + size[0] * size[1] // math.prod(backbone.patch)
     return 4 * tokens**2 * matrices
 
 

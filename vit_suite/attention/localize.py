@@ -127,7 +127,7 @@ class Localizer:
         others = [method for method in self.methods if method != "attention"]
         if others:
             keys = last_keys(backbone, images)
-            grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+            grid = backbone.grid_of(images)
             with torch.autocast(images.device.type, enabled=False):
                 for method in others:
                     masks, _, seeds = (part.cpu() for part in DISCOVERERS[method](keys, grid))
@@ -141,7 +141,7 @@ class Localizer:
 
         blocks = cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()]
         indices = [index for block in blocks for index in block]
-        jobs = read(self.source, indices, ahead=32, block=1, then=partial(self._job, backbone.patch_size))
+        jobs = read(self.source, indices, ahead=32, block=1, then=partial(self._job, backbone.patch))
         shown = self.progress and distributed.rank() == 0
         jobs = iter(tqdm(jobs, total=len(indices), desc="localize", unit="image", leave=False, disable=not shown))
 
@@ -151,7 +151,7 @@ class Localizer:
         for block in blocks:
             yield from in_batches(own.counted(islice(jobs, len(block))), most, WAITING_BYTES)
 
-    def _job(self, patch: int, index: int, image: Tensor) -> _Job | None:
+    def _job(self, patch: tuple[int, int], index: int, image: Tensor) -> _Job | None:
         """None for an image without an object."""
         truth = self.truths.load(index)
         if not (len(truth) if truth.is_floating_point() else bool((truth == 1).any())):

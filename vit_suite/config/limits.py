@@ -7,6 +7,7 @@ digit too many, a size in place of a count) is refused before memory is taken.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -111,3 +112,9 @@ DataRoot = Annotated[str, Place("data")]
 ConfigFile = Annotated[str, Place("config")]
 OutputFolder = Annotated[str, Place("folder")]
 OutputFile = Annotated[str, Place("file")]
+
+
+def pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of one or two numbers."""
+    values = (size,) if isinstance(size, int) else tuple(int(side) for side in size)
+    return values[0], values[-1]

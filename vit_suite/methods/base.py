@@ -265,7 +265,8 @@ class Method(pl.LightningModule):
     def compares_images(self) -> list[str]:
         """What the loss takes from several images at a time, of all ranks but of one micro-batch: accumulation changes
         it."""
-        return ["BatchNorm"] * any(isinstance(part, nn.BatchNorm1d) for part in self.trained().modules())
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+        return ["BatchNorm"] * any(isinstance(part, norms) for part in self.trained().modules())
 
     def use_sums(self, sums: dict[str, Tensor]) -> None:
         """Called once after each optimizer step, before `after_step`, with `Losses.sums` of this rank added up over the

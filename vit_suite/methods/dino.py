@@ -110,6 +110,11 @@ class DINO(Method):
                 "method.head_batch_norm takes statistics over all crops, and method.crops_at_once has some of them at a"
                 " time: leave one out; backbone.checkpointing saves memory with either."
             )
+        if method.crops_at_once and backbone.stem == "conv":
+            raise UserError(
+                "backbone.stem conv has BatchNorm, which takes statistics over all crops of a size, and"
+                " method.crops_at_once has some of them at a time: leave one out."
+            )
         self.student = Network(backbone, method, method.norm_last_layer)
         # The release builds the teacher's head with a fixed gain whatever the student's, and drop path is the student's
         # alone.

@@ -95,7 +95,7 @@ class Network(nn.Module):
                 dim, method.contrastive_dim, method.contrastive_head, method.hidden_dim
             )
         if method.reconstruct != "none":
-            self.decoder = PatchDecoder(dim, cfg.channels, self.backbone.patch_size, method.decoder)
+            self.decoder = PatchDecoder(dim, cfg.channels, self.backbone.patch, method.decoder)
         if method.corruption == "mask":
             self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(dim), std=0.02))
 
@@ -136,7 +136,7 @@ class SiT(Method):
         check_options(method)
         backbone = network_config(backbone, method)
         self.student = Network(backbone, method)
-        patch = self.student.backbone.patch_size
+        patch = self.student.backbone.patch
         check_image_size([size], patch, "views.global_size")
         validate_corruption(method, size, size, patch)
         self.teacher: Network | None = None
@@ -203,7 +203,7 @@ class SiT(Method):
         if self.method.rotation:
             turns = draw_turns(draw, len(crops), clean.device, self.method.turn_share, self.method.turn_together)
             clean = rotate(clean, turns)
-        corrupted = corrupt(self.method, clean, draw, self.student.backbone.patch_size)
+        corrupted = corrupt(self.method, clean, draw, self.student.backbone.patch)
         hidden = None if corrupted.hidden is None else corrupted.hidden.flatten(0, 1)
         kept = self.student.backbone.drawn_paths(draw, len(crops))
         output = self.student(corrupted.images.flatten(0, 1), hidden, None if kept is None else kept.flatten(1))
@@ -261,26 +261,23 @@ class SiT(Method):
         """(V, B, S, S) the pixels that the reconstruction counts; None for all."""
         counted = corrupted.changed if self.method.reconstruct == "corrupted" else None
         if self.method.order == "causal":  # nothing predicts the first patch
-            patch = self.student.backbone.patch_size
+            rows, columns = self.student.backbone.patch
             counted = torch.ones_like(corrupted.changed) if counted is None else counted.clone()
-            counted[..., :patch, :patch] = False
+            counted[..., :rows, :columns] = False
         return counted
 
     @torch.no_grad()
     def reconstruct(self, clean: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
         """What the network is shown of clean views (B, C, S, S), and what it makes of it; hidden patches are shown as
         0."""
-        corrupted = corrupt(
-            self.method, clean.unsqueeze(0), draw or alone(len(clean)), self.student.backbone.patch_size
-        )
+        corrupted = corrupt(self.method, clean.unsqueeze(0), draw or alone(len(clean)), self.student.backbone.patch)
         training = self.student.training
         hidden = None if corrupted.hidden is None else corrupted.hidden[0]
         output = self.student.eval()(corrupted.images[0], hidden).pixels
         self.student.train(training)
         shown = corrupted.images[0]
         if hidden is not None:
-            side = clean.shape[-1] // self.student.backbone.patch_size
-            area = hidden.unflatten(1, (-1, side)).unsqueeze(1)
+            area = hidden.unflatten(1, self.student.backbone.grid_of(clean)).unsqueeze(1)
             shown = torch.where(F.interpolate(area.float(), size=clean.shape[-2:]).bool(), 0, shown)
         return shown, output
 

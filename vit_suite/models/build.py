@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vit_suite.config import BackboneConfig
+from vit_suite.config.limits import pair
 from vit_suite.errors import UserError, nearest
 from vit_suite.models.blocks import (
     Attention,
@@ -35,12 +36,6 @@ ROPE_BASE = 100.0
 """DINOv3's: the longest period of its rotary positions (dinov3 rope_position_encoding.py, `base`)."""
 VIT_EPS, ROPE_EPS = 1e-6, 1e-5
 """LayerNorm's epsilon where none is given: ViT's and DINO's, DINOv3's."""
-
-
-def pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of one or two numbers."""
-    values = (size,) if isinstance(size, int) else tuple(int(side) for side in size)
-    return values[0], values[-1]
 
 
 def check_image_size(size: Iterable[int], patch_size: int | Iterable[int], what: str = "image size") -> None:

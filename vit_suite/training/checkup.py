@@ -95,13 +95,14 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
 
 def of_crops(cfg: PretrainConfig, method: Method) -> Finding:
     """Whether patches tile the crops, and how many there are."""
-    views, patch = cfg.views, method.evaluation_backbone().patch_size
+    views, (rows, columns) = cfg.views, method.evaluation_backbone().patch
     sizes = {"global": views.global_size}
     if getattr(views, "local_crops", 0):
         sizes["local"] = views.local_size
-    sides = {name: size // patch for name, size in sizes.items()}
-    said = ", ".join(f"{name} {sizes[name]} px = {side} x {side} patches of {patch}" for name, side in sides.items())
-    if min(sides.values()) < 2:
+    grids = {name: (size // rows, size // columns) for name, size in sizes.items()}
+    patch = str(rows) if rows == columns else f"{rows}x{columns}"
+    said = ", ".join(f"{name} {sizes[name]} px = {h} x {w} patches of {patch}" for name, (h, w) in grids.items())
+    if min(h * w for h, w in grids.values()) < 2:
         return Finding("warning", "crops", said + ".", "One patch a crop tells little: a smaller backbone.patch_size.")
     return Finding("ok", "crops", said + ".")
 

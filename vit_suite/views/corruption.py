@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vit_suite.config.limits import pair
 from vit_suite.config.sit import SiTConfig
 from vit_suite.errors import UserError
 from vit_suite.hardware import send
@@ -163,7 +164,7 @@ class _Views:
         return Corrupted(self.images.view(self.shape), self.changed.view(*self.shape[:2], *self.shape[-2:]), None)
 
 
-def _blocks(cfg: SiTConfig, clean: Tensor, draw: Draw, patch_size: int) -> Corrupted:
+def _blocks(cfg: SiTConfig, clean: Tensor, draw: Draw, patch: tuple[int, int]) -> Corrupted:
     """Version 1: gray, blur, noise, another image."""
     views = _Views(clean, draw)
     height, width = views.shape[-2:]
@@ -192,7 +193,7 @@ def _blocks(cfg: SiTConfig, clean: Tensor, draw: Draw, patch_size: int) -> Corru
     return views.result()
 
 
-def _gmml(cfg: SiTConfig, clean: Tensor, draw: Draw, patch_size: int) -> Corrupted:
+def _gmml(cfg: SiTConfig, clean: Tensor, draw: Draw, patch: tuple[int, int]) -> Corrupted:
     """Version 3: dropped blocks; or, with probability 1 / (kinds of dropping + 1), another image's instead."""
     views = _Views(clean, draw)
     height, width = views.shape[-2:]
@@ -222,23 +223,23 @@ def _gmml(cfg: SiTConfig, clean: Tensor, draw: Draw, patch_size: int) -> Corrupt
     return views.result()
 
 
-def _none(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
+def _none(cfg: SiTConfig, views: Tensor, draw: Draw, patch: tuple[int, int]) -> Corrupted:
     """The views as they are."""
     untouched = torch.zeros(*views.shape[:2], *views.shape[-2:], dtype=torch.bool, device=views.device)
     return Corrupted(views, untouched, None)
 
 
-def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
+def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch: tuple[int, int]) -> Corrupted:
     """Exactly round(mask_ratio * N) patches; of `80/10/10` each by a draw of its own."""
     flat = _Views(views, draw)
     height, width = views.shape[-2:]
-    rows, columns = height // patch_size, width // patch_size
+    rows, columns = height // patch[0], width // patch[1]
     patches = rows * columns
     chosen = flat.numbers("patches", patches).argsort(dim=-1, stable=True)[:, : round(cfg.mask_ratio * patches)]
     mask = torch.zeros(len(chosen), patches, dtype=torch.bool, device=views.device).scatter_(1, chosen, True)
 
-    def pixels(patch: Tensor) -> Tensor:
-        grid = patch.view(-1, rows, 1, columns, 1).expand(-1, rows, patch_size, columns, patch_size)
+    def pixels(chosen: Tensor) -> Tensor:
+        grid = chosen.view(-1, rows, 1, columns, 1).expand(-1, rows, patch[0], columns, patch[1])
         return grid.reshape(-1, height, width)
 
     images, hidden = views, mask
@@ -249,12 +250,12 @@ def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupt
     return Corrupted(images, pixels(mask).view(*views.shape[:2], height, width), hidden.view(*views.shape[:2], patches))
 
 
-def _check_blocks(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
+def _check_blocks(cfg: SiTConfig, height: int, width: int, patch: tuple[int, int]) -> None:
     if not 0 < cfg.block_side[0] <= cfg.block_side[1]:
         raise UserError(f"method.block_side: expected [least, most], least first, above 0; got {cfg.block_side}.")
 
 
-def _check_gmml(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
+def _check_gmml(cfg: SiTConfig, height: int, width: int, patch: tuple[int, int]) -> None:
     side = min(height, width)
     if cfg.align > int(GMML_SIDE * side):
         raise UserError(
@@ -269,12 +270,13 @@ def _check_gmml(cfg: SiTConfig, height: int, width: int, patch_size: int) -> Non
             )
 
 
-def _check_mask(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
-    if height % patch_size or width % patch_size:
+def _check_mask(cfg: SiTConfig, height: int, width: int, patch: tuple[int, int]) -> None:
+    if height % patch[0] or width % patch[1]:
+        named = str(patch[0]) if patch[0] == patch[1] else f"{patch[0]}x{patch[1]}"
         raise UserError(
-            f"method.corruption: mask hides whole patches, but {height}x{width} is not divisible by {patch_size}."
+            f"method.corruption: mask hides whole patches, but {height}x{width} is not divisible by {named}."
         )
-    patches = (height // patch_size) * (width // patch_size)
+    patches = (height // patch[0]) * (width // patch[1])
     if not 0 < round(cfg.mask_ratio * patches) < patches:
         raise UserError(
             f"method.mask_ratio: {cfg.mask_ratio:g} of {patches} patches hides"
@@ -300,20 +302,21 @@ CORRUPTIONS: dict[str, Corruption] = {
 """Value of `method.corruption` -> what it does. A new one is its functions, one row here, and its word in SiTConfig."""
 
 
-def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int) -> None:
+def validate_corruption(cfg: SiTConfig, height: int, width: int, patch_size: int | tuple[int, int]) -> None:
     """Raises UserError that names the option that cannot be, for views of height x width pixels."""
     if check := CORRUPTIONS[cfg.corruption].check:
-        check(cfg, height, width, patch_size)
+        check(cfg, height, width, pair(patch_size))
 
 
-def corrupt(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int) -> Corrupted:
+def corrupt(cfg: SiTConfig, views: Tensor, draw: Draw, patch_size: int | tuple[int, int]) -> Corrupted:
     """Corrupted copies of normalized fp32 views (V, B, C, H, W), every view by draws of its own, on the views' device.
 
-    draw: rows of the global batch that the B images are. patch_size: side of a patch in pixels (`mask` only).
+    draw: rows of the global batch that the B images are. patch_size: side of a patch in pixels, or (height, width); for
+    `mask` only.
     """
     if draw.rows.stop - draw.rows.start != views.shape[1]:
         raise ValueError(f"rows {draw.rows} do not select {views.shape[1]} images")
     height, width = views.shape[-2:]
     validate_corruption(cfg, height, width, patch_size)
     with full_precision(views.device):
-        return CORRUPTIONS[cfg.corruption].apply(cfg, views, draw, patch_size)
+        return CORRUPTIONS[cfg.corruption].apply(cfg, views, draw, pair(patch_size))
