@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,3 +76,17 @@ def locked(path: str | Path) -> Iterator[None]:
             yield
         finally:
             Path(path).unlink(missing_ok=True)
+
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""How a cell begins that a spreadsheet runs, or takes for one that it should not."""
+
+
+def safe_cell(value: object) -> object:
+    """A cell of a CSV file: text that a spreadsheet would run (`=cmd`) gets an apostrophe before it. Numbers stay."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
+def plain_cell(text: str) -> str:
+    """What `safe_cell` was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text

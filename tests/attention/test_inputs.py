@@ -22,6 +22,50 @@ def test_names_that_differ_in_extension_or_case_alone():
     assert len({name.lower() for name in names}) == 3
 
 
+def test_long_names_are_cut_to_what_a_disk_takes(tmp_path):
+    long = ["k" * 240 + ".png", "k" * 239 + "j.png", "ü" * 120 + ".png", "deep/" + "z" * 251 + ".png"]
+    names = output_names([*long, "a.png"])
+    assert len(set(names)) == 5 and names[4] == "a" and names[3].startswith("deep/zzz")
+    for name in names:
+        last = os.path.basename(name)
+        assert len(last.encode()) <= 180 and last.encode().decode() == last
+        path = tmp_path / f".{last}_rollout_overlay.png.abcdefgh.partial"  # as long as it is while it is written
+        path.write_bytes(b"")
+    assert output_names(long) == names[:4]
+
+
+def test_damaged_gifs_are_no_tracebacks(tmp_path):
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (64, 64), dtype=np.uint8)) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(content[:-1500])
+    if is_video(tmp_path / "a.gif"):
+        cut_frames(tmp_path / "a.gif", tmp_path / "frames")
+        assert 1 <= len(list((tmp_path / "frames").iterdir())) <= 3
+    bomb = bytearray(content)
+    bomb[6:10] = (65000).to_bytes(2, "little") * 2
+    (tmp_path / "bomb.gif").write_bytes(bomb)
+    assert not is_video(tmp_path / "bomb.gif")
+    with pytest.raises(DecodeError, match="data.max_pixels"):
+        open_pictures(tmp_path / "bomb.gif", tmp_path / "out", 3).load(0)
+
+
+def test_a_video_whose_metadata_is_no_utf8(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "xxxx"
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    path.write_bytes(path.read_bytes().replace(b"xxxx", b"caf\xe9"))
+    assert cut_frames(path, tmp_path / "frames") == 10
+    assert len(list((tmp_path / "frames").iterdir())) == 1
+
+
 def test_a_list_of_paths(tmp_path):
     (tmp_path / "lists").mkdir()
     (tmp_path / "photos" / "deep er").mkdir(parents=True)

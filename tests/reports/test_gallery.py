@@ -20,6 +20,7 @@ from vit_suite.attention.manifest import OK, read_manifest, write_manifest
 from vit_suite.attention.maps import mass_mask
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.errors import UserError
+from vit_suite.reports import gallery
 from vit_suite.reports.gallery import quantized, write_gallery
 
 NAMES = ["cat", "deep/dog", "deep/</script><b>", "fish & chips"]
@@ -310,3 +311,11 @@ def test_only_cards_near_the_window_are_drawn(window, tmp_path):
     window.wait("document.querySelector('.card[data-index=\"119\"] canvas') !== null")
     window.wait("document.querySelector('.card[data-index=\"0\"] canvas') === null")
     assert window.complaints() == []
+
+
+def test_a_folder_called_like_a_placeholder(tmp_path):
+    folder = tmp_path / "a@DATA@b@TITLE@"
+    folder.mkdir()
+    gallery._write(tmp_path / "page.html", folder, iter([]))
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("Attention: a@DATA@b@TITLE@") == 2 and page.rstrip().endswith("</html>")

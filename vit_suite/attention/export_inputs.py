@@ -3,6 +3,7 @@ files are written."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.errors import UserError
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
+LONGEST = 180
+"""Bytes of a name in the output, before the parts that tell its files apart."""
 FRAMES = "frames"
 """Folder in the output that a video's frames are cut into."""
 
@@ -121,11 +124,24 @@ def inside(paths: Sequence[str]) -> list[str]:
     return [os.path.relpath(path, top) for path in whole]
 
 
+def fitting(file: str) -> str:
+    """A path whose last part leaves room for `_head11_overlay.png` and the mark of an unfinished file in the 255 bytes
+    of a name: a longer one is cut, and gets eight digits of its hash instead."""
+    folder, name = os.path.split(file)
+    stem, ending = os.path.splitext(name)
+    if len(os.fsencode(name)) <= LONGEST:
+        return file
+    mark = f"~{hashlib.sha1(os.fsencode(name)).hexdigest()[:8]}"
+    kept = os.fsencode(stem)[: LONGEST - len(mark) - len(os.fsencode(ending))].decode("utf-8", "ignore")
+    return os.path.join(folder, kept + mark + ending)
+
+
 def output_names(files: Sequence[str]) -> list[str]:
     """Relative paths of images -> distinct names without extension; those that would be alike keep theirs.
 
     Letter case does not distinguish: the output may lie on a disk that ignores it.
     """
+    files = [fitting(file) for file in files]
     names = [os.path.splitext(file)[0] for file in files]
     while True:  # a kept extension can meet another name (a.jpg beside a.png and a.jpg.png), so look again
         seen = Counter(name.lower() for name in names)
@@ -155,7 +171,7 @@ def is_video(images: object) -> bool:
     try:
         with Image.open(images) as image:
             return getattr(image, "n_frames", 1) > 1
-    except OSError:
+    except Exception:  # damaged, or a bomb: what is wrong with it, the decoder says
         return False
 
 
@@ -186,8 +202,11 @@ def _read_gif(path: Path) -> tuple[float, Iterator[np.ndarray]]:
 
     def frames() -> Iterator[np.ndarray]:
         with Image.open(path) as image:
-            for frame in ImageSequence.Iterator(image):
-                yield np.asarray(frame.convert("RGB"))
+            try:
+                for frame in ImageSequence.Iterator(image):
+                    yield np.asarray(frame.convert("RGB"))
+            except Exception:  # a file that was cut off: what came before it counts
+                return
 
     return rate, frames()
 
@@ -195,13 +214,13 @@ def _read_gif(path: Path) -> tuple[float, Iterator[np.ndarray]]:
 def _read_video(path: Path) -> tuple[float, Iterator[np.ndarray]]:
     av = need_av(f"reading the video '{path}'")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             rate = float(container.streams.video[0].average_rate or 25)
     except (av.FFmpegError, IndexError) as error:
         raise UserError(f"the video '{path}' cannot be read ({error})") from None
 
     def frames() -> Iterator[np.ndarray]:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             try:
                 for frame in container.decode(video=0):
                     yield frame.to_ndarray(format="rgb24")

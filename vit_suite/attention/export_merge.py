@@ -58,6 +58,7 @@ def merge(summary: Any, export: Export) -> None:
         summary.images += 1
         for name in ("shrunk", "coarse", "artifacts"):
             setattr(summary, name, getattr(summary, name) + record[name])
+    summary.failures.extend(pictures.source.failures)  # folders that could not be listed
     try:
         if not summary.images:
             raise UserError(f"none of the {len(pictures)} images decodes; the first: {summary.failures[0]}")

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_suite.files import write_atomically
+from vit_suite.files import plain_cell, safe_cell, write_atomically
 
 NAME = "manifest.csv"
 COLUMNS = ("image", "height", "width", "kind", "head", "file", "threshold", "status")
@@ -33,7 +33,7 @@ def read_manifest(path: str | Path) -> list[dict[str, str]]:
     """The lines of a manifest.csv, or of the one in a folder, by the names of `COLUMNS`; all values are text."""
     path = Path(path)
     with (path / NAME if path.is_dir() else path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+        return [{name: plain_cell(value or "") for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def write_manifest(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -42,9 +42,16 @@ def write_manifest(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     def write(temporary: Path) -> None:
         # Names that are no UTF-8 stay as they are.
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            plain, quoted = (
+                csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n", quoting=quoting)
+                for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+            )
+            plain.writeheader()
+            for row in rows:
+                cells = {name: safe_cell(value) for name, value in row.items()}
+                # The reader ends a line at a carriage return that stands outside of quotes.
+                odd = any(isinstance(cell, str) and "\r" in cell for cell in cells.values())
+                (quoted if odd else plain).writerow(cells)
 
     write_atomically(path, write)
 

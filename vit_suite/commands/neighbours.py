@@ -27,7 +27,7 @@ from vit_suite.evaluation.geometry import (
     rankme,
     uniformity,
 )
-from vit_suite.files import write_atomically
+from vit_suite.files import safe_cell, write_atomically
 from vit_suite.logs import speak
 from vit_suite.reports.contact import BLUE, GREEN, RED, Tile, write_sheet
 from vit_suite.reports.results import append_result
@@ -267,7 +267,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
         with temporary.open("w", newline="", encoding="utf-8", errors="replace") as file:
             writer = csv.writer(file)
             writer.writerow(header)
-            writer.writerows(rows)
+            writer.writerows([safe_cell(cell) for cell in row] for row in rows)
 
     write_atomically(path, write)
 

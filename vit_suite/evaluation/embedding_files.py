@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from vit_suite.errors import UserError
-from vit_suite.files import write_atomically
+from vit_suite.files import plain_cell, safe_cell, write_atomically
 
 FORMATS = (".parquet", ".npz", ".npy", ".csv")
 PATCH_FORMATS = ("", ".zarr")
@@ -164,7 +164,9 @@ class Writer:
             writer = csv.writer(file)
             writer.writerow([*HEADER, *(f"e{number}" for number in range(width))])
             for part in parts:
-                writer.writerows([*next(rows), *(f"{value:.9g}" for value in row)] for row in part.tolist())
+                writer.writerows(
+                    [*map(safe_cell, next(rows)), *(f"{value:.9g}" for value in row)] for row in part.tolist()
+                )
 
 
 def _write_rows(file: Any, parts: Iterable[np.ndarray], shape: tuple[int, int]) -> None:
@@ -238,7 +240,7 @@ def write_table(path: Path, columns: Columns, files: list[str] | None = None) ->
             writer = csv.writer(file)
             writer.writerow(HEADER + ["file"] * (files is not None))
             for number, row in enumerate(columns.rows()):
-                writer.writerow(row if files is None else [*row, files[number]])
+                writer.writerow([safe_cell(cell) for cell in (row if files is None else [*row, files[number]])])
 
     write_atomically(path, write)
 
@@ -311,7 +313,7 @@ def _read_table(path: Path) -> tuple[Columns, list[list[float]]]:
         rows = list(reader)
     sizes = np.array([[int(row[3]), int(row[4])] for row in rows], np.int32).reshape(-1, 2)
     labels = np.array([int(row[1]) for row in rows], np.int64)
-    columns = Columns([row[0] for row in rows], labels, [row[2] for row in rows], sizes)
+    columns = Columns([plain_cell(row[0]) for row in rows], labels, [plain_cell(row[2]) for row in rows], sizes)
     return columns, [[float(value) for value in row[len(HEADER) :]] for row in rows]
 
 

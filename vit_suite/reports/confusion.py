@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vit_suite.files import write_atomically
+from vit_suite.files import safe_cell, write_atomically
 
 NAMED = 50
 """Classes up to which the picture names every row and column; beyond, cells get too small to label."""
@@ -27,8 +27,9 @@ def save_confusion(folder: str | Path, counts: Tensor, classes: Sequence[str], t
     def table(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["true \\ predicted", *classes])
-            writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
+            names = [safe_cell(name) for name in classes]
+            writer.writerow(["true \\ predicted", *names])
+            writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
 
     write_atomically(folder / "confusion.csv", table)
     picture = confusion_picture(counts, classes, title)

@@ -77,8 +77,9 @@ def write_gallery(folder: str | Path, source: ImageSource | None = None) -> Path
 def _write(path: Path, folder: Path, items: Iterable[tuple[list[str], float, dict[str, Any]]]) -> None:
     """The page, an image at a time."""
     title = html.escape(f"Attention: {_shown(folder.resolve().name)}")
-    page = files("vit_suite.reports").joinpath("gallery.html").read_text(encoding="utf-8").replace("@TITLE@", title)
-    head, tail = page.split("@DATA@")
+    page = files("vit_suite.reports").joinpath("gallery.html").read_text(encoding="utf-8")
+    head, tail = page.split("@DATA@")  # before the title goes in: a folder may be called like a placeholder
+    head = head.replace("@TITLE@", title)
     first: list[str] | None = None
     written = 0
     with path.open("w", encoding="utf-8") as file:
