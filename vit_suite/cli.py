@@ -1,10 +1,11 @@
 """The command line: which commands there are, their help, and what a failure prints.
 
-Exit status: 0 done; 2 the input is wrong (one sentence); 1 anything else (one line, and a log of the traceback); 130
-interrupted
-(Ctrl-C), 143 terminated (SIGTERM), 75 stopped by SIGUSR1: after these a training goes on when it is started again.
-`vit-suite --help` answers as fast as Python starts, so everything is imported inside the functions; the code of a
-command, and with it torch, only once its options have proved right.
+Exit status: 0 = done; 2 = the input is wrong (one sentence); 1 = any other failure (one line, and a log of the
+traceback). 130 = interrupted (Ctrl-C), 143 = terminated (SIGTERM), 75 = stopped by SIGUSR1: after these three, a
+training goes on when it is started again.
+
+`vit-suite --help` answers as fast as Python starts, because everything is imported inside functions. The code of a
+command, and with it torch, is imported after its options and paths have been checked.
 """
 
 from __future__ import annotations

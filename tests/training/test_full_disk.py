@@ -41,3 +41,23 @@ def test_a_disk_that_filled_and_then_had_room(tiny_run, tmp_path):
     assert first.startswith("1 [] vit-suite: error: RuntimeError: '") and "checkpoints/" in first, done.stderr
     assert "cannot be written at step" in first and "the disk is full. Mend that and give the same command" in first
     assert status == "0" and digest == sha256(tiny_run)
+
+
+LOST = """
+import os, sys
+from pathlib import Path
+from vit_suite.training.keeper import not_written
+os.setgid(65534); os.setuid(65534)
+path = Path(sys.argv[1]) / "last.ckpt"
+print(not_written(path, path.with_name("last.ckpt.partial"), FileNotFoundError(2, "No such file", "last.ckpt"), 7))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="becomes another user")
+def test_a_folder_that_lost_its_permission_is_named(tmp_path):
+    for folder in (tmp_path, *tmp_path.parents):
+        if str(folder).startswith("/tmp/") and folder.stat().st_uid == 0:
+            folder.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", LOST, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    expected = f"'{tmp_path}/last.ckpt' cannot be written at step 7: no permission. Mend that and give the same command"
+    assert done.stdout.startswith(expected), done.stderr
