@@ -19,11 +19,11 @@ import torch
 import yaml
 
 from vit_suite.attention.localize import Localizer
-from vit_suite.commands.knn import Scorer, accuracies
 from vit_suite.commands.localize import localize
 from vit_suite.config import DataConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.truth import source_truths
+from vit_suite.evaluation.knn_scorer import Scorer, accuracies
 from vit_suite.models.backbone import Backbone
 from vit_suite.reports.results import read_results
 from vit_suite.weights.checkpoint import BUILTIN_FOLDER, LoadedBackbone, load_backbone, save_backbone

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tests.commands.conftest import results, save_pictures
-from vit_suite.commands import linear as command
 from vit_suite.config import BackboneConfig, LinearConfig
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.data.source import FileSource
 from vit_suite.errors import UserError
-from vit_suite.evaluation import fewshot, linear
+from vit_suite.evaluation import fewshot, linear, prober
 from vit_suite.evaluation.features import FeatureOptions, extract_features
 from vit_suite.evaluation.linear import linear_probe
 from vit_suite.evaluation.linear_heads import Recipe
@@ -126,7 +125,7 @@ def test_the_backbone_is_frozen_bit_for_bit(probe, tiny_run, monkeypatch, words)
     modes = [part.training for part in loaded.backbone.modules()]
     wants = [parameter.requires_grad for parameter in vit.parameters()]
     before, numbers = weights_sha256(state), {name: tensor.data_ptr() for name, tensor in state.items()}
-    monkeypatch.setattr(command, "load_backbone", lambda _: loaded)
+    monkeypatch.setattr("vit_suite.commands.linear.load_backbone", lambda _: loaded)
     said = probe(*words)
     assert said.status == 0, said.err
     after = {**dict(vit.named_parameters()), **dict(vit.named_buffers())}
@@ -183,11 +182,11 @@ def test_a_seed_repeats_and_another_does_not(probe, tmp_path, words):
 def test_augmented_views_are_drawn_anew_each_step(probe, monkeypatch, tmp_path):
     """Without augmentation the backbone runs once an image."""
     passes, draws = [], []
-    tokens, alone = Backbone.tokens, command.alone
+    tokens, alone = Backbone.tokens, prober.alone
     monkeypatch.setattr(
         Backbone, "tokens", lambda self, images, *rest: passes.append(len(images)) or tokens(self, images, *rest)
     )
-    monkeypatch.setattr(command, "alone", lambda *place: draws.append(place) or alone(*place))
+    monkeypatch.setattr(prober, "alone", lambda *place: draws.append(place) or alone(*place))
     assert probe("--epochs", 6).status == 0
     assert sum(passes) == 140 and not draws  # train and test
     passes.clear()

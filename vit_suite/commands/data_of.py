@@ -11,7 +11,6 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
-from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size
 from vit_suite.places import check_file
 from vit_suite.reports.results import read_results
@@ -62,12 +61,6 @@ def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataM
 
 def _labeled(source: ImageSource) -> bool:
     return source.labels is not None and bool((source.labels >= 0).any())
-
-
-def representation(backbone: Backbone) -> str:
-    """What a backbone answers with, for results.json."""
-    what = "CLS token" if backbone.cfg.pool == "cls" else "mean of the patch tokens"
-    return f"{what} after the final norm"
 
 
 def say_left_out(failures: list[str]) -> None:

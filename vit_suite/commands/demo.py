@@ -14,7 +14,6 @@ from vit_suite.attention.localize import Localizer
 from vit_suite.attention.maps import attention_maps
 from vit_suite.attention.overview import Shown, overview
 from vit_suite.attention.render import as_picture
-from vit_suite.commands.knn import Scorer, accuracies
 from vit_suite.commands.localize import Localized, localize
 from vit_suite.config import (
     BackboneConfig,
@@ -33,6 +32,7 @@ from vit_suite.data.shapes import CLASSES
 from vit_suite.data.source import ImageSource
 from vit_suite.data.truth import source_truths
 from vit_suite.evaluation.knn import KNNResult
+from vit_suite.evaluation.knn_scorer import Scorer, accuracies
 from vit_suite.hardware import pick_device
 from vit_suite.logs import speak
 from vit_suite.reports.gallery import write_gallery

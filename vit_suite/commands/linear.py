@@ -4,46 +4,20 @@ in results.json."""
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
-
-from torch import Tensor
+from dataclasses import asdict
 
 from vit_suite import distributed
 from vit_suite.commands.data_of import open_data, results_path, say_left_out, view_size
-from vit_suite.config import LinearConfig, SupervisedViewsConfig
-from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
-from vit_suite.data.module import ImageDataModule
-from vit_suite.data.order import Batch, EpochPlan
-from vit_suite.data.resident import GIB, to_device
-from vit_suite.data.source import ImageSource, ResidentSource
+from vit_suite.config import LinearConfig
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import Features
-from vit_suite.evaluation.fewshot import ShotResult, Shots, Spread, few_shot_probe
-from vit_suite.evaluation.linear import (
-    FreshBatches,
-    ProbeOptions,
-    ProbeResult,
-    linear_probe,
-    linear_probe_on_batches,
-    split,
-)
-from vit_suite.evaluation.linear_heads import Batches, HeadScore, Setting
-from vit_suite.evaluation.linear_inputs import Feature, Subject, backbone_subject, pixel_subject
-from vit_suite.evaluation.linear_protocols import Protocol, resolve
-from vit_suite.hardware import pick_precision, rank_device
+from vit_suite.evaluation.linear_protocols import resolve
+from vit_suite.evaluation.prober import Prober, as_metrics
 from vit_suite.logs import speak
-from vit_suite.reports.results import append_result, table
-from vit_suite.views.draw import alone
-from vit_suite.views.evaluate import view_text
-from vit_suite.views.multicrop import MultiCrop, ViewsInWorkers, pick_backend
-from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
+from vit_suite.reports.results import append_result
+from vit_suite.reports.scores import linear_report
+from vit_suite.weights.checkpoint import load_backbone
 
 log = logging.getLogger("vit_suite")
-
-Result = ProbeResult | dict[int, ShotResult]
 
 
 def run(cfg: LinearConfig) -> None:
@@ -73,7 +47,7 @@ def run(cfg: LinearConfig) -> None:
                     if prober.speaks:
                         log.warning("%s left out: %s", name, error)
         if prober.speaks:
-            print(report(results, prober))
+            print(linear_report(results, prober))
             metrics = {name: as_metrics(result) for name, result in results.items()}
             entry = prober.describe() | {
                 "checkpoint": cfg.checkpoint,
@@ -83,252 +57,3 @@ def run(cfg: LinearConfig) -> None:
             say_left_out(entry["left_out"])
             append_result(path, "linear few-shot" if cfg.shots else "linear", metrics, entry, loaded.sha256)
             print(f"appended to {path}")
-
-
-@dataclass(frozen=True)
-class Turns(EpochPlan):
-    """Every `turns`-th batch of a plan, from number `turn` on; its length is that of the whole plan."""
-
-    turn: int = 0
-    turns: int = 1
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        return islice(super().batches(epoch, self.turn + start * self.turns), None, None, self.turns)
-
-
-class Prober:
-    """The same heads under the same protocol on one backbone after another. Test images are decoded when a winner is to
-    be scored.
-
-    Ranks share the passes through the backbone. Each then has the features of all images and trains the same heads in
-    the same batches, which takes seconds, and gives the numbers of one rank bit for bit; sums of gradients over ranks
-    would not.
-    """
-
-    def __init__(self, cfg: LinearConfig, data: ImageDataModule, size: list[int], protocol: Protocol):
-        self.cfg, self.data, self.size, self.protocol = cfg, data, size, protocol
-        self.device = rank_device(cfg.accelerator)
-        self.speaks = distributed.rank() == 0
-        self.precision = pick_precision(cfg.precision, self.device)
-        if isinstance(data.train_source, ResidentSource) and self.device.type == "cuda":
-            to_device(data.train_source, self.device)
-        self.train = data.bank()
-        self.classes = max(len(self.train.classes), int(self.train.labels.max()) + 1)
-        self.options = ProbeOptions(cfg.holdout, self.classes, self.device, self.speaks)
-        self.choosing = False  # whether images were held out for the last subject
-
-    def backbone(self, loaded: LoadedBackbone, features: Sequence[Feature]) -> Result:
-        """Of a backbone's tokens."""
-        network = loaded.backbone.to(self.device)
-        return self.probe(backbone_subject(network, features, loaded.mean, loaded.std, self.precision))
-
-    def pixels(self) -> Result:
-        """Of the normalized pixels."""
-        return self.probe(pixel_subject(self.data.cfg.channels, self.size, self.data.mean, self.data.std))
-
-    def probe(self, subject: Subject) -> Result:
-        """UserError when the features do not fit `memory_gb`, and for what the heads cannot be trained on."""
-        recipe, cfg = self.protocol.recipe, self.cfg
-        self.choosing = len(subject.columns) * len(recipe.lr) > 1
-        self._check_memory(subject)
-        if self.protocol.augment:
-            return self._augmented(subject)
-        train = self._extract(subject, self.train)
-        if cfg.shots:
-            shots = Shots(cfg.shots, cfg.draws, self.train.classes)
-            return few_shot_probe(train, lambda: self._test(subject), recipe, subject.columns, shots, self.options)
-        return linear_probe(train, lambda: self._test(subject), recipe, subject.columns, self.options)
-
-    def _augmented(self, subject: Subject) -> ProbeResult:
-        inner, held = self.train, None
-        if self.choosing:
-            rows, held_rows = split(self.train.labels, self.cfg.holdout, self.cfg.seed)
-            inner, held = self.train.subset(rows), self._extract(subject, self.train.subset(held_rows))
-        recipe = self.protocol.recipe
-        batches, count = self._batches(subject, inner, min(recipe.batch_size, len(inner)))
-        fresh = FreshBatches(batches, count, subject.shape, len(inner))
-        return linear_probe_on_batches(fresh, held, lambda: self._test(subject), recipe, subject.columns, self.options)
-
-    def _batches(self, subject: Subject, source: ImageSource, size: int) -> tuple[Batches, int]:
-        """(batches, batches an epoch) of parts of randomly cropped and flipped images (the only colors are the image's
-        own)."""
-        seed, device = self.cfg.seed, self.device
-        config = SupervisedViewsConfig(global_size=self.size[0], randaugment=0, erase=0.0)
-        views = MultiCrop(config, subject.mean, subject.std)
-        plan = Turns(len(source), size, seed, turn=distributed.rank(), turns=distributed.world_size())
-        if isinstance(source, ResidentSource):
-            loader = ResidentLoader(source, plan)
-        else:
-            ready = (
-                ViewsInWorkers(views, seed, size)
-                if pick_backend(config, device.type, ragged=True) == "workers"
-                else None
-            )
-            workers = auto_workers(self.data.cfg.workers, False)
-            loader = FileLoader(source, plan, workers, self.data.quarantine, device.type == "cuda", ready)
-
-        def own(epoch: int) -> Iterator[tuple[Tensor, Tensor] | UserError]:
-            loader.set_epoch(epoch)
-            try:
-                for number, (images, labels, _) in enumerate(loader):
-                    if isinstance(images, Tensor) or images[0].ndim == 3:
-                        images = (
-                            images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
-                        )
-                        images = views(images, alone(len(images), seed, epoch, plan.turn + number * plan.turns))
-                    part = subject.embed(images[0]), labels
-                    yield tuple(tensor.cpu() for tensor in part) if distributed.active() else part
-            except UserError as error:  # raised below, on all ranks
-                yield error
-
-        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            mine = own(epoch)
-            for _ in range(-(-len(loader) // plan.turns)):  # a batch of each rank; in the last round some have none
-                for part in distributed.gather_objects(next(mine, None)):
-                    if isinstance(part, UserError):
-                        raise part
-                    if part is not None:
-                        yield part[0].to(device), part[1].to(device)
-
-        return batches, len(loader)
-
-    def _extract(self, subject: Subject, source: ImageSource) -> Features:
-        return subject.extract(
-            source, self.size, self.device, self.cfg.batch_size, self.data.threads, progress=self.speaks
-        )
-
-    def _test(self, subject: Subject) -> Features:
-        return self._extract(subject, self.data.test())
-
-    def _check_memory(self, subject: Subject) -> None:
-        kept = 1.0 if not self.protocol.augment else self.cfg.holdout * self.choosing
-        if (need := subject.bytes(round(kept * len(self.train))) / GIB) > self.cfg.memory_gb:
-            rows = f"{len(self.train)} training images x {subject.shape[0]} x {subject.shape[1]} numbers"
-            remedy = "ask for fewer blocks or poolings, a larger memory_gb" + (
-                "." if self.protocol.augment else ", or --augment true."
-            )
-            raise UserError(
-                f"features of {rows} take {need:.3g} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}"
-            )
-
-    def describe(self) -> dict:
-        """Everything that decides the score besides the weights."""
-        protocol, data, recipe = self.protocol, self.data, self.protocol.recipe
-        test = data.test()
-        choice = "none: one setting, trained on all training images"
-        retrained = "not needed"
-        if self.choosing:
-            choice = (
-                "winner on the held-out training images by top-1, then cross-entropy; test is read once, after the"
-                " choice"
-            )
-            again = "the winner is trained again on all training images"
-            retrained = "the head trained without them is scored" if protocol.augment else again
-        few = {
-            "shots": self.cfg.shots,
-            "draws": self.cfg.draws,
-            "spread": "mean and sample standard deviation over draws",
-        }
-        few["retrained"] = "the winner's heads, which never see the held-out images, are scored"
-        return {
-            "protocol": protocol.says,
-            "data": self.train.name,
-            "train": {"split": self.train.split, "images": data.usable(self.train)},
-            "test": {"split": test.split, "images": data.usable(test)},
-            "left_out": data.left_out(self.train, test),
-            "view": view_text(self.size),
-            "augment": (
-                "random resized crop of 8 to 100% of the area, flip"
-                if protocol.augment
-                else "none: features are extracted once"
-            ),
-            "features": "tokens after the final norm, not normalized further, kept in 16 bits",
-            "blocks": list(protocol.blocks),
-            "pool": list(protocol.pools),
-            "head": self.cfg.head,
-            "recipe": asdict(recipe),
-            "holdout": self.cfg.holdout if self.choosing else 0,
-            "choice": choice,
-            "retrained": retrained,
-            "precision": self.precision,
-        } | (few if self.cfg.shots else {})
-
-
-# What is shown and kept
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def as_metrics(result: Result) -> dict:
-    """A result as plain numbers."""
-    if isinstance(result, dict):
-        return {
-            f"shots{n}": {
-                "top1": one.top1.as_dict(),
-                "top5": one.top5.as_dict(),
-                **one.setting._asdict(),
-                "held_out": _rows(one.held_out),
-            }
-            for n, one in result.items()
-        }
-    scores = {"top1": result.top1, "top5": result.top5, **result.setting._asdict()}
-    return scores | {"trained_on": result.trained_on, "held_out": _rows(result.held_out)}
-
-
-def _rows(scores: Sequence[HeadScore]) -> list[dict]:
-    """JSON has no nan: a diverged head's loss is null."""
-    finite = [one.loss if math.isfinite(one.loss) else None for one in scores]
-    return [
-        one.setting._asdict() | {"top1": one.top1, "top5": one.top5, "loss": loss}
-        for one, loss in zip(scores, finite, strict=True)
-    ]
-
-
-def report(results: dict[str, Result], prober: Prober) -> str:
-    """Title, a row for each result, and the held-out scores that the checkpoint's winner was chosen from."""
-    rows, tables = [], []
-    for name, result in results.items():
-        for label, one in (
-            [(f", {n} a class", one) for n, one in result.items()] if isinstance(result, dict) else [("", result)]
-        ):
-            rows.append(
-                [
-                    f"{name}{label}",
-                    *(str(s) if isinstance(s, Spread) else s for s in (one.top1, one.top5)),
-                    *_cells(one.setting),
-                ]
-            )
-            if name == "checkpoint" and one.held_out:
-                tables.append(sweep_table(one.held_out, f"held out{label}, top-1 %"))
-                warn_of_edge(one.held_out, one.setting)
-    cfg, train, test = prober.cfg, prober.train, prober.data.test()
-    count, scored = prober.data.usable(train), prober.data.usable(test)
-    images = f"{cfg.draws} draws from the {count} images" if cfg.shots else f"{count} images"
-    title = f"{train.name}: {cfg.head} heads on {images} of {train.split}, scored on {scored} of {test.split}"
-    columns = [f"protocol {cfg.protocol}", "top-1 %", "top-5 %", "lr", "blocks", "pool"]
-    return "\n\n".join([f"{title}\n{table(columns, rows)}", *tables])
-
-
-def _cells(setting: Setting) -> list[str]:
-    return [f"{setting.lr:g}", str(setting.blocks), setting.pool]
-
-
-def sweep_table(scores: Sequence[HeadScore], title: str) -> str:
-    """A row for each input, a column for each learning rate."""
-    rates = list(dict.fromkeys(one.setting.lr for one in scores))
-    rows = []
-    for feature in dict.fromkeys(one.setting.feature for one in scores):
-        cells = [
-            one.top1 if math.isfinite(one.loss) else "diverged" for one in scores if one.setting.feature == feature
-        ]
-        rows.append([f"{feature.pool}, {feature.blocks} block{'s' * (feature.blocks != 1)}", *cells])
-    return table([title, *(f"lr {rate:g}" for rate in rates)], rows)
-
-
-def warn_of_edge(scores: Sequence[HeadScore], winner: Setting) -> None:
-    """Say when the best learning rate may lie beyond those that were tried."""
-    rates = {one.setting.lr for one in scores}
-    if len(rates) > 1 and winner.lr in (min(rates), max(rates)):
-        which, more = ("smallest", "smaller") if winner.lr == min(rates) else ("largest", "larger")
-        log.warning(
-            "the winner's lr %g is the %s of the sweep: a %s one may score higher (--lr)", winner.lr, which, more
-        )

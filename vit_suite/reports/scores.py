@@ -1,0 +1,93 @@
+"""Tables of scores as the commands print them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from vit_suite.evaluation.fewshot import Spread
+from vit_suite.evaluation.knn import KNNResult
+from vit_suite.evaluation.knn_scorer import Shots, spreads
+from vit_suite.evaluation.linear_heads import HeadScore, Setting
+from vit_suite.evaluation.prober import Prober, Result
+from vit_suite.reports.results import table
+
+log = logging.getLogger("vit_suite")
+
+# kNN
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def accuracy_table(results: dict[str, KNNResult]) -> str:
+    """A row for each result, a column for each k."""
+    ks = list(next(iter(results.values())).top1)
+    used = next(iter(results.values())).used_k
+    header = ["kNN top-1 %", *(f"k={k}" if used[k] == k else f"k={k} (bank has {used[k]})" for k in ks)]
+    return table(header, [[name, *(result.top1[k] for k in ks)] for name, result in results.items()])
+
+
+def shots_table(few: dict[str, Shots]) -> str:
+    """A row for each result and number of shots, a column for each k; a bank smaller than k votes as a whole."""
+    rows = [
+        [f"{name}, {n} a class", *(str(top1) for top1, _ in spreads(results).values())]
+        for name, shots in few.items()
+        for n, results in shots.items()
+    ]
+    results = next(iter(next(iter(few.values())).values()))[0]
+    return table(["kNN top-1 %", *(f"k={k}" for k in results.top1)], rows)
+
+
+# Linear heads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def linear_report(results: dict[str, Result], prober: Prober) -> str:
+    """Title, a row for each result, and the held-out scores that the checkpoint's winner was chosen from."""
+    rows, tables = [], []
+    for name, result in results.items():
+        for label, one in (
+            [(f", {n} a class", one) for n, one in result.items()] if isinstance(result, dict) else [("", result)]
+        ):
+            rows.append(
+                [
+                    f"{name}{label}",
+                    *(str(s) if isinstance(s, Spread) else s for s in (one.top1, one.top5)),
+                    *_cells(one.setting),
+                ]
+            )
+            if name == "checkpoint" and one.held_out:
+                tables.append(sweep_table(one.held_out, f"held out{label}, top-1 %"))
+                warn_of_edge(one.held_out, one.setting)
+    cfg, train, test = prober.cfg, prober.train, prober.data.test()
+    count, scored = prober.data.usable(train), prober.data.usable(test)
+    images = f"{cfg.draws} draws from the {count} images" if cfg.shots else f"{count} images"
+    title = f"{train.name}: {cfg.head} heads on {images} of {train.split}, scored on {scored} of {test.split}"
+    columns = [f"protocol {cfg.protocol}", "top-1 %", "top-5 %", "lr", "blocks", "pool"]
+    return "\n\n".join([f"{title}\n{table(columns, rows)}", *tables])
+
+
+def _cells(setting: Setting) -> list[str]:
+    return [f"{setting.lr:g}", str(setting.blocks), setting.pool]
+
+
+def sweep_table(scores: Sequence[HeadScore], title: str) -> str:
+    """A row for each input, a column for each learning rate."""
+    rates = list(dict.fromkeys(one.setting.lr for one in scores))
+    rows = []
+    for feature in dict.fromkeys(one.setting.feature for one in scores):
+        cells = [
+            one.top1 if math.isfinite(one.loss) else "diverged" for one in scores if one.setting.feature == feature
+        ]
+        rows.append([f"{feature.pool}, {feature.blocks} block{'s' * (feature.blocks != 1)}", *cells])
+    return table([title, *(f"lr {rate:g}" for rate in rates)], rows)
+
+
+def warn_of_edge(scores: Sequence[HeadScore], winner: Setting) -> None:
+    """Say when the best learning rate may lie beyond those that were tried."""
+    rates = {one.setting.lr for one in scores}
+    if len(rates) > 1 and winner.lr in (min(rates), max(rates)):
+        which, more = ("smallest", "smaller") if winner.lr == min(rates) else ("largest", "larger")
+        log.warning(
+            "the winner's lr %g is the %s of the sweep: a %s one may score higher (--lr)", winner.lr, which, more
+        )
