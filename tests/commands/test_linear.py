@@ -125,7 +125,7 @@ def test_the_backbone_is_frozen_bit_for_bit(probe, tiny_run, monkeypatch, words)
     modes = [part.training for part in loaded.backbone.modules()]
     wants = [parameter.requires_grad for parameter in vit.parameters()]
     before, numbers = weights_sha256(state), {name: tensor.data_ptr() for name, tensor in state.items()}
-    monkeypatch.setattr("vit_suite.commands.linear.load_backbone", lambda _: loaded)
+    monkeypatch.setattr("vit_suite.commands.linear.load_backbone", lambda *_: loaded)
     said = probe(*words)
     assert said.status == 0, said.err
     after = {**dict(vit.named_parameters()), **dict(vit.named_buffers())}
