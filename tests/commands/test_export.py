@@ -64,6 +64,20 @@ def test_folders_load_as_their_users_load_them(export, tmp_path, format, options
         torch.testing.assert_close(answers["patches"], backbone.tokens(images).patches, atol=1e-5, rtol=1e-5)
 
 
+ROPE = {"layer_scale": 1e-5, "registers": 3, "positions": "rope"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layer_scale": 1e-5}, ROPE, ROPE | {"mlp": "swiglu", "mlp_ratio": 1.5}],
+    ids=["scaled", "rope", "gated"],
+)
+def test_timm_folders_of_newer_networks(export, tmp_path, options):
+    said = export(random_backbone(**options), "--format", "timm", "--outputs", "features", "patches")
+    assert said.status == 0, said.err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"].startswith("vit_")
+
+
 KINDS = [
     ({}, "vit"),
     ({"registers": 2}, "dinov2_with_registers"),
@@ -140,6 +154,8 @@ def test_a_folder_that_differs_is_not_kept(export, tmp_path, monkeypatch):
         ({"class_token": False, "pool": "mean"}, ["--format", "torch", "--outputs", "attention"], "needs a CLS token"),
         ({}, ["--format", "timm", "--outputs", "attention"], "--outputs attention is for onnx, torch and safetensors"),
         ({}, ["--format", "onnx", "--opset", "11"], "ONNX operator sets 18 to"),
+        (ROPE, ["--format", "onnx"], "blocks of the type RopeBlock cannot be exported as a graph"),
+        ({"mlp": "swiglu"}, ["--format", "timm"], "cannot name a SwiGLU"),
         ({}, ["--format", "onxn"], "Did you mean 'onnx'?"),
         ({}, ["--checkpoint_family", "dinov2"], "was written by vit-suite"),
     ],

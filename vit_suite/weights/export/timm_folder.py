@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.models.eva import Eva
 
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
@@ -16,7 +17,10 @@ from vit_suite.weights.export.huggingface import write_json
 
 BASE = "vit_base_patch16_224"
 """A plain timm ViT, of which every dimension is overridden."""
+ROTARY = "vit_small_patch16_dinov3_qkvb"
+"""The same with rotary positions."""
 TIMM_EPS = 1e-6
+"""LayerNorm's epsilon in BASE."""
 
 
 def write_timm(loaded: LoadedBackbone, folder: Path) -> None:
@@ -29,7 +33,7 @@ def write_timm(loaded: LoadedBackbone, folder: Path) -> None:
     write_json(
         folder / "config.json",
         {
-            "architecture": BASE if backbone.cfg.name == EXPLICIT else backbone.cfg.name,
+            "architecture": architecture_of(backbone),
             "num_classes": 0,
             "num_features": backbone.dim,
             "global_pool": arguments["global_pool"],
@@ -53,6 +57,33 @@ def write_timm(loaded: LoadedBackbone, folder: Path) -> None:
     )
 
 
+def architecture_of(backbone: Backbone) -> str:
+    """Name of the timm model that the arguments are given to."""
+    if backbone.cfg.name != EXPLICIT:
+        return backbone.cfg.name
+    return ROTARY if isinstance(backbone.vit, Eva) else BASE
+
+
+def rotary_arguments(backbone: Backbone) -> dict[str, Any]:
+    """Arguments of timm's Eva beside those of every network."""
+    state = backbone.vit.state_dict()
+    width = state["blocks.0.mlp.fc2.weight"].shape[1]
+    if "blocks.0.gamma_1" not in state:
+        raise UserError("--format timm: a network with rotary positions needs LayerScale (backbone.layer_scale) there.")
+    return {
+        "patch_size": backbone.patch_size,
+        "embed_dim": backbone.dim,
+        "depth": backbone.depth,
+        "num_heads": backbone.heads,
+        "mlp_ratio": (width + 0.5) / backbone.dim,  # timm cuts the product to a whole number
+        "num_reg_tokens": backbone.prefix_tokens - int(backbone.has_cls),
+        "class_token": backbone.has_cls,
+        "init_values": 1e-5,
+        "swiglu_mlp": "blocks.0.mlp.fc1_g.weight" in state,
+        "swiglu_align_to": 1,
+    }
+
+
 def arguments_of(backbone: Backbone) -> dict[str, Any]:
     """Arguments of timm's VisionTransformer that give this network. UserError where it is none."""
     cfg, vit = backbone.cfg, backbone.vit
@@ -68,9 +99,11 @@ def arguments_of(backbone: Backbone) -> dict[str, Any]:
     }
     if cfg.name != EXPLICIT:
         return arguments
+    if isinstance(vit, Eva):
+        return arguments | rotary_arguments(backbone)
     norm: Any = vit.norm
     eps = float(norm.eps)
-    if not 0.1 * TIMM_EPS <= eps <= 10 * TIMM_EPS and eps > TIMM_EPS:
+    if eps > TIMM_EPS:  # a smaller one, such as Hugging Face's 1e-12, is within the tolerance of the check
         raise UserError(f"--format timm: LayerNorm's epsilon is {eps:g}, and timm's config.json cannot say so.")
     block: Any = vit.blocks[0]
     if not isinstance(block.mlp.act, torch.nn.GELU):
