@@ -26,10 +26,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, TrainerConfig, ViewsConfig
+from vit_suite.config.dinov2 import DINOv2Config, DINOv2ViewsConfig
+from vit_suite.config.mae import MAEConfig, MAEViewsConfig
 from vit_suite.hardware import autocast, matmul_rate, pick_precision
+from vit_suite.methods.base import Method
 from vit_suite.methods.compiled import check_compile, compile_blocks
 from vit_suite.methods.dino import DINO
+from vit_suite.methods.dinov2 import DINOv2
+from vit_suite.methods.mae import MAE
 
+TINY = {"dim": 96, "depth": 6, "heads": 3, "patch": 4, "batch": 128}
 CASES = {
     "tiny": {
         "dim": 96,
@@ -61,7 +67,29 @@ CASES = {
         "batch": 8,
         "prototypes": 65536,
     },
+    "tiny dinov2": {
+        "method": "dinov2",
+        "dim": 96,
+        "depth": 6,
+        "heads": 3,
+        "patch": 4,
+        "sizes": (32, 16),
+        "local": 4,
+        "batch": 128,
+        "prototypes": 4096,
+    },
+    "tiny mae": {"method": "mae", "dim": 96, "depth": 6, "heads": 3, "patch": 4, "sizes": (32,), "batch": 128},
+    "tiny crossmae": {
+        "method": "crossmae",
+        "dim": 96,
+        "depth": 6,
+        "heads": 3,
+        "patch": 4,
+        "sizes": (32,),
+        "batch": 128,
+    },
 }
+"""A case without `method` is DINO, for which alone there are the leaner ways and the peers."""
 LEAN: dict[str, tuple[dict, dict]] = {
     "groups of crops": ({"crops_at_once": 1}, {}),
     "checkpointing": ({}, {"checkpointing": True}),
@@ -74,8 +102,26 @@ CPU = torch.device("cpu")
 def views(case: dict, device: torch.device = CPU) -> list[torch.Tensor]:
     """Two global and the local views of a batch, noise."""
     generator = torch.Generator().manual_seed(0)
-    sides = [case["sizes"][0]] * 2 + [case["sizes"][1]] * case["local"]
+    sides = [case["sizes"][0]] * 2 + [case["sizes"][1]] * case["local"] if "local" in case else case["sizes"]
     return [torch.randn(case["batch"], 3, side, side, generator=generator).to(device) for side in sides]
+
+
+def method_of(case: dict, method: dict, backbone: dict) -> Method:
+    """The method of a case, with further options of it and of the backbone."""
+    size = case["sizes"][0]
+    shape = {"patch_size": case["patch"], "dim": case["dim"], "depth": case["depth"], "heads": case["heads"]}
+    network = BackboneConfig(**shape, drop_path=0.0, **backbone)
+    name = case.get("method", "dino")
+    if "mae" in name:
+        how = {"decoder": "cross", "predict_ratio": 0.25} if name == "crossmae" else {}
+        options = MAEConfig(decoder_dim=64, decoder_depth=2, decoder_heads=4, **how, **method)
+        return MAE(options, network, MAEViewsConfig(global_size=size), batch_size=case["batch"])
+    crops = {"global_size": size, "local_size": case["sizes"][1], "local_crops": case["local"]}
+    if name == "dinov2":
+        options = DINOv2Config(out_dim=case["prototypes"], freeze_last_layer_epochs=0, **method)
+        return DINOv2(options, network, DINOv2ViewsConfig(**crops), batch_size=case["batch"])
+    options = DINOConfig(out_dim=case["prototypes"], freeze_last_layer_epochs=0, **method)
+    return DINO(options, network, ViewsConfig(**crops), OptimConfig(), batch_size=case["batch"])
 
 
 def ours(
@@ -83,21 +129,7 @@ def ours(
 ) -> Callable[[], torch.Tensor]:
     """One call is one step, which a GPU is not waited for; the loss. `compile`: as trainer.compile."""
     torch.manual_seed(0)
-    (size, local), (method, backbone) = case["sizes"], LEAN[lean] if lean else ({}, {})
-    module = DINO(
-        DINOConfig(out_dim=case["prototypes"], freeze_last_layer_epochs=0, **method),
-        BackboneConfig(
-            patch_size=case["patch"],
-            dim=case["dim"],
-            depth=case["depth"],
-            heads=case["heads"],
-            drop_path=0.0,
-            **backbone,
-        ),
-        ViewsConfig(global_size=size, local_size=local, local_crops=case["local"]),
-        OptimConfig(),
-        batch_size=case["batch"],
-    )
+    module = method_of(case, *(LEAN[lean] if lean else ({}, {})))
     module.to(device).train().max_steps = 10**6
     check_compile(TrainerConfig(compile=compile), device)
     if compile != "none":
@@ -275,7 +307,10 @@ def main() -> None:
     names = [f"{names[0]} {lean}" for lean in LEAN if options.lean] + names
     names += [name.replace("ours", "lightly") for name in names if options.lightly and name.count(" ") == 1]
     names += ["official fp32"] if options.peer else []
-    rows = [row for case in options.case for row in measure(case, names, options.peer, options.rounds, options.threads)]
+    rows = []
+    for case in options.case:
+        own = [name for name in names if name in ("ours bf16", "ours fp32") or "method" not in CASES[case]]
+        rows += measure(case, own, options.peer, options.rounds, options.threads)
     publish(rows, options.output, ratio_to=names[-1])
 
 
