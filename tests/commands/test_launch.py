@@ -264,6 +264,12 @@ def test_who_is_queued_again(launch, slurm, tmp_path, training, array, requeued)
         (["--partitoin", "x"], {}, "unknown option '--partitoin'. Did you mean '--partition'?"),
         ([], {"optim__lrr": 3}, "Did you mean '--optim.lr'?"),
         (["--time", "tomorrow"], {}, "time: expected minutes, H:MM:SS or D-HH:MM:SS, got 'tomorrow'"),
+        (
+            ["--time", "\u0661\u0662:00:00"],
+            {},
+            "time: expected minutes, H:MM:SS or D-HH:MM:SS, got '\u0661\u0662:00:00'",
+        ),
+        (["--time", "9" * 5000], {}, "(5,000 characters)"),
         (["--time", "2"], {}, "time 2 leaves no time to train before the warning of signal_seconds 90"),
         (["--job-name", "bash"], {}, "job_name 'bash'"),
         (["--nodes", 2], {"trainer__nodes": 3}, "trainer.nodes is 3, but the job has 2 nodes"),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vit_suite.config import LaunchConfig
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, quote
 
 SCRIPT, OPTIONS, RECORD = "launch.sbatch", "launch.yaml", "launch.json"
 """Names in a run directory: the script, the options of the training (resolved), the submitted job."""
@@ -122,9 +122,9 @@ def job_name(cfg: LaunchConfig, folder: Path) -> str:
 
 def seconds(time: str) -> int:
     """Of a time as sbatch spells it: M, M:SS, H:MM:SS, D-H, D-H:MM or D-H:MM:SS. UserError for anything else."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?", time)
+    found = re.fullmatch(r"(?:(\d{1,7})-)?(\d{1,7})(?::(\d\d))?(?::(\d\d))?", time, re.ASCII)
     if not found:
-        raise UserError(f"time: expected minutes, H:MM:SS or D-HH:MM:SS, got '{time}'.")
+        raise UserError(f"time: expected minutes, H:MM:SS or D-HH:MM:SS, got {quote(time)}.")
     days, second, third = (None if found[part] is None else int(found[part]) for part in (1, 3, 4))
     first = int(found[2])
     if days is None and third is None:  # minutes, and perhaps seconds
