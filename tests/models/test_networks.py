@@ -174,6 +174,17 @@ def test_patches_that_are_no_squares():
         series(torch.randn(1, 6, 1, 100))
 
 
+def test_dino_learns_from_ready_made_views_of_one_row(monkeypatch):
+    monkeypatch.setattr(DINO, "current_epoch", 0, raising=False)
+    backbone = config(patch_size=[1, 16], channels=6, image_size=[1, 256])
+    small = DINOConfig(out_dim=16, hidden_dim=16, bottleneck_dim=8)
+    statistics = {"mean": [0.5] * 6, "std": [0.5] * 6, "batch_size": 4}
+    method = DINO(small, backbone, ViewsConfig(global_size=256, local_size=64, local_crops=1), **statistics)
+    series = [torch.randn(4, 6, 1, steps) for steps in (256, 256, 64)]
+    method.losses(series, draw=alone(4))["loss"].backward()
+    assert all(p.grad is not None for p in method.student.backbone.parameters())
+
+
 def test_a_convolutional_stem_is_the_papers():
     """Xiao et al. 2021, appendix A: 48, 96, 192 and 384 channels before the 1x1 of ViT-S, and a block fewer."""
     backbone = Backbone(BackboneConfig(stem="conv", drop_path=0.0))
