@@ -152,7 +152,7 @@ def trace(loaded: LoadedBackbone, options: ExportOptions) -> torch.export.Export
     network, patch = Traceable(backbone, options.outputs).eval(), backbone.patch_size
     height, width = backbone.native_grid
     dim = torch.export.Dim
-    sizes = {0: dim("batch", min=1), 2: patch * dim("rows", min=1), 3: patch * dim("columns", min=1)}
+    sizes = {0: dim("batch", min=1), 2: patch * dim("rows", min=2), 3: patch * dim("columns", min=2)}
     # Not the native grid: a trace of equal or fitting sides would take them for one.
     images = torch.zeros(2, backbone.cfg.channels, (height + 2) * patch, (width + 1) * patch)
     with silence(), torch.no_grad():
