@@ -159,7 +159,13 @@ class Attention(TimmAttention):
         norms = (self.q_norm, self.k_norm, self.norm)
         return self.gate is None and all(isinstance(norm, nn.Identity) for norm in norms)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, first: int | None = None
+    ) -> Tensor:
+        """`first`: answer for so many first tokens alone. Asked through `forward`, because FSDP2 gathers the weights
+        there."""
+        if first is not None:
+            return self.of_first(x, first)
         masked = attn_mask is not None or is_causal
         if x.device.type != "cpu" or masked or not self.plain or (self.training and self.attn_drop.p):
             return super().forward(x, attn_mask, is_causal)
@@ -232,7 +238,7 @@ def of_first(block: nn.Module, x: Tensor, first: int, kept: Tensor | None = None
     """The first tokens (B, first, D) of what `block` (`answers_first`) makes of x (B, T, D): the same numbers, to
     rounding, for less work."""
     post = isinstance(block, PostNormBlock)
-    branch = block.ls1(block.attn.of_first(x if post else block.norm1(x), first))
+    branch = block.ls1(block.attn(x if post else block.norm1(x), first=first))
     x = x[:, :first] + _dropped(block.drop_path1, branch, kept, 0)
     if post:
         x = block.norm1(x)
