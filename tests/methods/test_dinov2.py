@@ -13,6 +13,7 @@ from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss, teacher_probabilities
 from vit_suite.losses.gram import gram_loss
 from vit_suite.methods.dinov2 import DINOv2, masked_patches, refresh_due
+from vit_suite.models.backbone import Backbone
 from vit_suite.views.draw import alone
 from vit_suite.views.masks import Masks
 
@@ -318,3 +319,25 @@ def test_without_masks_it_is_dino_with_koleo():
     values = module.losses(crops())
     assert set(values) == {"loss", "dino", "koleo"} and module.student.mask_token is None
     values["loss"].backward()
+
+
+def test_gram_anchors_lora_to_the_start_weights():
+    """The pairs alone learn, and the copy is the start: without masks the first Gram loss is 0."""
+    torch.manual_seed(0)
+    start = Backbone(BackboneConfig(patch_size=4, dim=24, depth=2, heads=3, image_size=[16, 16], drop_path=0.0))
+    plain = {"gram_weight": 1.0, "mask_probability": 0.0, "ibot_weight": 0.0}
+    module = DINOv2(
+        DINOv2Config(out_dim=32, hidden_dim=24, bottleneck_dim=8, **plain),
+        BackboneConfig(patch_size=4, dim=24, depth=2, heads=3, drop_path=0.0, lora_rank=2),
+        DINOv2ViewsConfig(**SIZES),
+    )
+    module.start_from(start)
+    images = crops()[0]
+    expected = start.tokens(images).patches
+    for backbone in (module.student.backbone, module.teacher.backbone, module.gram_teacher):
+        torch.testing.assert_close(backbone.tokens(images).patches, expected)
+    values = module.losses(crops())
+    assert float(values["gram"]) < 1e-10
+    values["loss"].backward()
+    learned = [name for name, p in module.student.backbone.named_parameters() if p.grad is not None]
+    assert learned and all("parametrizations" in name for name in learned)
