@@ -251,7 +251,7 @@ def _pixels(
 ) -> np.ndarray | Wide | None:
     pages = getattr(image, "n_frames", 1) if channels not in (1, 3) else 1
     if image.format == "TIFF" and (
-        not is_plain(image.tag_v2) or (channels not in (1, 3) and _needs_bands(image, pages))
+        not is_plain(_tags(image)) or (channels not in (1, 3) and _needs_bands(image, pages))
     ):
         return _wide_tiff(image, path, channels, content, check)
     if image.format == "PNG" and _is_16_bit(image):
@@ -326,9 +326,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
     """Where the first frame of a GIF lies, if it does not fill the canvas."""
-    if image.format != "GIF" or not image.tile:
+    tile: Any = getattr(image, "tile", None)
+    if image.format != "GIF" or not tile:
         return None
-    box = tuple(image.tile[0][1])
+    box = tuple(tile[0][1])
     return box if box != (0, 0, *image.size) else None
 
 
@@ -341,7 +342,8 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    return bool(image.tile) and "16B" in str(image.tile[0][3])
+    tile: Any = getattr(image, "tile", None)
+    return bool(tile) and "16B" in str(tile[0][3])
 
 
 def _png16(image: Image.Image, path: str, content: bytes | None) -> Wide:
@@ -366,9 +368,14 @@ def _png16(image: Image.Image, path: str, content: bytes | None) -> Wide:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def _tags(image: Any) -> Any:
+    """The tags of a TIFF; Pillow's type of an open file does not have them."""
+    return image.tag_v2
+
+
 def _needs_bands(image: Image.Image, pages: int) -> bool:
     """Whether Pillow would not give the bands of an N-channel TIFF as they are."""
-    bands = int(image.tag_v2.get(277, 1))  # SamplesPerPixel
+    bands = int(_tags(image).get(277, 1))  # SamplesPerPixel
     return pages > 1 or bands > 4 or len(image.getbands()) != bands
 
 
@@ -379,7 +386,7 @@ def _wide_tiff(
     try:
         return read_tiff(_file(path, content), channels, check)
     except Unfit as error:
-        bands = int(image.tag_v2.get(277, 1))
+        bands = int(_tags(image).get(277, 1))
         if INSTALL not in str(error) or bands != 1:
             raise
     if channels not in (1, 3) and (pages := getattr(image, "n_frames", 1)) > 1:
@@ -391,8 +398,8 @@ def _wide_tiff(
             found.append(np.array(image))
         return Wide(np.stack(found, -1))
     values = np.asarray(upright(image))
-    if image.tag_v2.get(339, (1,))[0] == 2 and values.dtype == np.uint8:  # Pillow takes signed bytes for unsigned ones
+    if _tags(image).get(339, (1,))[0] == 2 and values.dtype == np.uint8:  # Pillow takes signed bytes for unsigned ones
         values = values.view(np.int8)
-    if image.tag_v2.get(262) == 0 and image.mode == "I;16":  # white is zero
+    if _tags(image).get(262) == 0 and image.mode == "I;16":  # white is zero
         values = 65535 - values
     return Wide(values[..., None])

@@ -74,9 +74,11 @@ class FileLoader(EpochLoader):
         super().__init__(plan)
         self.source, self.quarantine, self.decode_on = source, _quarantine(quarantine, source), decode_on
         self._batches = _Feed(plan)
-        self._loader = DataLoader(
-            _Decoder(source, transform, read_only=decode_on is not None),
-            batch_sampler=self._batches,
+        batches: Any = self._batches  # torch's types know lists of indices alone
+        decoder: Any = _Decoder(source, transform, read_only=decode_on is not None)
+        self._loader: DataLoader[Any] = DataLoader(
+            decoder,
+            batch_sampler=batches,
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -109,6 +111,7 @@ class FileLoader(EpochLoader):
     def _decoded(self, images: Images, labels: Tensor, indices: Tensor) -> Images:
         """The images of a batch on `decode_on`, those that came as files decoded; labels and indices follow where one
         is replaced."""
+        assert self.decode_on is not None
         if isinstance(images, Tensor):
             return send(images, self.decode_on)
         places = [place for place, image in enumerate(images) if image.ndim == 1]
@@ -126,8 +129,8 @@ class FileLoader(EpochLoader):
 
     def close(self) -> None:
         """Stop the workers; iterating again starts new ones."""
-        if self._loader.num_workers and self._loader._iterator is not None:
-            self._loader._iterator._shutdown_workers()
+        if self._loader.num_workers and self._iterator is not None:
+            self._iterator._shutdown_workers()
         self._loader._iterator = None
 
 

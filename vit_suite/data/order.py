@@ -98,7 +98,7 @@ class EpochPlan:
 
     def order(self, epoch: int) -> Tensor:
         """Indices (total,) of all images as this epoch reads them, the same on every rank."""
-        if self.window:
+        if self.window and self.shards is not None:
             return shard_order(self.shards, self.window, self.seed, epoch)
         return epoch_order(self.total, self.seed, epoch)
 

@@ -73,7 +73,8 @@ def largest(source: ImageSource) -> tuple[float, np.dtype, int]:
 
 def _wide(source: ImageSource, index: int) -> Wide | None:
     while isinstance(source, Subset):
-        source, index = source.base, int(source.indices[index])
+        index = int(source.indices[index])
+        source = source.base
     if not may_be_wide(path := source.path(index)):
         return None
     content = None if isinstance(source, FileSource) else source.content(index)

@@ -34,7 +34,8 @@ def common_size(source: ImageSource) -> tuple[int, int] | None:
 
 def _probe(source: ImageSource, index: int) -> tuple[int, int] | None:
     while isinstance(source, Subset):
-        source, index = source.base, int(source.indices[index])
+        index = int(source.indices[index])
+        source = source.base
     if isinstance(source, FileSource) and (size := image_size(source.path(index))):
         return size
     image = try_load(source.load, index)
@@ -53,13 +54,16 @@ def make_resident(
         return None
     size = common_size(source)
     if size is None:
-        return _refuse(wanted, f"{source.title} holds images of different sizes")
+        _refuse(wanted, f"{source.title} holds images of different sizes")
+        return None
     need = len(source) * source.channels * size[0] * size[1]
     if need > memory_gb * GIB:
-        return _refuse(wanted, f"{source.title} needs {need / GIB:.2f} GiB decoded, and data.memory_gb is {memory_gb}")
+        _refuse(wanted, f"{source.title} needs {need / GIB:.2f} GiB decoded, and data.memory_gb is {memory_gb}")
+        return None
     decoded = decode_all(source, size)
     if decoded is None:
-        return _refuse(wanted, f"{source.title} holds images of different sizes")
+        _refuse(wanted, f"{source.title} holds images of different sizes")
+        return None
     images, good, failures = decoded
     quarantine.report(failures, source.title, len(source))
     base = source if len(good) == len(source) else source.subset(good)

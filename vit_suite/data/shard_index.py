@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def _complete(file: Path, known: dict[str, Shard], names: Sequence[str]) -> dict
 def write_index(file: Path, shards: dict[str, Shard]) -> None:
     """Write all of `shards`, sorted by name: equal shards give equal bytes."""
     ordered = dict(sorted(shards.items()))
-    arrays = {key: np.concatenate([getattr(shard, key) for shard in ordered.values()]) for key in TYPES}
+    arrays: dict[str, Any] = {key: np.concatenate([getattr(shard, key) for shard in ordered.values()]) for key in TYPES}
     arrays["shards"] = np.array([os.fsencode(name) for name in ordered], dtype=np.bytes_)
     arrays["lengths"] = np.array([shard.length for shard in ordered.values()], dtype=np.int64)
     arrays["counts"] = np.array([len(shard.names) for shard in ordered.values()], dtype=np.int64)

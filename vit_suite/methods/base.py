@@ -34,7 +34,7 @@ log = logging.getLogger("vit_suite")
 T = TypeVar("T")
 
 
-def as_config(cls: type[T], value: T | dict | None) -> T:
+def as_config(cls: type[T], value: Any) -> T:
     """A dataclass from itself, from the plain dict a checkpoint holds, or its defaults."""
     return value if is_dataclass(value) else cls(**(value or {}))
 
@@ -142,6 +142,7 @@ class Method(pl.LightningModule):
     }
     """Function of the method -> the part of a step under which `vit-suite profile` counts its time, less the parts that
     it calls."""
+    logged_sum: Tensor
 
     def __init__(
         self,
@@ -440,7 +441,11 @@ class Method(pl.LightningModule):
             self.trained(), self.optim.layer_decay, self.optim.decay_tokens, self.optim.patch_embed_lr
         )
         return torch.optim.AdamW(
-            groups, lr=self.optim.lr, betas=tuple(self.optim.betas), weight_decay=self.optim.weight_decay, fused=True
+            groups,
+            lr=self.optim.lr,
+            betas=(self.optim.betas[0], self.optim.betas[1]),
+            weight_decay=self.optim.weight_decay,
+            fused=True,
         )
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:

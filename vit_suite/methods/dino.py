@@ -99,6 +99,7 @@ class DINO(Method):
     """
 
     config_class = DINOConfig
+    center: Tensor
     timed_functions = Method.timed_functions | {"backward_of_group": "backward"}
     method: DINOConfig
     views_config: ViewsConfig
@@ -194,9 +195,9 @@ class DINO(Method):
         if not self.method.koleo_weight:
             return {"loss": distillation}
         start, count = distributed.rank() * tokens.shape[1], tokens.shape[1]
-        own = slice(start, start + count)
+        here = slice(start, start + count)
         spread = [
-            koleo_loss(distributed.gather_rows(tokens[view - views.start]), own)
+            koleo_loss(distributed.gather_rows(tokens[view - views.start]), here)
             for view in views
             if view < GLOBAL_CROPS
         ]

@@ -292,7 +292,7 @@ class DINOv2(Method):
             self.student, optim.layer_decay, optim.decay_tokens, optim.patch_embed_lr, last_layer_apart=True
         )
         return torch.optim.AdamW(
-            groups, lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True
+            groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay, fused=True
         )
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -127,6 +127,8 @@ class SiT(Method):
     """
 
     config_class = SiTConfig
+    factors: Tensor
+    pixel_std: Tensor
     views_class = SiTViewsConfig
     optim_class = SiTOptimConfig
     method: SiTConfig

@@ -48,7 +48,7 @@ class DropPath(nn.Module):
         return x.new_empty(len(x)).bernoulli_(1 - self.rate) / (1 - self.rate)
 
 
-def replace_drop_path(vit: nn.Module) -> None:
+def replace_drop_path(vit: Any) -> None:
     """Replace timm's DropPath by this module's in the blocks whose `forward` takes `kept`. UserError for other
     blocks."""
     for block in vit.blocks:
@@ -234,7 +234,7 @@ def _softmax_dtype(scores: Tensor) -> torch.dtype:
     return torch.float32 if scores.dtype == torch.bfloat16 and scores.shape[-1] < 32 else scores.dtype
 
 
-def of_first(block: nn.Module, x: Tensor, first: int, kept: Tensor | None = None) -> Tensor:
+def of_first(block: Any, x: Tensor, first: int, kept: Tensor | None = None) -> Tensor:
     """The first tokens (B, first, D) of what `block` (`answers_first`) makes of x (B, T, D): the same numbers, to
     rounding, for less work."""
     post = isinstance(block, PostNormBlock)
@@ -253,7 +253,7 @@ def answers_first(block: nn.Module) -> bool:
     return known and attention.gate is None and isinstance(attention.norm, nn.Identity)
 
 
-def own_layers(vit: nn.Module) -> dict[str, type[nn.Module]]:
+def own_layers(vit: Any) -> dict[str, type[nn.Module]]:
     """timm arguments that build a network like `vit` from this module's blocks and attention, where it has the plain
     ones."""
     block = vit.blocks[0]

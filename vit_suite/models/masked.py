@@ -12,6 +12,7 @@ D encoder width, E decoder width, p side of a patch.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class SelfDecoder(Decoder):
         super().__init__(encoder.native_grid, dim, heads, pixels)
         self.prefix = encoder.prefix_tokens
         self.embed = nn.Linear(encoder.dim, dim)
-        options = {"qkv_bias": True, "norm_layer": layer_norm, "attn_layer": Attention}
+        options: dict[str, Any] = {"qkv_bias": True, "norm_layer": layer_norm, "attn_layer": Attention}
         self.blocks = nn.ModuleList(PreNormBlock(dim, heads, mlp_ratio, **options) for _ in range(depth))
 
     def forward(self, tokens: Tensor, split: Split) -> Tensor:

@@ -103,7 +103,7 @@ def drill_callbacks(done: int, last: int) -> list[Drill]:
 def run_drill(cfg: PretrainConfig) -> int:
     """Run the training of `cfg` through its events to its end; returns its exit status, not 0 when it went otherwise
     than planned."""
-    events = parse(cfg.drill)
+    events = parse(cfg.drill or "")
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("--drill starts its own processes: run it without torchrun or srun.")
     folder, repeated = Path(cfg.run.output), 0

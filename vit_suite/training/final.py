@@ -37,7 +37,7 @@ def score_test(cfg: PretrainConfig, parts: Parts, folder: Path) -> dict[str, flo
     with distributed.apart():  # the run is over, and the other ranks have left
         scores = classify(method, data.test(), size, cfg.evaluate.batch_size, parts.precision)
     title = f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images"
-    save_confusion(folder, scores.confusion, method.classes, title)
+    save_confusion(folder, scores.confusion, method.classes or [], title)
     log.info("%s", sentence(scores))
     return {
         "top1": scores.top1,

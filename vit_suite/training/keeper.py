@@ -84,7 +84,7 @@ class Keeper(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.saved_at, self.saved_step, self.seen_step = time.monotonic(), -1, trainer.global_step
         step = trainer.global_step
         most, least = distributed.largest([step, -step], module.device)()
@@ -97,20 +97,21 @@ class Keeper(Checkpoint):
             self.signals.listen()  # here, because Lightning puts its own handlers in place just before
             # Its word to the other ranks of a SIGTERM, which its handler no longer hears, would make GPUs wait before
             # every batch.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            loop: Any = trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = lambda: None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         self._stop(trainer, module)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
         self._stop(trainer, module)
 
-    def _stop(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _stop(self, trainer: pl.Trainer, module: Any) -> None:
         if self.signal:
             self.export(trainer, module)
             raise Stopped(self.signal, trainer.global_step)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         stepped, self.seen_step = trainer.global_step != self.seen_step, trainer.global_step
         if (
             not stepped
@@ -131,18 +132,21 @@ class Keeper(Checkpoint):
         Every step, since a warning may come seconds before the end; one rank asks nobody. GPUs act on the answer of the
         step before, so that none waits for it.
         """
-        elapsed = bool(self.cfg.every_minutes) and time.monotonic() - self.saved_at >= 60 * self.cfg.every_minutes
-        answer = distributed.largest(
+        minutes = self.cfg.every_minutes
+        elapsed = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        answer: Callable[[], list[int]] | None = distributed.largest(
             [self.signals.noted if self.signals else 0, elapsed and distributed.rank() == 0], device
         )
         if device.type == "cuda" and distributed.active():
             answer, self._answer = self._answer, answer
-        self.signal, self.late = answer() if answer else (0, False)
+        self.signal, late = answer() if answer is not None else (0, 0)
+        self.late = bool(late)
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        return self.late or bool(self.cfg.every_steps) and trainer.global_step % self.cfg.every_steps == 0
+        steps = self.cfg.every_steps
+        return self.late or (steps is not None and trainer.global_step % steps == 0)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         done = trainer.current_epoch + 1
         score = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         # A score of an earlier epoch stays in callback_metrics, and was compared then: it is not above the best.
@@ -158,7 +162,7 @@ class Keeper(Checkpoint):
             self.save(trainer, "last")
             self.export(trainer, module)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.global_step != self.saved_step:
             self.save(trainer, "last")
         self.export(trainer, module)
@@ -188,7 +192,7 @@ class Keeper(Checkpoint):
                 None  # to a question of before: a clock that has just been reset, or a signal that is asked for again
             )
 
-    def export(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def export(self, trainer: pl.Trainer, module: Any) -> None:
         """Write the backbone that is evaluated (the teacher's for DINO), and its head where there is one. All ranks
         call this."""
         module = module.whole()

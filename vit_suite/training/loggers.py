@@ -43,7 +43,11 @@ def wandb(cfg: PretrainConfig, folder: Path, steps_done: int) -> Logger | None:
     check_wandb(cfg)
     known = folder / WANDB_ID
     run_id = known.read_text().strip() if known.is_file() and not cfg.run.overwrite else secrets.token_hex(4)
-    place = {"project": cfg.logger.wandb_project, "offline": cfg.logger.wandb_offline, "save_dir": str(folder)}
+    place: dict[str, Any] = {
+        "project": cfg.logger.wandb_project,
+        "offline": cfg.logger.wandb_offline,
+        "save_dir": str(folder),
+    }
     return WandbLogger(name=cfg.run.name, id=run_id, resume="allow", config=asdict(cfg), **place)
 
 
@@ -70,7 +74,7 @@ class Board(TensorBoardLogger):
     it logs those steps again."""
 
     def __init__(self, folder: Path, steps_done: int):
-        resumed = {"purge_step": steps_done} if steps_done else {}
+        resumed: dict[str, Any] = {"purge_step": steps_done} if steps_done else {}
         super().__init__(save_dir=str(folder), name="", version=TENSORBOARD, default_hp_metric=False, **resumed)
 
     def log_hyperparams(self, params: Any = None, metrics: Any = None, step: int | None = None) -> None:

@@ -102,16 +102,17 @@ def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
     for name, network in method.networks().items():
         for owner, function in entrances(network):
             phases.wrap(owner, function, name)
+    wrapped: Any = data
     open_loader = data.train_dataloader
 
     @functools.wraps(open_loader)
     def labeled_loader() -> Any:
-        loader = open_loader()
+        loader: Any = open_loader()
         produce = loader._produce  # not __iter__, which Python looks up on the class
         loader._produce = lambda epoch, start: phases.each(produce(epoch, start), "data")
         return loader
 
-    data.train_dataloader = labeled_loader
+    wrapped.train_dataloader = labeled_loader
 
 
 def entrances(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:

@@ -21,7 +21,6 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_suite.config import ProfileConfig
-from vit_suite.methods.base import Method
 from vit_suite.training.parts import build_parts
 from vit_suite.training.phases import Phases, label, now
 from vit_suite.training.start import adopt
@@ -44,8 +43,8 @@ def measure(cfg: ProfileConfig, folder: Path) -> tuple[Recorder, dict[str, Any]]
     epochs = max(cfg.trainer.max_epochs, -(-recorder.last // per_epoch))
     trainer = replace(cfg.trainer, max_epochs=epochs, max_steps=-1, max_minutes=None, devices=1, progress=False)
     cfg = replace(cfg, trainer=trainer, logger=replace(cfg.logger, wandb=False))
-    data.trainer = trainer = build_trainer(cfg, folder, [recorder], precision)
-    trainer.fit(method, data)
+    data.trainer = lightning = build_trainer(cfg, folder, [recorder], precision)
+    lightning.fit(method, data)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     about = {
         "method": cfg.method.name,
@@ -75,7 +74,7 @@ class Recorder(pl.callbacks.Checkpoint):
         self._counter = FlopCounterMode(display=False)
         self._done = 0
 
-    def on_train_start(self, trainer: pl.Trainer, module: Method) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         losses = module.losses
 
         def counted(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -87,7 +86,7 @@ class Recorder(pl.callbacks.Checkpoint):
 
         module.losses = counted
 
-    def on_after_backward(self, trainer: pl.Trainer, module: Method) -> None:
+    def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
         if not self.flops:
             self._counter.__exit__(None, None, None)
             self.flops = self._counter.get_total_flops() * trainer.accumulate_grad_batches
@@ -138,7 +137,7 @@ def summary(recorder: Recorder, batch: int) -> dict[str, Any]:
     }
     operators = [
         {"name": event.key, "own": own[event] / recorder.traced, "calls": event.count / recorder.traced}
-        for event in sorted(found, key=own.get, reverse=True)
+        for event in sorted(found, key=own.__getitem__, reverse=True)
     ]
     return {
         "images_per_second": batch / seconds,
@@ -155,4 +154,4 @@ def summary(recorder: Recorder, batch: int) -> dict[str, Any]:
 def is_operator(event: FunctionEventAvg) -> bool:
     """Whether it is torch's: not a label of ours, and not a GPU's own record of a kernel, whose time its operator has
     too."""
-    return event.device_type == DeviceType.CPU and event.key.startswith(("aten::", "autograd::", "torch"))
+    return event.device_type == DeviceType.CPU and str(event.key).startswith(("aten::", "autograd::", "torch"))

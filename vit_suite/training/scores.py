@@ -50,7 +50,7 @@ class OnlineScore(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [tuple(entry) for entry in state_dict["history"]]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: Method) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         if not due(trainer, self.cfg.every_epochs):
             return
         scores = self.score(module)

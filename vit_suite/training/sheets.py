@@ -4,6 +4,7 @@ the corrupted and the reconstructed images."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,7 +15,6 @@ from torchvision.utils import make_grid
 from vit_suite.data.source import ImageSource
 from vit_suite.files import write_atomically
 from vit_suite.hardware import autocast
-from vit_suite.methods.base import Method
 from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
 
@@ -46,7 +46,7 @@ class Sheets(pl.Callback):
             image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)
         ]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: Method) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         if not (self.images and due(trainer, self.every_epochs)):
             return
         module = module.whole()
@@ -58,7 +58,7 @@ class Sheets(pl.Callback):
         write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
         show(trainer, "reconstructions", sheet)
 
-    def sheet(self, module: Method) -> Image.Image:
+    def sheet(self, module: Any) -> Image.Image:
         """The rows of the method as one picture."""
         images = [image.to(module.device) for image in self.images]
         clean = eval_view(images, self.image_size, module.mean, module.std)
@@ -69,8 +69,8 @@ class Sheets(pl.Callback):
 
 def draw_sheet(rows: list[Tensor], mean: list[float], std: list[float]) -> Image.Image:
     """Normalized images (N, C, H, W) of each row as one picture; of other than 1 or 3 channels the first is shown."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    pixels = torch.cat([(row.cpu() * std + mean).clamp(0, 1) for row in rows])
+    middle, spread = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    pixels = torch.cat([(row.cpu() * spread + middle).clamp(0, 1) for row in rows])
     if pixels.shape[1] not in (1, 3):
         pixels = pixels[:, :1]
     factor = max(1, -(-SIDE // pixels.shape[-1]))

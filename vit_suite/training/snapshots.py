@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -57,7 +58,7 @@ class AttentionSnapshots(pl.Callback):
         self.side = image_size * max(1, -(-SIDE // image_size))
         self.blind = not self.images
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         if not self.blind and not module.evaluation_backbone().has_cls:
             self.blind = True
             log.info(
@@ -67,11 +68,11 @@ class AttentionSnapshots(pl.Callback):
         if trainer.global_step == 0:
             self._draw(trainer, module, 0)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         if due(trainer, self.every_epochs):
             self._draw(trainer, module, trainer.current_epoch + 1)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.is_global_zero and not self.blind and (found := self.drawn(trainer.current_epoch)):
             strip = side_by_side(found, self.side + GAP)
             _save(strip, self.folder / STRIP)
@@ -87,7 +88,7 @@ class AttentionSnapshots(pl.Callback):
         found = {int(match[1]): path for match, path in named if match}
         return {epoch: found[epoch] for epoch in sorted(found) if epoch <= last}
 
-    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
+    def _draw(self, trainer: pl.Trainer, module: Any, epoch: int) -> None:
         if self.blind:
             return
         module = module.whole()
@@ -98,7 +99,7 @@ class AttentionSnapshots(pl.Callback):
         show(trainer, "attention", sheet)
 
     @torch.no_grad()
-    def sheet(self, module: pl.LightningModule) -> Image.Image:
+    def sheet(self, module: Any) -> Image.Image:
         """Rows of image, mean, head 0, head 1, ..."""
         images = [image.to(module.device) for image in self.images]
         with autocast(self.precision, module.device):

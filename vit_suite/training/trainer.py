@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,7 +26,8 @@ def build_trainer(
     cfg: PretrainConfig, folder: Path, callbacks: list[pl.Callback], precision: str, steps_done: int = 0
 ) -> pl.Trainer:
     """The Lightning trainer of a run that writes into `folder`, where `steps_done` steps have been done before."""
-    options = replace(cfg.trainer, **layout(cfg.trainer))
+    found: dict[str, Any] = dict(layout(cfg.trainer))
+    options = replace(cfg.trainer, **found)
     cuda = pick_device(options.accelerator).type == "cuda"
     if cuda and options.devices != "auto" and options.devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices is {options.devices}, but torch sees {torch.cuda.device_count()} GPUs here.")
@@ -48,7 +50,7 @@ def build_trainer(
         log_every_n_steps=options.log_every,
         enable_progress_bar=bar,
         enable_model_summary=False,
-        plugins=cluster_environment(),
+        plugins=[*cluster_environment()],
         use_distributed_sampler=False,  # the data module slices the global batch itself
         num_sanity_val_steps=0,
         logger=build_loggers(cfg, folder, steps_done),

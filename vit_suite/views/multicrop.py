@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -96,10 +96,10 @@ def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ra
 def _per_view(cfg: CropConfig, values: Sequence[float]) -> Tensor:
     """(V,) of a setting with a value for each global crop and, where there are local ones, a last one for all of
     them."""
-    return torch.tensor([*values[: cfg.global_crops], *values[-1:] * cfg.local_crops], dtype=torch.float32)
+    return torch.tensor([*values[: cfg.global_crops], *[values[-1]] * cfg.local_crops], dtype=torch.float32)
 
 
-def draw_views(cfg: CropConfig, sizes: Tensor, draw: Draw) -> ViewParameters:
+def draw_views(cfg: Any, sizes: Tensor, draw: Draw) -> ViewParameters:
     """The random parameters of the rows' views. sizes: (B, 2) int height and width of the rows' images (CPU)."""
     views = cfg.global_crops + cfg.local_crops
     uniform = draw.uniform(views, DRAWS, purpose="views")
