@@ -140,7 +140,8 @@ def _open(images: Any, drawing: Drawing, channels: int, overwrite: bool) -> tupl
     video, output = is_video(images), drawing.output
     if video and Path(images).suffix.lower() != ".gif":
         need_av(f"reading the video '{images}'")
-    pictures = None if video else open_pictures(images, output, channels)
+    if not video:
+        pictures = open_pictures(images, output, channels)
     _check_output(output, overwrite)
     distributed.barrier()
     if distributed.rank() == 0:

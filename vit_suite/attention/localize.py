@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ class Localizer:
         """
         if "attention" in self.methods:
             require_cls(backbone)
-        looked, failures = Looked(), {}
+        looked = Looked()
+        failures: dict[int, DecodeError] = {}
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {method: [] for method in self.methods}
         for own in distributed.gather_objects(self._own(backbone, mean, std)):
             looked.sizes |= own.sizes
@@ -107,7 +108,7 @@ class Localizer:
             views = torch.stack([job.view for job in batch]).to(device).float().div_(255)
             with autocast(pick_precision(self.precision, device), device):
                 for method, (masks, cells) in self._masks(backbone, normalize_(views, mean, std)).items():
-                    grid = masks.shape[-2:]
+                    grid = masks.shape[-2], masks.shape[-1]
                     for job, own_masks, own_cells in zip(batch, masks, cells, strict=True):
                         overlaps = overlap(own_masks, job.truth, job.size)
                         own.parts[method].append((overlaps, on_object(own_cells, grid, job.truth, job.size)))
@@ -156,7 +157,9 @@ class Localizer:
         truth = self.truths.load(index)
         if not (len(truth) if truth.is_floating_point() else bool((truth == 1).any())):
             return None
-        return _Job(index, view_of(image, patch, self.shorter, self.max_tokens), truth, tuple(image.shape[1:]))
+        return _Job(
+            index, view_of(image, patch, self.shorter, self.max_tokens), truth, (image.shape[1], image.shape[2])
+        )
 
 
 def without_model(truths: Truths, sizes: Mapping[int, tuple[int, int]]) -> Baselines:
@@ -193,7 +196,8 @@ class _Share:
                 yield job
 
 
-class _Job(NamedTuple):
+@dataclass
+class _Job:
     index: int
     view: Tensor
     """uint8 (C, gh * patch, gw * patch)."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from vit_suite.config import ScoreConfig
+from vit_suite.config import LocalizeConfig, ScoreConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
@@ -17,7 +17,7 @@ from vit_suite.reports.results import read_results
 from vit_suite.weights.checkpoint import LoadedBackbone
 
 
-def results_path(cfg: ScoreConfig) -> Path:
+def results_path(cfg: ScoreConfig | LocalizeConfig) -> Path:
     """The file the scores are appended to; UserError now, not after the work, when it cannot be."""
     folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
     path = Path(cfg.output) if cfg.output else folder / "results.json"

@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from vit_suite.cluster.script import OPTIONS, RECORD, SCRIPT, ranks_per_node, sbatch_script
 from vit_suite.cluster.slurm import queue, require_slurm, submit
@@ -108,7 +109,7 @@ def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> Pretr
         raise UserError(
             f"trainer.devices is {trainer.devices}, but the job has {ranks} ranks a node: leave it out, launch sets it."
         )
-    accelerator = "gpu" if cfg.gpus_per_node else "cpu"
+    accelerator: Literal["gpu", "cpu"] = "gpu" if cfg.gpus_per_node else "cpu"
     if trainer.accelerator not in ("auto", accelerator):
         raise UserError(f"trainer.accelerator is {trainer.accelerator}, but gpus_per_node is {cfg.gpus_per_node}.")
     if training.run.overwrite:
@@ -133,7 +134,8 @@ def check(runs: dict[str, PretrainConfig]) -> None:
 
     for training in runs.values():
         size, trainer = training.data.batch_size, training.trainer
-        EpochPlan(size, size, world=trainer.nodes * trainer.devices, accumulate=trainer.accumulate)
+        ranks = trainer.devices if isinstance(trainer.devices, int) else 1
+        EpochPlan(size, size, world=trainer.nodes * ranks, accumulate=trainer.accumulate)
         rundir.check(training)
         backbone = replace(training.backbone, channels=training.data.channels, pretrained=False)
         with torch.device("meta"):  # shapes alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,14 +93,14 @@ def open_images(cfg: LocalizeConfig, channels: int) -> tuple[ImageSource, Truths
             "nothing to score: give --images DIR --truth DIR_OR_FILE, or a data set with --data.name tiny_imagenet or"
             " shapes."
         )
-    source = open_test(cfg.data.whole(channels), cfg.seed)
-    truths = source_truths(source)
-    if truths is None:
+    found = open_test(cfg.data.whole(channels), cfg.seed)
+    brought = source_truths(found)
+    if brought is None:
         raise UserError(
-            f"{source.name} has neither masks nor boxes: use tiny_imagenet or shapes, or --images DIR --truth"
+            f"{found.name} has neither masks nor boxes: use tiny_imagenet or shapes, or --images DIR --truth"
             " DIR_OR_FILE."
         )
-    return source, truths
+    return found, brought
 
 
 @dataclass
@@ -147,7 +148,9 @@ class Localized:
     def metrics(self) -> dict:
         """For results.json."""
         kind = self.localizer.truths.kind
-        named = {name: {row: one.named(kind) for row, one in rows.items()} for name, rows in self.scores.items()}
+        named: dict[str, dict[str, Any]] = {
+            name: {row: one.named(kind) for row, one in rows.items()} for name, rows in self.scores.items()
+        }
         named |= {
             "center_box": self.baselines.center_box.named(kind),
             "whole_image": self.baselines.whole_image.named(kind),

@@ -22,7 +22,7 @@ from vit_suite.config.supervised import SupervisedConfig, SupervisedOptimConfig,
 class FinetuneViewsConfig(SupervisedViewsConfig):
     """One view of an image: crop, flip, RandAugment or color jitter, erasing."""
 
-    global_size: Side | None = None
+    global_size: Side | None = None  # type: ignore[assignment]
     """Side in pixels of a view; the checkpoint's when not given. Position embeddings are resized once to another."""
 
 

@@ -47,7 +47,7 @@ class ViewsConfig(CropConfig):
 
     local_size: Side = 96
     """Side in pixels of a local crop."""
-    local_crops: Annotated[int, Range(0, ceiling=1024)] = 8
+    local_crops: Annotated[int, Range(0, ceiling=1024)] = 8  # type: ignore[misc]  # a constant 0 in the base
     """Local crops an image; the global ones are always 2."""
     local_scale: Pair = field(default_factory=lambda: [0.05, 0.4])
     """Area of a local crop as a share of the image, [least, most]."""

@@ -77,6 +77,7 @@ def decode(
         found = read_raw(path, channels, content, max_pixels)
         if isinstance(found, Wide):
             return finish(found, channels, value_range, "it")
+        assert found is not None  # only with only_wide
         return convert_channels(found, channels, "it")
 
     return _guarded(path, convert)
@@ -266,7 +267,7 @@ def _pixels(
         return _channels_first(np.asarray(image))
     if image.mode == "La":  # premultiplied: Pillow's only way out of it
         image = image.convert("LA")
-    if image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+    if image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getextrema()[-1] == (0, 0):
         image = image.convert("RGB")  # writers leave the fourth byte 0 and mean no transparency
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info or frame:
         image = image.convert("RGBA")
@@ -336,9 +337,10 @@ def _frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
 def _from_lab(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
-    return ImageCms.profileToProfile(
-        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-    )
+    profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    assert converted is not None  # only in place
+    return converted
 
 
 def _is_16_bit(image: Image.Image) -> bool:

@@ -39,7 +39,7 @@ def class_names(folder: Path) -> list[str]:
 
 def split_folders(root: Path) -> dict[str, Path]:
     """Canonical split name -> folder, for the folders of `root` that are named like splits."""
-    found = {}
+    found: dict[str, Path] = {}
     for name in subfolders(root):
         split = ALIASES.get(name.lower(), name.lower())
         if split in SPLITS:

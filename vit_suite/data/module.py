@@ -163,7 +163,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.train_source.classes
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """The set's name as it stands beside scores."""
         return self.train_source.name
 

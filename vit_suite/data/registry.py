@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ class DatasetInfo:
     """How a data set is opened, its RGB statistics in 0..1 (over all pixels of the training split), its number of
     classes."""
 
-    open: Opener | None
+    open: Any
+    """An `Opener`; None for generated images."""
     mean: list[float]
     std: list[float]
     classes: int | None = None  # None: whatever the files say

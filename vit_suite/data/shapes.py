@@ -121,6 +121,8 @@ class ShapesSource(ImageSource):
     """
 
     has_masks = True
+    labels: Tensor
+    image_size: tuple[int, int]
 
     def __init__(self, split: str, length: int, size: tuple[int, int], channels: int = 3, seed: int = 0) -> None:
         if min(size) < SMALLEST:

@@ -97,6 +97,7 @@ class ShardSource(ImageSource):
         return block[BLOCK:]
 
     def _shard(self, index: int) -> str:
+        assert self.shards is not None
         return os.path.join(self.folder, self.files[int(self.shards[index])])
 
 

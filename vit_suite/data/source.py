@@ -171,7 +171,7 @@ class ArraySource(ImageSource):
         images: np.ndarray,
         channels: int,
         classes: Sequence[str],
-        labels: Sequence[int] | None,
+        labels: Sequence[int] | np.ndarray | None,
     ) -> None:
         self.name, self.split, self.channels, self.classes = name, split, channels, list(classes)
         self.images, self.image_size = images, (images.shape[2], images.shape[3])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 def nt_xent_logits(
     first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, temperature: float, offset: int = 0
-):
+) -> tuple[Tensor, Tensor]:
     """Every view against all other views of all images; its positive is the other view of its own image.
 
         for i in the 2 B views of this rank:
@@ -40,7 +40,7 @@ def nt_xent_logits(
     return logits, own.roll(count)  # the column of a view's positive is that of the other view
 
 
-def info_nce_logits(queries: Tensor, keys: Tensor, temperature: float, offset: int = 0):
+def info_nce_logits(queries: Tensor, keys: Tensor, temperature: float, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Student views (B, D) against an EMA teacher's (N, D) of the other view, without gradient: logits (B, N), positive
     (B,)."""
     logits = _cosines(queries, keys.detach()) / temperature

@@ -34,9 +34,15 @@ log = logging.getLogger("vit_suite")
 T = TypeVar("T")
 
 
+def log_every(trainer: Any) -> int:
+    """Optimizer steps between two log entries, which Lightning sets on its trainer without declaring it."""
+    return trainer.log_every_n_steps
+
+
 def as_config(cls: type[T], value: Any) -> T:
     """A dataclass from itself, from the plain dict a checkpoint holds, or its defaults."""
-    return value if is_dataclass(value) else cls(**(value or {}))
+    given: Any = value
+    return given if is_dataclass(value) else cls(**(value or {}))
 
 
 def for_views(backbone: BackboneConfig, views: CropConfig) -> BackboneConfig:
@@ -171,7 +177,12 @@ class Method(pl.LightningModule):
         self.build(backbone)
         check_image_size([self.views_config.global_size], self.evaluation_backbone().patch, "views.global_size")
         # As plain data, so that the checkpoint loads with `weights_only=True`.
-        options = {"method": self.method, "backbone": backbone, "views": self.views_config, "optim": self.optim}
+        options: dict[str, Any] = {
+            "method": self.method,
+            "backbone": backbone,
+            "views": self.views_config,
+            "optim": self.optim,
+        }
         self.save_hyperparameters(
             {name: asdict(value) for name, value in options.items()}
             | {"mean": self.mean, "std": self.std, "seed": seed, "batch_size": batch_size, "classes": self.classes}
@@ -181,7 +192,11 @@ class Method(pl.LightningModule):
     def from_data(cls, cfg: PretrainConfig, data: ImageDataModule) -> Self:
         """The method of the run `cfg`, sized for its data."""
         backbone = replace(cfg.backbone, channels=cfg.data.channels)
-        sized = {"seed": cfg.run.seed, "batch_size": cfg.data.batch_size, "classes": cls.class_names(data)}
+        sized: dict[str, Any] = {
+            "seed": cfg.run.seed,
+            "batch_size": cfg.data.batch_size,
+            "classes": cls.class_names(data),
+        }
         return cls(cfg.method, backbone, cfg.views, cfg.optim, data.mean, data.std, **sized)
 
     # -- what a method has to provide ----------------------------------------------------------------------------------
@@ -354,7 +369,8 @@ class Method(pl.LightningModule):
                 self.peak_lr,
                 self.optim.min_lr,
             )
-        group = optimizer.param_groups[0]
+        first: Any = optimizer
+        group = first.param_groups[0]
         before, now = group["lr"] / group["lr_scale"], self.rate(step)
         if step and not math.isclose(before, self.rate(step - 1), rel_tol=1e-3, abs_tol=1e-12):
             log.warning(
@@ -400,7 +416,7 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels, *_ = batch
-        logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        logged = (self.global_step + 1) % log_every(self.trainer) == 0
         draw = self.draw(batch_idx, len(labels))
         values = self.losses(self.crops(images, draw), labels, draw, logged)
         # Reading a value makes a GPU wait, so there the check is made where values are read anyway.
@@ -461,9 +477,7 @@ class Method(pl.LightningModule):
         step = self.global_step  # Lightning counts it up after this hook, and calls the hook once per accumulated batch
         self.set_rates(optimizer, step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if (
-            step + 1
-        ) % self.trainer.log_every_n_steps == 0:  # not at every step: a GPU waits for each number that it is sent
+        if (step + 1) % log_every(self.trainer) == 0:  # not at every step: a GPU waits for each number that it is sent
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/weight_decay", optimizer.param_groups[0]["weight_decay"])
         if self.sums:

@@ -208,7 +208,7 @@ class DINO(Method):
         """The losses of all crops, of which one group at a time goes through the student, forward and backward."""
         total: dict[str, Tensor] = {}
         gradients: Gradients = {}
-        for views in groups(crops, self.method.crops_at_once):
+        for views in groups(crops, self.method.crops_at_once or len(crops)):
             values = self.student_losses(crops, target, views, kept)
             self.backward_of_group(values["loss"], gradients)
             total = {name: total.get(name, 0) + value.detach() for name, value in values.items()}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class Network(nn.Module):
             mask_token=self.mask_token,
             kept=None if kept is None else kept[:, :GLOBAL_CROPS].flatten(1),
         )
-        pooled = tokens.patches.mean(1) if self.backbone.cfg.pool == "mean" else tokens.cls
+        pooled = tokens.patches.mean(1) if self.backbone.cfg.pool == "mean" or tokens.cls is None else tokens.cls
         found = [pooled]
         if len(crops) > GLOBAL_CROPS:
             own = None if kept is None else kept[:, GLOBAL_CROPS:].flatten(1)
@@ -142,6 +142,8 @@ class DINOv2(Method):
     views_class = DINOv2ViewsConfig
     optim_class = DINOv2OptimConfig
     method: DINOv2Config
+    center: Tensor
+    patch_center: Tensor
     views_config: DINOv2ViewsConfig
 
     def build(self, backbone: BackboneConfig) -> None:
@@ -166,7 +168,7 @@ class DINOv2(Method):
         self.monitor = CollapseMonitor(method.out_dim)
 
     @staticmethod
-    def build_views(views: DINOv2ViewsConfig, mean: list[float], std: list[float]) -> StagedMultiCrop:
+    def build_views(views: Any, mean: list[float], std: list[float]) -> StagedMultiCrop:
         return StagedMultiCrop(views, mean, std)
 
     def trained(self) -> nn.Module:
@@ -243,7 +245,7 @@ class DINOv2(Method):
             self.method.teacher_temperature,
         )
         logits = self.teacher.logits(features.cls).float()  # (G, B, K)
-        patch_logits = self.teacher.patch_logits(features.patches, masked).float() if masked else None
+        patch_logits: Any = self.teacher.patch_logits(features.patches, masked).float() if masked else None
         if self.method.centering == "sinkhorn_knopp":
             target = sinkhorn_knopp(logits.flatten(0, 1), temperature).view_as(logits)
             if masked is None:
@@ -264,19 +266,21 @@ class DINOv2(Method):
         and a local part, each with its share of the pairs."""
         temperature = self.method.student_temperature
         values = {"dino": dino_loss(self.student.logits(student.cls), target, temperature)}
-        if masked is not None:
+        if masked is not None and patch_target is not None:
             logits = self.student.patch_logits(student.patches, masked)
             values["ibot"] = ibot_loss(logits, patch_target, temperature, masked.weights, len(student.patches))
         if self.method.koleo_weight:
             count = student.cls.shape[1]
             own = slice(distributed.rank() * count, (distributed.rank() + 1) * count)
             crops = student.cls[:GLOBAL_CROPS]
-            values["koleo"] = sum(koleo_loss(distributed.gather_rows(crop), own) for crop in crops)
+            spread = [koleo_loss(distributed.gather_rows(crop), own) for crop in crops]
+            values["koleo"] = sum(spread, start=spread[0].new_zeros(()))
         return values
 
     @torch.no_grad()
     def anchor(self, crops: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """The Gram teacher's features of whole global crops at the student's patches: (G B, N, D)."""
+        assert self.gram_teacher is not None
         tokens = self.gram_teacher.tokens(torch.cat(crops))
         return resize_features(tokens.patches, tokens.grid, grid)
 

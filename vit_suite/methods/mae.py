@@ -69,6 +69,7 @@ class MAE(Method):
     views_class = MAEViewsConfig
     optim_class = MAEOptimConfig
     method: MAEConfig
+    pixel_std: Tensor
 
     def build(self, backbone: BackboneConfig) -> None:
         check_options(self.method, backbone)
@@ -129,7 +130,8 @@ class MAE(Method):
             mean, std = patch_statistics(target)
             output = output.float() * std + mean
         pixels = (values.unflatten(-1, (-1, len(self.pixel_std))).movedim(-1, 1) for values in (output, target))
-        return psnr(*pixels, self.pixel_std, distributed.mean_over_ranks)
+        guessed, true = pixels
+        return psnr(guessed, true, self.pixel_std, distributed.mean_over_ranks)
 
     @torch.no_grad()
     def reconstruct(self, clean: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:

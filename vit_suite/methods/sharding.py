@@ -33,7 +33,7 @@ class Sharded:
 
     def __init__(self, method: pl.LightningModule, bf16: bool):
         self.method = method
-        mesh = method.device_mesh
+        mesh: Any = method.device_mesh
         # A sharded module cannot be copied, and each of its forward passes is collective. So a twin without parameters
         # is kept.
         empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in method.parameters()}
@@ -41,7 +41,8 @@ class Sharded:
         mesh = mesh["data_parallel"]
         for part in list(method.modules()):
             if isinstance(part, Backbone):
-                for block in part.vit.blocks:
+                blocks: Any = part.vit.blocks
+                for block in blocks:
                     if not (hasattr(block, "attn") and hasattr(block, "mlp")):
                         raise UserError(
                             f"trainer.strategy fsdp2: a {type(block).__name__} has no attention and MLP to shard; use"
@@ -52,7 +53,7 @@ class Sharded:
             distributed.shard(part, mesh)
         distributed.shard(method, mesh, forward="training_step")
 
-    def whole(self) -> pl.LightningModule:
+    def whole(self) -> Any:
         """The method as one rank alone would have it, on every rank (all call this together)."""
         whole = copy.deepcopy(self.twin)
         whole.load_state_dict(
@@ -77,6 +78,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
     def _on_main(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
         """Tensors gathered on rank 0, in its CPU memory; nothing of worth elsewhere."""
         found = {}
@@ -87,10 +93,10 @@ class ShardedStrategy(ModelParallelStrategy):
         return found
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._on_main(self.lightning_module.state_dict())
+        return self._on_main(self._module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state = ParallelStrategy.optimizer_state(self, optimizer)
+        state: Any = ParallelStrategy.optimizer_state(self, optimizer)
         return {**state, "state": {index: self._on_main(entry) for index, entry in state["state"].items()}}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -99,12 +105,12 @@ class ShardedStrategy(ModelParallelStrategy):
         )  # ranks share the pages
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        own = self.lightning_module.state_dict()
+        own = self._module.state_dict()
         parts = {
             name: distributed.sharded_as(tensor, own.get(name, tensor))
             for name, tensor in checkpoint["state_dict"].items()
         }
-        self.lightning_module.load_state_dict(parts, strict=strict)
+        self._module.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         found = []

@@ -19,7 +19,7 @@ Axes: V = 2 views, B images, C channels, S x S pixels, N patches, D width.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +87,8 @@ class Network(nn.Module):
         if method.rotation:
             self.rotation_head = nn.Linear(dim, TURNS)
             init_linear_(self.rotation_head)
-            nn.init.trunc_normal_(
-                self.backbone.vit.reg_token, std=0.02
-            )  # a token with a task starts as CLS does, not at 1e-6
+            registers: Any = self.backbone.vit.reg_token
+            nn.init.trunc_normal_(registers, std=0.02)  # a token with a task starts as CLS does, not at 1e-6
         if method.contrastive != "none":
             self.contrastive_head = ContrastiveHead(
                 dim, method.contrastive_dim, method.contrastive_head, method.hidden_dim
@@ -172,7 +171,8 @@ class SiT(Method):
         return {part: network for part, network in found.items() if network is not None}
 
     def gathered_parts(self) -> list[nn.Module]:
-        heads = [(network.contrastive_head, network.decoder) for network in self.networks().values()]
+        networks: list[Any] = list(self.networks().values())
+        heads = [(network.contrastive_head, network.decoder) for network in networks]
         return [head for pair in heads for head in pair if head is not None]
 
     @property
@@ -214,7 +214,7 @@ class SiT(Method):
         if self.log_variances is None:
             total = (self.factors * losses).sum()
         else:
-            form = self.method.loss_weights
+            form: Any = self.method.loss_weights
             total = uncertainty_sum(losses, self.log_variances, self.factors, form)
             weights = uncertainty_weights(self.log_variances.detach(), self.factors, form)
             more |= {f"weight_{task}": weight for task, weight in zip(self.tasks, weights, strict=True)}
@@ -225,7 +225,7 @@ class SiT(Method):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of each task, and what else is worth logging when `logged`."""
         values, more = {}, {}
-        if turns is not None:
+        if turns is not None and output.turns is not None:
             label = turns.flatten()
             values["rotation"] = F.cross_entropy(output.turns.float(), label)
             more["rotation_accuracy"] = accuracy(output.turns, label)
@@ -246,12 +246,13 @@ class SiT(Method):
         """Loss and accuracy of embeddings (2, B, E) of the corrupted views."""
         temperature, offset = self.method.temperature, distributed.rank() * embedding.shape[1]
         if self.teacher is None:
-            logits, positive = nt_xent_logits(*embedding, *map(distributed.gather_rows, embedding), temperature, offset)
+            first, second = embedding
+            everything = distributed.gather_rows(first), distributed.gather_rows(second)
+            logits, positive = nt_xent_logits(first, second, *everything, temperature, offset)
             return F.cross_entropy(logits, positive), accuracy(logits, positive)
         with torch.no_grad():
-            keys = self.teacher.contrastive_head(self.teacher.backbone(clean.flatten(0, 1))).unflatten(
-                0, clean.shape[:2]
-            )
+            head: Any = self.teacher.contrastive_head
+            keys = head(self.teacher.backbone(clean.flatten(0, 1))).unflatten(0, clean.shape[:2])
         pairs = [
             info_nce_logits(query, distributed.gather_rows(key), temperature, offset)
             for query, key in zip(embedding, keys.flip(0), strict=True)  # each view against the teacher's other one

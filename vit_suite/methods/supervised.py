@@ -16,6 +16,7 @@ Axes: B images, C channels, K classes, D width.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class SupervisedViT(Method):
             copy_weights(self.average, self.network)
 
     @staticmethod
-    def build_views(views: SupervisedViewsConfig, mean: list[float], std: list[float]) -> SupervisedViews:
+    def build_views(views: Any, mean: list[float], std: list[float]) -> SupervisedViews:
         return SupervisedViews(views, mean, std)
 
     @classmethod

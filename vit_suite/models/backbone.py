@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         x = vit.patch_embed(images)  # (B, h, w, D)
         grid = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)  # (B, N, D)
-        if hidden is not None:
+        if hidden is not None and mask_token is not None:
             x = torch.where(hidden.unsqueeze(-1), mask_token.to(x.dtype), x)
         prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
         if vit.pos_embed is None:

@@ -248,7 +248,7 @@ def of_first(block: Any, x: Tensor, first: int, kept: Tensor | None = None) -> T
 
 def answers_first(block: nn.Module) -> bool:
     """Whether `of_first` knows what this block does."""
-    attention = getattr(block, "attn", None)
+    attention: Any = getattr(block, "attn", None)
     known = type(block) in (PreNormBlock, PostNormBlock) and isinstance(attention, Attention)
     return known and attention.gate is None and isinstance(attention.norm, nn.Identity)
 

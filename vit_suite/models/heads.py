@@ -4,7 +4,7 @@ and SiT's two (arXiv 2104.03602; vision_transformer.py `CLSHead`, `RECHead`)."""
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,8 @@ class PatchDecoder(nn.Module):
         self.conv = nn.ConvTranspose2d(dim, channels, patch_size, patch_size)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        weight, bias = self.conv.weight, self.conv.bias  # (dim, C, p, p)
+        weight: Tensor = self.conv.weight  # (dim, C, p, p)
+        bias: Any = self.conv.bias
         pixels = F.linear(self.mlp(tokens), weight.flatten(1).T).float()  # (B, N, C p p)
         image = rearrange(
             pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=weight.shape[2], q=weight.shape[3]

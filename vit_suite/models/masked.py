@@ -61,6 +61,7 @@ class Decoder(nn.Module):
             raise UserError(f"method.decoder_dim {dim} is not divisible by method.decoder_heads {heads}.")
         if dim % 4:
             raise UserError(f"method.decoder_dim {dim} is not divisible by 4, which its sine positions need.")
+        self.positions: Tensor
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_positions("sincos_2d", grid, dim, 0), persistent=False)  # (1, N, E)
         self.norm = layer_norm(dim)
@@ -164,7 +165,8 @@ class CrossDecoder(Decoder):
         """What each predicted patch looks at in decoder block `index`: (B, heads, m, P + n) in fp32."""
         x = self.queries(split)
         index %= len(self.blocks)
-        for place, (block, norm, tokens) in enumerate(zip(self.blocks, self.norms, self.mixtures(levels), strict=True)):
+        blocks: Any = self.blocks
+        for place, (block, norm, tokens) in enumerate(zip(blocks, self.norms, self.mixtures(levels), strict=True)):
             if place == index:
                 return block.attn.weights(block.norm1(x), norm(tokens))
             x = block(x, norm(tokens))

@@ -41,7 +41,7 @@ def curve(metric: str, runs: Mapping[str, Series], width: int = 480, height: int
     plot = figure(title=metric, width=width, height=height, tools=TOOLS, x_axis_label="optimizer step")
     plot.toolbar.autohide = True
     colors = Category10[10]
-    lines = []
+    lines: Any = []
     for index, (run, series) in enumerate(runs.items()):
         steps, values = thinned(series)
         source = ColumnDataSource({"step": steps, "value": values, "run": [run] * len(steps)})
@@ -52,7 +52,8 @@ def curve(metric: str, runs: Mapping[str, Series], width: int = 480, height: int
     tips = [("step", "@step{0,0}"), (metric, "@value{0.0000}")]
     plot.add_tools(HoverTool(tooltips=([("run", "@run")] if len(runs) > 1 else []) + tips, mode="vline"))
     if len(runs) > 1:
-        legend = Legend(items=lines, click_policy="hide", label_text_font_size="8pt", spacing=0, padding=4)
+        looks: dict[str, Any] = {"label_text_font_size": "8pt", "spacing": 0, "padding": 4}
+        legend = Legend(items=lines, click_policy="hide", **looks)
         plot.add_layout(legend, "below")
         plot.height = height + 24 * len(runs)
     return plot

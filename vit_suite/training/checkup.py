@@ -344,6 +344,6 @@ def ranks_of(cfg: PretrainConfig) -> int:
     if (found := distributed.started()) is not None:
         return found[0] * found[1]
     devices = cfg.trainer.devices
-    if devices == "auto":
-        devices = max(1, torch.cuda.device_count()) if cfg.trainer.accelerator != "cpu" else 1
-    return devices * cfg.trainer.nodes
+    if isinstance(devices, int):
+        return devices * cfg.trainer.nodes
+    return cfg.trainer.nodes * (max(1, torch.cuda.device_count()) if cfg.trainer.accelerator != "cpu" else 1)

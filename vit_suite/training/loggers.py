@@ -109,5 +109,8 @@ def remember(loggers: list[Logger], folder: Path) -> None:
     """Keep the id of the W&B run in the run directory."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            text = f"{logger.version}\n"
-            write_atomically(folder / WANDB_ID, lambda path, text=text: path.write_text(text))
+            _write(folder / WANDB_ID, f"{logger.version}\n")
+
+
+def _write(file: Path, text: str) -> None:
+    write_atomically(file, lambda path: path.write_text(text))

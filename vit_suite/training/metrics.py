@@ -52,7 +52,7 @@ class MetricsLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> Any:
         if self._experiment is None:
             self._experiment = _Continued(self.log_dir, self.steps_done)
         return self._experiment

@@ -34,7 +34,8 @@ TRACED = 3
 def measure(cfg: ProfileConfig, folder: Path) -> tuple[Recorder, dict[str, Any]]:
     """Run the steps of all passes; what was found, and on what."""
     if cfg.start:  # speed does not depend on the weights, so they are not taken over
-        cfg = adopt(cfg, load_backbone(cfg.start, cfg))
+        adopted: Any = adopt(cfg, load_backbone(cfg.start, cfg))
+        cfg = adopted
     data, method, device, precision = build_parts(cfg, folder)
     phases = Phases(device)
     label(phases, method, data)

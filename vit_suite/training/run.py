@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
@@ -115,7 +115,8 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
     # The progress comes after the scores, which status.json shows.
     callbacks += [progress, *drill_callbacks(steps_before, progress.length.max_steps)]
     trainer = build_trainer(cfg, folder, callbacks, parts.precision, steps_before)
-    trainer.profiler = progress.clock
+    lightning: Any = trainer  # which takes a profiler when it is built, or here
+    lightning.profiler = progress.clock
     parts.data.trainer = trainer
     parts.data.plan()  # says now whether the global batch splits over the ranks
     if main and checkpoint is None:
@@ -200,7 +201,8 @@ def record(run: Run, seconds: float) -> None:
         score_test(run.cfg, run.parts, run.folder)
         return
     if complete:
-        run.trainer.checkpoint_callback.export(run.trainer, method)
+        keeper: Any = run.trainer.checkpoint_callback
+        keeper.export(run.trainer, method)
     summarize(run, seconds)
     if run.cfg.run.report:
         report(run.folder)

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 
 from vit_suite.data.source import ImageSource
 from vit_suite.files import write_atomically
-from vit_suite.hardware import autocast
+from vit_suite.hardware import Precision, autocast
 from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
 
@@ -34,7 +34,9 @@ class Sheets(pl.Callback):
         precision: of the forward pass.
     """
 
-    def __init__(self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: str):
+    def __init__(
+        self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: Precision
+    ):
         self.folder, self.image_size, self.every_epochs, self.precision = (
             Path(folder),
             image_size,

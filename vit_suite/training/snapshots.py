@@ -19,7 +19,7 @@ from vit_suite.attention import render
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, upsample
 from vit_suite.data.source import ImageSource
 from vit_suite.files import write_atomically
-from vit_suite.hardware import autocast
+from vit_suite.hardware import Precision, autocast
 from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
 
@@ -47,7 +47,9 @@ class AttentionSnapshots(pl.Callback):
     them. A backbone without a CLS token is said once, and nothing is drawn.
     """
 
-    def __init__(self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: str):
+    def __init__(
+        self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: Precision
+    ):
         self.folder, self.image_size, self.every_epochs, self.precision = (
             Path(folder),
             image_size,

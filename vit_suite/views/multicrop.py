@@ -157,7 +157,8 @@ class MultiCrop:
         count = self.cfg.global_crops
         groups = [(slice(0, count), self.cfg.global_size)]
         if self.cfg.local_crops:
-            groups.append((slice(count, None), self.cfg.local_size))
+            local: Any = self.cfg
+            groups.append((slice(count, None), local.local_size))
         return [view for part, size in groups for view in self.group(images, parameters.views(part), size)]
 
     def group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:

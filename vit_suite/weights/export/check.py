@@ -40,7 +40,7 @@ def largest_errors(
     """
     network = row.open(folder, loaded, options)
     backbone = loaded.backbone.eval()
-    errors = {}
+    errors: dict[str, float] = {}
     for size in sizes_to_check(loaded, row.any_size):
         images = images_of(size)
         for batch in (images, images[:1]):

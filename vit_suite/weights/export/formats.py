@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_suite.errors import UserError
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone, save_backbone
@@ -65,7 +65,7 @@ def missing(wanted: tuple[str, ...]) -> list[str]:
     return [name for name in wanted if importlib.util.find_spec(name) is None]
 
 
-def graph_answers(backbone: nn.Module, images: Tensor, outputs: list[Output]) -> Answers:
+def graph_answers(backbone: Any, images: Tensor, outputs: list[Output]) -> Answers:
     """What this suite itself says of the images."""
     found: Answers = {}
     with torch.no_grad():
@@ -96,7 +96,7 @@ def open_safetensors(folder: Path, loaded: LoadedBackbone, options: ExportOption
 
 
 def open_timm(folder: Path, loaded: LoadedBackbone, options: ExportOptions) -> Network:
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     prefix = loaded.backbone.prefix_tokens
 
     def answer(images: Tensor) -> Answers:
