@@ -353,6 +353,7 @@ STATUS = {
     "images_per_second": 1234.5,
     "knn": 41.2,
     "seconds_left": 3900.0,
+    "waiting": None,
     "updated": 0.0,
     "job": "17",
     "reason": None,

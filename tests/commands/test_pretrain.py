@@ -40,6 +40,7 @@ def test_files_of_a_run(tiny_run):
     found = {str(path.relative_to(tiny_run)) for path in tiny_run.rglob("*") if path.is_file()}
     kept = {f"checkpoints/{name}.ckpt" for name in ("last", "best", "epoch_0001", "epoch_0002")}
     assert found == kept | {
+        "about.json",
         "config.yaml",
         "metrics.csv",
         "results.json",
