@@ -14,6 +14,7 @@ import torch
 from vit_suite import cli, registry
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
+from vit_suite.evaluation.features import FeatureOptions
 from vit_suite.parsing import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,8 @@ def test_the_python_of_the_documents_runs(tmp_path, monkeypatch):
         exec(compile(block, "docs/python.md", "exec"), names)
     assert len(blocks) == 4 and names["maps"].shape == (64, 3, 4, 4) and names["folder"].is_dir()
     loaded, photos = names["loaded"], Photos(names["photos"])
-    scored = names["extract_features"](loaded.backbone, photos, 32, loaded.mean, loaded.std, precision="fp32").features
+    fp32 = FeatureOptions(precision="fp32")
+    scored = names["extract_features"](loaded.backbone, photos, 32, loaded.mean, loaded.std, fp32).features
     torch.testing.assert_close(torch.nn.functional.normalize(names["features"], dim=-1), scored)
 
 
