@@ -136,7 +136,10 @@ def show_knn(results: dict[str, KNNResult], scorer: Scorer, sha256: str, folder:
 
 def show_masks(backbones: dict[str, LoadedBackbone], source: ImageSource, seed: int, folder: Path) -> Localized:
     """The table of attention masks against the true objects; the first backbone is the one that was trained here."""
-    localizer = Localizer(source, source_truths(source), ("attention",), THRESHOLDS, device=pick_device())
+    truths = source_truths(source)
+    if truths is None:
+        raise RuntimeError("generated images have masks")
+    localizer = Localizer(source, truths, ("attention",), THRESHOLDS, device=pick_device())
     found = localize(localizer, backbones, seed)
     rows = []
     for name, scores in found.scores.items():
@@ -160,7 +163,10 @@ def show_overview(trained: LoadedBackbone, found: Localized, source: ImageSource
     maps = attention_maps(trained.backbone.cpu(), normalized)[:, chosen.head]
     truths = [source.mask(index).numpy() for index in scored[:OVERVIEW]]
     shown = [Shown(as_picture(one.numpy()), heat, truth) for one, heat, truth in zip(images, maps, truths, strict=True)]
-    overview(shown, chosen.threshold).save(folder / "overview.png")
+    threshold = chosen.threshold
+    if threshold is None:
+        raise RuntimeError("a fixed head has a threshold")
+    overview(shown, threshold).save(folder / "overview.png")
 
 
 def draw(loaded: LoadedBackbone, source: ImageSource, folder: Path) -> None:

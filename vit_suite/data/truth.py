@@ -249,7 +249,8 @@ def _wrong_size(image: Path, size: tuple[int, int] | None, truth: Path) -> str |
 def _fitting(entry: ImageBoxes, size: tuple[int, int] | None) -> tuple[list[list[float]], list[list[float]]]:
     """(boxes that fit, boxes that are empty or reach more than a pixel beyond the image)."""
     height, width = size or (float("inf"), float("inf"))
-    good, bad = [], []
+    good: list[list[float]] = []
+    bad: list[list[float]] = []
     for box in entry.boxes:
         x0, y0, x1, y1 = box
         fits = x1 > x0 and y1 > y0 and min(x0, y0) >= -1 and x1 <= width + 1 and y1 <= height + 1

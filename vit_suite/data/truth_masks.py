@@ -69,8 +69,8 @@ def _read(path: Path, values: MaskValues) -> tuple[np.ndarray, np.ndarray | None
     """(pixels (H, W) or (H, W, 3), alpha (H, W) or None)."""
     if path.suffix.lower() == ".npy":
         return np.load(path, allow_pickle=False), None
-    with Image.open(path) as image:
-        image = upright(image)
+    with Image.open(path) as file:
+        image = upright(file)
         if image.mode == "P" and values == "index" or image.mode in ("1", "L") or image.mode.startswith("I"):
             return np.asarray(image), None
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -67,7 +67,10 @@ class Prober:
         if isinstance(data.train_source, ResidentSource) and self.device.type == "cuda":
             to_device(data.train_source, self.device)
         self.train = data.bank()
-        self.classes = max(len(self.train.classes), int(self.train.labels.max()) + 1)
+        if self.train.labels is None:
+            raise UserError(f"{self.train.title} has no labels, and linear heads learn from some.")
+        self.labels: Tensor = self.train.labels
+        self.classes = max(len(self.train.classes), int(self.labels.max()) + 1)
         self.options = ProbeOptions(cfg.holdout, self.classes, self.device, self.speaks)
         self.choosing = False  # whether images were held out for the last subject
 
@@ -96,7 +99,7 @@ class Prober:
     def _augmented(self, subject: Subject) -> ProbeResult:
         inner, held = self.train, None
         if self.choosing:
-            rows, held_rows = split(self.train.labels, self.cfg.holdout, self.cfg.seed)
+            rows, held_rows = split(self.labels, self.cfg.holdout, self.cfg.seed)
             inner, held = self.train.subset(rows), self._extract(subject, self.train.subset(held_rows))
         recipe = self.protocol.recipe
         batches, count = self._batches(subject, inner, min(recipe.batch_size, len(inner)))
@@ -110,6 +113,7 @@ class Prober:
         config = SupervisedViewsConfig(global_size=self.size[0], randaugment=0, erase=0.0)
         views = MultiCrop(config, subject.mean, subject.std)
         plan = Turns(len(source), size, seed, turn=distributed.rank(), turns=distributed.world_size())
+        loader: ResidentLoader | FileLoader
         if isinstance(source, ResidentSource):
             loader = ResidentLoader(source, plan)
         else:
@@ -130,8 +134,8 @@ class Prober:
                             images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
                         )
                         images = views(images, alone(len(images), seed, epoch, plan.turn + number * plan.turns))
-                    part = subject.embed(images[0]), labels
-                    yield tuple(tensor.cpu() for tensor in part) if distributed.active() else part
+                    found = subject.embed(images[0])
+                    yield (found.cpu(), labels.cpu()) if distributed.active() else (found, labels)
             except UserError as error:  # raised below, on all ranks
                 yield error
 

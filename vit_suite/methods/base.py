@@ -70,11 +70,11 @@ def copy_backbone(to: Backbone, source: Backbone) -> None:
     if to.native_grid != source.native_grid and "pos_embed" in state:
         learned = "pos_embed" in dict(to.vit.named_parameters())
         prefix = 0 if to.vit.no_embed_class else to.prefix_tokens
-        resized = to.vit.pos_embed
-        if learned:
-            how = source.cfg.resize
-            resized = resize_position(state["pos_embed"], source.native_grid, to.native_grid, prefix, how)
-        state["pos_embed"] = resized
+        how = source.cfg.resize
+        if not learned:
+            state["pos_embed"] = to.vit.state_dict()["pos_embed"]
+        elif how is not None and how != "sincos":
+            state["pos_embed"] = resize_position(state["pos_embed"], source.native_grid, to.native_grid, prefix, how)
     if to.cfg.lora_rank:
         state = with_frozen_names(state, to.vit.state_dict())
     to.vit.load_state_dict(state)

@@ -49,7 +49,8 @@ class Sharded:
                             " ddp."
                         )
                     distributed.shard([block.attn, block.mlp], mesh, torch.bfloat16 if bf16 else None)
-        for part in method.gathered_parts():
+        typed: Any = method  # a Method, whose file imports this one
+        for part in typed.gathered_parts():
             distributed.shard(part, mesh)
         distributed.shard(method, mesh, forward="training_step")
 

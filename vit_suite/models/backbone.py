@@ -156,21 +156,24 @@ class Backbone(nn.Module):
 
     def position(self, grid: tuple[int, int], prefix: int) -> Tensor:
         """The position embedding (1, prefix + N, D) for a grid."""
-        own = self.vit.pos_embed
-        if self.cfg.resize == "sincos":
-            if grid == self.native_grid:
-                return own
-            return sincos_positions(self.cfg.positions, grid, self.dim, prefix).to(own)
-        return resize_position(own, self.native_grid, grid, prefix, self.cfg.resize)
+        own: Tensor | None = self.vit.pos_embed
+        if own is None:
+            raise RuntimeError("a network with rotary positions adds none to its tokens")
+        if grid == self.native_grid:
+            return own
+        how, kind = self.cfg.resize, self.cfg.positions
+        if how == "sincos" and (kind == "sincos_1d" or kind == "sincos_2d"):
+            return sincos_positions(kind, grid, self.dim, prefix).to(own)
+        return resize_position(own, self.native_grid, grid, prefix, "offset" if how is None or how == "sincos" else how)
 
     def rope(self, grid: tuple[int, int] | None) -> list[Tensor | None]:
         """For each block the rotary positions (N, 2 d) of the patches, sines and cosines; None where it has none."""
-        rope = self.vit.rope if isinstance(self.vit, Eva) else None
+        rope: Any = self.vit.rope if isinstance(self.vit, Eva) else None
         if rope is None:
             return [None] * self.depth
         if grid is None:
             raise UserError("a network with rotary positions has to see all patches: use learned or sine positions.")
-        values = rope.get_embed(shape=list(grid))
+        values: Any = rope.get_embed(shape=list(grid))
         return list(values) if self.vit.rope_mixed else [values] * self.depth
 
     def blocks(self, x: Tensor, grid: tuple[int, int] | None, kept: Tensor | None = None) -> Iterator[Tensor]:
@@ -243,7 +246,7 @@ class Backbone(nn.Module):
         so it does not depend on the kernel the block runs: fused kernels keep no weights. `rows` of the T x T matrix:
         `slice(0, 1)` is what the CLS token looks at, and costs T numbers a head instead of T^2.
         """
-        block = self.vit.blocks[index]
+        block: Any = self.vit.blocks[index]
         q, k = queries_and_keys(block, x, self.rope(grid)[index])
         with torch.autocast(x.device.type, enabled=False):
             scores = (q[:, :, rows].float() * block.attn.scale) @ k.float().transpose(-2, -1)

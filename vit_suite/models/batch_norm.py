@@ -22,9 +22,12 @@ def _normed(layer: nn.BatchNorm1d | nn.BatchNorm2d, rows: Tensor) -> Tensor:
         if layer.affine:
             output = output * layer.weight + layer.bias
     with torch.no_grad():
-        layer.num_batches_tracked += 1
-        layer.running_mean.lerp_(mean, layer.momentum)
-        layer.running_var.lerp_(variance * (count / (count - 1)), layer.momentum)
+        tracked, running_mean, running_var = layer.num_batches_tracked, layer.running_mean, layer.running_var
+        assert tracked is not None and running_mean is not None and running_var is not None  # torch's defaults
+        assert layer.momentum is not None
+        tracked += 1
+        running_mean.lerp_(mean, layer.momentum)
+        running_var.lerp_(variance * (count / (count - 1)), layer.momentum)
     return output.to(rows.dtype)
 
 

@@ -133,7 +133,8 @@ OWN_BLOCKS = (PreNormBlock, PostNormBlock, BranchNormBlock, RopeBlock)
 
 def replace_rope_blocks(vit: nn.Module) -> None:
     """Make timm's EvaBlocks this module's, which hold the same parts: timm's Eva has no argument for them."""
-    for block in vit.blocks:
+    blocks: Any = vit.blocks
+    for block in blocks:
         if type(block) is EvaBlock:
             block.__class__ = RopeBlock
 
@@ -269,15 +270,16 @@ def queries_and_keys(block: nn.Module, x: Tensor, rope: Tensor | None) -> tuple[
 
     UserError where the block has no attention that can be read.
     """
-    attention = getattr(block, "attn", None)
-    if not isinstance(block, OWN_BLOCKS) or not isinstance(attention, TimmAttention | EvaAttention | AttentionRope):
+    attention: Any = getattr(block, "attn", None)  # its kinds share these names, not a base class
+    known = isinstance(attention, TimmAttention | EvaAttention | AttentionRope)
+    if not isinstance(block, OWN_BLOCKS) or not known:
         raise UserError(f"the attention of {type(block).__name__} blocks cannot be read; use a plain ViT.")
     x = x if isinstance(block, PostNormBlock | BranchNormBlock) else block.norm1(x)
     if attention.qkv is None:
         q, k = attention.q_proj(x), attention.k_proj(x)
     else:
         bias = attention.qkv.bias
-        if isinstance(attention, EvaAttention) and attention.q_bias is not None:
+        if getattr(attention, "q_bias", None) is not None:  # Eva's, which has no bias on k
             bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         q, k, _ = F.linear(x, attention.qkv.weight, bias).chunk(3, dim=-1)
     q, k = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in (q, k))

@@ -145,7 +145,8 @@ def _plain(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> VisionTr
     )
     if cfg.positions != "learned":
         prefix = vit.num_prefix_tokens if cfg.prefix_positions else 0
-        fixed = sincos_positions(cfg.positions, vit.patch_embed.grid_size, vit.embed_dim, prefix)
+        kind: Any = cfg.positions
+        fixed = sincos_positions(kind, vit.patch_embed.grid_size, vit.embed_dim, prefix)
         del vit.pos_embed
         vit.register_buffer("pos_embed", fixed)  # a buffer: neither trained nor averaged
     return vit
@@ -200,7 +201,8 @@ def _named(cfg: BackboneConfig, common: dict[str, Any]) -> VisionTransformer | E
             family = timm.create_model(cfg.name, **common | _overrides(cfg, {}) | {"depth": 1})
         tokens = "num_reg_tokens" if isinstance(family, Eva) else "reg_tokens"
         arguments = common | _overrides(cfg, {tokens: cfg.registers})
-        vit = timm.create_model(cfg.name, pretrained=cfg.pretrained, **arguments, **own_layers(family))
+        layers: dict[str, Any] = dict(own_layers(family))
+        vit = timm.create_model(cfg.name, pretrained=cfg.pretrained, **arguments, **layers)
     except TypeError as error:  # timm families other than these do not take these arguments
         raise UserError(f"backbone '{cfg.name}' is not of timm's VisionTransformer family ({error}).") from error
     except AssertionError as error:  # timm's own checks: a width that the heads do not divide, a distilled model

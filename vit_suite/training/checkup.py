@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from vit_suite import distributed
-from vit_suite.config import PretrainConfig
+from vit_suite.config import PretrainConfig, ViewsConfig
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
@@ -97,7 +97,7 @@ def of_crops(cfg: PretrainConfig, method: Method) -> Finding:
     """Whether patches tile the crops, and how many there are."""
     views, (rows, columns) = cfg.views, method.evaluation_backbone().patch
     sizes = {"global": views.global_size}
-    if getattr(views, "local_crops", 0):
+    if isinstance(views, ViewsConfig) and views.local_crops:
         sizes["local"] = views.local_size
     grids = {name: (size // rows, size // columns) for name, size in sizes.items()}
     patch = str(rows) if rows == columns else f"{rows}x{columns}"

@@ -287,10 +287,10 @@ def _check_mask(cfg: SiTConfig, height: int, width: int, patch: tuple[int, int])
 class Corruption(NamedTuple):
     """A way to corrupt views."""
 
-    apply: Callable[[SiTConfig, Tensor, Draw, int], Corrupted]
-    """(options, normalized views (V, B, C, H, W), draw, side of a patch) -> corrupted views."""
-    check: Callable[[SiTConfig, int, int, int], None] | None = None
-    """(options, height and width of a view, side of a patch): raises UserError that names the option that cannot be."""
+    apply: Callable[[SiTConfig, Tensor, Draw, tuple[int, int]], Corrupted]
+    """(options, normalized views (V, B, C, H, W), draw, sides of a patch) -> corrupted views."""
+    check: Callable[[SiTConfig, int, int, tuple[int, int]], None] | None = None
+    """(options, height and width of a view, sides of a patch): raises UserError for an option that cannot be."""
 
 
 CORRUPTIONS: dict[str, Corruption] = {
