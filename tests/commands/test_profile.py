@@ -29,7 +29,7 @@ def profile(vit_suite, tmp_path):
 
     def call(name: str, **options) -> tuple[str, dict]:
         foreign = {} if name == "dino" else dict.fromkeys(OWN)
-        given = words(run__output=tmp_path / "run", **foreign, **METHODS[name], **options)
+        given = words(**{"run__output": tmp_path / "run", **foreign, **METHODS[name], **options})
         said = vit_suite("profile", *given, "--steps", 2, "--warmup", 1, "--output", tmp_path / "out")
         assert said.status == 0, said.err
         return said.out, json.loads((tmp_path / "out" / "profile.json").read_text())
@@ -107,7 +107,7 @@ def test_phases_charge_the_innermost(monkeypatch):
         ({"trainer__devices": 2}, [], "profile looks at one process: leave trainer.devices"),
         ({"trainer__strategy": "fsdp2"}, [], "trainer.strategy fsdp2 spreads the weights over ranks"),
         ({}, ["--drill", "kill@2"], "drill interrupts a training"),
-        ({}, ["--output", "file"], "output 'file' cannot be a folder"),
+        ({}, ["--output", "file"], "output 'file' is a file; expected a directory"),
     ],
 )
 def test_wrong_input(vit_suite, tmp_path, monkeypatch, options, extra, message):

@@ -85,6 +85,7 @@ def test_slurm(environment, expected):
 def test_wandb_that_cannot_be_reached(monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     assert [finding.level for finding in checkup.of_logger(config(logger__wandb=True))] == ["error"]
     assert [f.level for f in checkup.of_logger(config(logger__wandb=True, logger__wandb_offline=True))] == ["ok"]
     assert not list(checkup.of_logger(config()))
