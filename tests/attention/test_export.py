@@ -29,7 +29,11 @@ class Backbone:
     """CLS attention of head i follows the mean over channels of patch pixels, to the power i + 1: known from the image
     alone."""
 
+    def grid_of(self, images):
+        return tuple(side // self.patch_size for side in images.shape[-2:])
+
     def __init__(self, patch_size=8, heads=2, prefix_tokens=1, mean=MEAN, std=STD):
+        self.patch = (patch_size, patch_size)
         self.patch_size, self.heads, self.prefix_tokens, self.has_cls = (
             patch_size,
             heads,

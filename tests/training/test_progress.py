@@ -128,7 +128,7 @@ def test_a_command_without_a_terminal_writes_lines_and_no_bar(vit_suite, tmp_pat
     monkeypatch.setattr("vit_suite.training.progress.EVERY", 0.0)
     options = {"run__output": tmp_path / "run", "trainer__max_epochs": 1, "evaluate__every_epochs": 0}
     said = vit_suite("pretrain", *words(trainer__progress=True, trainer__line_every=0.1, **options))
-    assert said.status == 0 and "step 4 of 4" in said.log and "loss " in said.log
+    assert said.status == 0 and re.search(r"step \d of 4,.* loss \d", said.log)  # on a fast machine not of every step
     assert "it/s" not in said.out + said.err
     options["run__output"] = tmp_path / "quiet"
-    assert "step 4 of 4" not in vit_suite("pretrain", *words(trainer__progress=False, **options)).log
+    assert not re.search(r"step \d of 4,", vit_suite("pretrain", *words(trainer__progress=False, **options)).log)
