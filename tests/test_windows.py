@@ -61,7 +61,7 @@ def test_shards_are_read_at_offsets_without_pread(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "pread")
     content = os.urandom(1 << 16)
     (tmp_path / "shard").write_bytes(content)
-    file, wrong = _OpenFile(str(tmp_path / "shard"), read_ahead=True), []
+    file, wrong = _OpenFile(str(tmp_path / "shard"), read_ahead=True, process=os.getpid()), []
 
     def read(start: int) -> None:
         for offset in range(start, 60000, 97):
