@@ -26,12 +26,13 @@ def run(cfg: LaunchConfig) -> None:
     folder = Path(cfg.run.output).absolute()
     runs = plan_runs(cfg, folder)
     script = sbatch_script(cfg, folder, [name for name in runs if name], shlex.join(["vit-suite", *sys.argv[1:]]))
+    if not cfg.dry_run:
+        refuse_second_job(folder)  # names the job, which the lock of its run directory would not
     check(runs)
     if cfg.dry_run:
         print(script, end="")
         return
     require_slurm()
-    refuse_second_job(folder)
     for name, training in runs.items():
         _write(folder / name / OPTIONS, dump_config(training))
     _write(folder / SCRIPT, script)
