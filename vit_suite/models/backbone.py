@@ -1,22 +1,22 @@
-"""The backbone: a timm network that answers with tokens and attention, at any image size.
+"""The backbone: a timm network that returns tokens and attention, for images of any size.
 
 Dosovitskiy et al. 2020 (arXiv 2010.11929) for the network, registers after arXiv 2309.16588, rotary positions as in
 DINOv3 (arXiv 2508.10104). timm builds the blocks (models/build.py), so key names are those of timm and of the DINO
 release. Deliberate differences from timm:
 
-- Position embeddings at other sizes are resized as `backbone.resize` says, by default as the DINO release does it
-  (models/positions.py), not as timm does. Released weights were trained that way: another way moves the CLS output of
-  DINO by 0.035-0.49.
+- Position embeddings of another size are resized as `backbone.resize` says. The default is the rule of the DINO release
+  (models/positions.py), not timm's, because the released weights were trained with it. Another rule moves the CLS
+  output of DINO by 0.035-0.49.
 - The CLS token starts from a truncated normal of 0.02 like the position embedding (DINO vision_transformer.py), not
   from 1e-6.
 - On a CPU attention is plain softmax(q k^T) v up to the length where the fused kernel is faster. On a GPU it is always
-  the fused kernel. The input's device decides.
-- `backbone(images)` computes the last block for the CLS token alone, since nobody asks for its patches: a DINO step has
-  11% fewer FLOP at depth 6, 7% at depth 12, and the same numbers to rounding. `tokens` runs it whole, so hooks on that
-  block's parts belong on `tokens`.
+  the fused kernel. The device of the input decides.
+- `backbone(images)` computes the last block for the CLS token only, because nothing reads the other tokens after it. A
+  DINO step then has 11% fewer FLOP at depth 6 and 7% fewer at depth 12; the numbers are the same to rounding. `tokens`
+  computes the whole last block, so a hook on a part of that block needs `tokens`.
 
-Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T = prefix + N tokens, D width, R
-registers.
+Axes: B images, C channels, H x W pixels, h x w patches (N = h w, row-major), T = prefix + N tokens, D width,
+R registers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vit_suite.views.draw import Draw
 
 @dataclass
 class Tokens:
-    """What a forward pass leaves behind, after the final LayerNorm."""
+    """The output of a forward pass, after the final LayerNorm."""
 
     cls: Tensor | None
     """(B, D); None where the network has no CLS token."""
@@ -55,15 +55,15 @@ class Tokens:
     grid: tuple[int, int]
     """(h, w) in patches."""
     blocks: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
-    """(cls, patches) of each block asked for, in the order of the blocks, each through the final LayerNorm."""
+    """(cls, patches) of each requested block, in the order of the blocks, after the final LayerNorm."""
 
 
 class Backbone(nn.Module):
     """A ViT that returns its representation, CLS, register and patch tokens, tokens of chosen blocks, and attention.
 
-    `backbone(images)` with images (B, C, H, W), normalized, sides divisible by the patch, gives the representation (B,
-    D): the CLS token after the final LayerNorm, or with `pool: mean` the mean of the patch tokens after it. Heads, kNN
-    and probes take it.
+    `backbone(images)` takes normalized images (B, C, H, W) whose sides are divisible by the patch. It returns the
+    representation (B, D): the CLS token after the final LayerNorm, or with `pool: mean` the mean of the patch tokens.
+    Heads, kNN and probes take it.
 
     Raises UserError when the network has no CLS token and `pool` is cls.
     """
@@ -88,10 +88,9 @@ class Backbone(nn.Module):
         self.drop_rates = [path.rate if isinstance(path, DropPath) else 0.0 for path in paths]  # (2 depth)
         self.prefix_tokens: int = int(self.vit.num_prefix_tokens)
         self.native_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
-        # Everything is spelled out, so that metadata alone rebuilds the network even if a default or timm's model
-        # changes.
         if cfg.lora_rank:
             add_pairs(self.vit, cfg.lora_rank)
+        # Every dimension is written out, so metadata rebuild the network even if a default or timm's model changes.
         self.cfg = replace(
             cfg,
             image_size=[side * length for side, length in zip(self.native_grid, self.patch, strict=True)],
@@ -104,7 +103,7 @@ class Backbone(nn.Module):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels. UserError where patches are no squares: then `patch` has both sides."""
+        """Side of a patch in pixels. UserError if the patches are not square; `patch` has both sides."""
         if self.patch[0] != self.patch[1]:
             height, width = self.patch
             raise UserError(f"this needs square patches, and those of the backbone are {height}x{width}.")
@@ -116,12 +115,11 @@ class Backbone(nn.Module):
         return height // self.patch[0], width // self.patch[1]
 
     def drawn_paths(self, draw: Draw, views: int) -> Tensor | None:
-        """Which paths the blocks keep of a training step: factors (2 depth, V, B), for `views` views of the images of
-        `draw`; None where nothing is dropped.
+        """Factors of drop path for a training step: (2 depth, V, B) for V = `views` views of the images of `draw`.
 
-        `forward`, `tokens` and `blocks` take them as `kept` (2 depth, M), with the views in the order of their rows:
-        `drawn[:, 1:3].flatten(1)` for a pass over views 1 and 2. The numbers belong to the rows of the global batch, so
-        they do not depend on the number of ranks or micro-batches.
+        None if nothing is dropped. `forward`, `tokens` and `blocks` take the factors as `kept` (2 depth, M), one column
+        for each row of the pass. Example: `drawn[:, 1:3].flatten(1)` for a pass over views 1 and 2. The random numbers
+        belong to rows of the global batch, so they do not depend on the number of ranks or micro-batches.
         """
         if not self.training or not any(self.drop_rates):
             return None
@@ -136,7 +134,7 @@ class Backbone(nn.Module):
         """Patches, CLS, registers and positions: (B, C, H, W) -> tokens (B, T, D) before the first block, and the grid
         (h, w).
 
-        `mask_token` (D,) stands in for the content, not the position, of the `hidden` (B, N) bool patches.
+        `mask_token` (D,) replaces the content of the `hidden` (B, N) bool patches; they keep their positions.
         """
         vit = self.vit
         check_image_size(images.shape[-2:], self.patch)
@@ -167,7 +165,7 @@ class Backbone(nn.Module):
         return resize_position(own, self.native_grid, grid, prefix, "offset" if how is None or how == "sincos" else how)
 
     def rope(self, grid: tuple[int, int] | None) -> list[Tensor | None]:
-        """For each block the rotary positions (N, 2 d) of the patches, sines and cosines; None where it has none."""
+        """The rotary positions (N, 2 d) of the patches (sines, cosines) for each block; None for a block without."""
         rope: Any = self.vit.rope if isinstance(self.vit, Eva) else None
         if rope is None:
             return [None] * self.depth
@@ -177,9 +175,9 @@ class Backbone(nn.Module):
         return list(values) if self.vit.rope_mixed else [values] * self.depth
 
     def blocks(self, x: Tensor, grid: tuple[int, int] | None, kept: Tensor | None = None) -> Iterator[Tensor]:
-        """The tokens (B, T, D) after each block in turn; x and `grid` as `embed` gives them, `kept`: see `drawn_paths`.
+        """The tokens (B, T, D) after each block in turn; x and `grid` as `embed` returns them, `kept`: `drawn_paths`.
 
-        `grid` is None where x holds some of the patches alone, which rotary positions do not allow (UserError).
+        `grid` is None if x holds only some of the patches. A network with rotary positions then raises UserError.
         """
         for index, (block, rope) in enumerate(zip(self.vit.blocks, self.rope(grid), strict=True)):
             arguments: dict[str, Any] = {} if rope is None else {"rope": rope}
@@ -191,7 +189,7 @@ class Backbone(nn.Module):
             yield x
 
     def _run(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """`function` of the arguments; with backbone.checkpointing it is run again for its gradient."""
+        """Call `function`; with backbone.checkpointing the backward pass calls it a second time."""
         if self.cfg.checkpointing and self.training and torch.is_grad_enabled():
             function = functools.partial(checkpoint, function, use_reentrant=False)
         return function(*args, **kwargs)
@@ -200,13 +198,13 @@ class Backbone(nn.Module):
         """Tokens (B, T, D) of the last block -> representation (B, D)."""
         if self.cfg.pool == "mean":
             return self.vit.norm(x)[:, self.prefix_tokens :].mean(dim=1)
-        return self.vit.norm(x[:, 0])  # token by token, so the CLS token alone gives the same numbers
+        return self.vit.norm(x[:, 0])  # LayerNorm works on each token alone, so the others are not needed
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> representation (B, D); `kept`: see `drawn_paths`."""
         x, grid = self.embed(images)
         block = self.vit.blocks[-1]
-        if self.cfg.pool == "cls" and answers_first(block):  # nobody asks for the patches of the last block
+        if self.cfg.pool == "cls" and answers_first(block):  # nothing reads the patches of the last block
             x = last(islice(self.blocks(x, grid, kept), self.depth - 1), x)
             return self.pooled(self._run(of_first, block, x, first=1, kept=None if kept is None else kept[-2:]))
         return self.pooled(last(self.blocks(x, grid, kept), x))
@@ -219,10 +217,11 @@ class Backbone(nn.Module):
         mask_token: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Tokens:
-        """CLS, register and patch tokens after the final LayerNorm; `blocks` names further blocks (0 = first, -1 =
-        last) whose CLS and patch tokens are kept. `hidden`, `mask_token`: see `embed`; `kept`: see `drawn_paths`.
+        """CLS, register and patch tokens after the final LayerNorm. `hidden`, `mask_token`: `embed`; `kept`:
+        `drawn_paths`.
 
-        As DINO's `get_intermediate_layers`, kept tokens go through the final LayerNorm too.
+        blocks: further blocks (0 = first, -1 = last) whose CLS and patch tokens are returned. As in DINO's
+        `get_intermediate_layers`, these tokens go through the final LayerNorm too.
         """
         wanted = {index % self.depth for index in blocks}
         x, grid = self.embed(images, hidden, mask_token)
@@ -242,9 +241,9 @@ class Backbone(nn.Module):
     def attention_of(self, index: int, x: Tensor, grid: tuple[int, int] | None, rows: slice = slice(None)) -> Tensor:
         """Softmaxed attention of block `index` (-1 = last) whose input is x (B, T, D): (B, heads, rows, T) in fp32.
 
-        Recomputed from the block's own q and k (of rotary networks after they are turned by the positions of `grid`),
-        so it does not depend on the kernel the block runs: fused kernels keep no weights. `rows` of the T x T matrix:
-        `slice(0, 1)` is what the CLS token looks at, and costs T numbers a head instead of T^2.
+        It is computed from the block's q and k, because fused kernels keep no attention weights. In a rotary network q
+        and k are first rotated by the positions of `grid`. `rows` selects rows of the T x T matrix: `slice(0, 1)` is
+        what the CLS token looks at, and takes T numbers a head instead of T^2.
         """
         block: Any = self.vit.blocks[index]
         q, k = queries_and_keys(block, x, self.rope(grid)[index])
@@ -261,7 +260,7 @@ class Backbone(nn.Module):
 
 
 def last(items: Iterable[Tensor], default: Tensor) -> Tensor:
-    """The last item, `default` when there is none; no other is kept in memory."""
+    """The last item, or `default` if there is none. Earlier items are not kept in memory."""
     for item in items:
         default = item
     return default

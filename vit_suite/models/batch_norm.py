@@ -9,9 +9,9 @@ from vit_suite import distributed
 
 
 def _normed(layer: nn.BatchNorm1d | nn.BatchNorm2d, rows: Tensor) -> Tensor:
-    """Rows (M, C) by the statistics of all ranks' rows, of which there are M on every rank; counts them too.
+    """Normalize rows (M, C) by the statistics of the rows of all ranks (M on each), and update the running statistics.
 
-    Two passes, mean and then variance, because a mean of squares less the square of the mean loses digits.
+    The mean comes first and the variance second, because mean(x^2) - mean(x)^2 loses digits.
     """
     with torch.autocast(rows.device.type, enabled=False):
         values, count = rows.float(), len(rows) * distributed.world_size()
@@ -32,12 +32,11 @@ def _normed(layer: nn.BatchNorm1d | nn.BatchNorm2d, rows: Tensor) -> Tensor:
 
 
 class BatchNorm1d(nn.BatchNorm1d):
-    """nn.BatchNorm1d of (B, D) that in training takes its statistics from the batches of all ranks, which are of one
-    size.
+    """nn.BatchNorm1d of (B, D) whose training statistics are over the batches of all ranks. B is the same on all ranks.
 
-    So N ranks give the numbers of one rank with the whole batch: outputs, gradients (of a loss that DDP averages over
-    ranks) and running statistics. In evaluation, and on one rank, it is torch's own. The names in `state_dict` are the
-    same.
+    N ranks then compute what one rank computes from the whole batch: outputs, gradients (of a loss that DDP averages
+    over ranks) and running statistics. In evaluation, and on one rank, it is torch's layer. The names in `state_dict`
+    are torch's.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Pieces of a ViT that timm has no option for: post-norm blocks, causal order over patches, a last block for the CLS
-token alone, drop path whose draws do not depend on the number of ranks, and reading the attention of a block.
+"""Parts of a ViT for which timm has no option: post-norm blocks, causal order over patches, a last block for the CLS
+token only, drop path whose draws do not depend on the number of ranks, and the attention weights of a block.
 
 Axes: B images, N patches (row-major), T = prefix + N tokens, D width, M views (one row of a forward pass each).
 """
@@ -25,10 +25,10 @@ from vit_suite.errors import UserError
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drops the branch of a block for some of the views.
 
-    `forward(x, kept)` multiplies view m of x (M, T, D) by kept[m], which is 0 or 1 / (1 - rate). The draws are made
-    outside, for a whole step (`Backbone.drawn_paths`), so that ranks and micro-batches together drop what one rank
-    with the whole batch drops, and a recomputed block drops the same views again. Without `kept` each call draws from
-    torch's generator, as timm's DropPath does. In evaluation it does nothing.
+    `forward(x, kept)` multiplies view m of x (M, T, D) by kept[m], which is 0 or 1 / (1 - rate). `Backbone.drawn_paths`
+    draws these factors once for a whole step. So all ranks and micro-batches together drop what one rank with the whole
+    batch drops, and a block that is computed again in the backward pass drops the same views again. Without `kept` each
+    call draws from torch's generator, as timm's DropPath does. In evaluation it does nothing.
     """
 
     def __init__(self, rate: float):
@@ -42,15 +42,14 @@ class DropPath(nn.Module):
             kept = self.draw(x)
         return x * kept.to(x.dtype).view(-1, 1, 1)
 
-    @torch.compiler.disable  # the rate differs from block to block, and would make every block a graph of its own
+    @torch.compiler.disable  # each block has its own rate, so each block would compile to a graph of its own
     def draw(self, x: Tensor) -> Tensor:
         """(M,) factors for x (M, T, D), from torch's generator."""
         return x.new_empty(len(x)).bernoulli_(1 - self.rate) / (1 - self.rate)
 
 
 def replace_drop_path(vit: Any) -> None:
-    """Replace timm's DropPath by this module's in the blocks whose `forward` takes `kept`. UserError for other
-    blocks."""
+    """Replace timm's DropPath by this module's in blocks whose `forward` takes `kept`. UserError for other blocks."""
     for block in vit.blocks:
         for name, part in list(block.named_modules()):
             if isinstance(part, TimmDropPath):
@@ -63,7 +62,7 @@ def replace_drop_path(vit: Any) -> None:
 
 
 def _dropped(path: nn.Module, branch: Tensor, kept: Tensor | None, index: int) -> Tensor:
-    """`branch` after the drop path of a block; timm puts an Identity where the rate is 0."""
+    """`branch` after the drop path of a block. timm has an Identity in place of a drop path of rate 0."""
     if not isinstance(path, DropPath):
         return branch
     return path(branch, None if kept is None else kept[index])
@@ -81,10 +80,10 @@ class PreNormBlock(Block):
 
 
 class PostNormBlock(Block):
-    """LayerNorm after each sum, as in the original Transformer (Vaswani et al. 2017, section 3.1), with timm's
-    parameter names.
+    """LayerNorm after each sum, as in the original Transformer (Vaswani et al. 2017, section 3.1). Parameter names are
+    timm's.
 
-    A network of these needs no norm at its end. Without a warm-up of the learning rate it trains badly (arXiv
+    A network of these blocks needs no norm at its end. It trains badly without a warm-up of the learning rate (arXiv
     2002.04745).
     """
 
@@ -132,7 +131,7 @@ OWN_BLOCKS = (PreNormBlock, PostNormBlock, BranchNormBlock, RopeBlock)
 
 
 def replace_rope_blocks(vit: nn.Module) -> None:
-    """Make timm's EvaBlocks this module's, which hold the same parts: timm's Eva has no argument for them."""
+    """Turn timm's EvaBlocks into RopeBlocks, which hold the same parts. timm's Eva has no argument for its blocks."""
     blocks: Any = vit.blocks
     for block in blocks:
         if type(block) is EvaBlock:
@@ -140,9 +139,12 @@ def replace_rope_blocks(vit: nn.Module) -> None:
 
 
 PLAIN = {torch.bfloat16: 1536, torch.float32: 64}
-"""Tokens from which torch's fused kernel is faster on a CPU. With AVX512-BF16 it took, forward and backward, so many
-times as long as `PlainAttention`: bf16, 65 tokens 5.4, 577 2.1, 1,025 1.4, 2,304 0.85; fp32, 17 tokens 1.6, 50 1.2, 65
-0.9, 577 0.9, 1,025 0.5."""
+"""Number of tokens from which torch's fused kernel is faster on a CPU. Its time over that of `PlainAttention`, forward
+and backward, on a core with AVX512-BF16:
+
+- bf16: 5.4 at 65 tokens, 2.1 at 577, 1.4 at 1,025, 0.85 at 2,304.
+- fp32: 1.6 at 17 tokens, 1.2 at 50, 0.9 at 65, 0.9 at 577, 0.5 at 1,025.
+"""
 
 
 class Attention(TimmAttention):
@@ -150,21 +152,22 @@ class Attention(TimmAttention):
 
     - On a CPU, sequences shorter than `PLAIN` tokens go through `PlainAttention`, unless there is a mask, dropout, a
       gate or a norm. All other inputs go through torch's fused kernel, which keeps no (T, T) weights.
-    - `of_first(x, n)` answers for the first n tokens alone, (B, n, D). They look at all tokens; who looks at them is
-      not computed.
+    - `of_first(x, n)` returns the output (B, n, D) of the first n tokens only. They attend to all tokens.
     """
 
     @property
     def plain(self) -> bool:
-        """Whether nothing stands between the two linear layers but softmax(q k^T) v."""
+        """Whether only softmax(q k^T) v lies between the two linear layers."""
         norms = (self.q_norm, self.k_norm, self.norm)
         return self.gate is None and all(isinstance(norm, nn.Identity) for norm in norms)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, first: int | None = None
     ) -> Tensor:
-        """`first`: answer for so many first tokens alone. Asked through `forward`, because FSDP2 gathers the weights
-        there."""
+        """`first`: return the output of that many first tokens only.
+
+        It is an argument of `forward` because FSDP2 gathers the weights there.
+        """
         if first is not None:
             return self.of_first(x, first)
         masked = attn_mask is not None or is_causal
@@ -179,7 +182,7 @@ class Attention(TimmAttention):
         return self.proj_drop(self.proj(x))
 
     def of_first(self, x: Tensor, first: int) -> Tensor:
-        """(B, T, D) -> (B, first, D). Only where `norm` and `gate` are absent."""
+        """(B, T, D) -> (B, first, D). Needs a layer without `norm` and `gate`."""
         (batch, tokens, _), width = x.shape, self.qkv.out_features // 3
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(x[:, :first], weight[:width], None if bias is None else bias[:width])
@@ -195,10 +198,10 @@ class Attention(TimmAttention):
 
 
 class PlainAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v of qkv (B, T, 3 D), as timm's q, k and v lie in it: (B, T, D).
+    """softmax(scale q k^T) v -> (B, T, D) from qkv (B, T, 3 D) in timm's layout.
 
-    The gradient is written by hand: q, k and v, and their gradients, are then copied into place once instead of one by
-    one. On a CPU that takes 5-20% less time than autograd, for the same numbers. Not differentiable twice.
+    The gradient is written by hand: one copy moves q, k and v into place, and one copy their gradients. On a CPU that
+    takes 5-20% less time than autograd, for the same numbers. It cannot be differentiated twice.
     """
 
     @staticmethod
@@ -230,14 +233,16 @@ class PlainAttention(torch.autograd.Function):
 
 
 def _softmax_dtype(scores: Tensor) -> torch.dtype:
-    """fp32 for rows shorter than a vector of 32 bf16 numbers, which torch's CPU kernel is 2 (backward 10) times slower
-    with."""
+    """fp32 for rows of fewer than 32 bf16 numbers (one vector): there torch's CPU kernel is 2 times slower in bf16, and
+    its backward pass 10 times."""
     return torch.float32 if scores.dtype == torch.bfloat16 and scores.shape[-1] < 32 else scores.dtype
 
 
 def of_first(block: Any, x: Tensor, first: int, kept: Tensor | None = None) -> Tensor:
-    """The first tokens (B, first, D) of what `block` (`answers_first`) makes of x (B, T, D): the same numbers, to
-    rounding, for less work."""
+    """The first tokens (B, first, D) of `block(x)`, x (B, T, D), without the work for the other tokens.
+
+    The numbers are the same to rounding. `answers_first(block)` has to be True.
+    """
     post = isinstance(block, PostNormBlock)
     branch = block.ls1(block.attn(x if post else block.norm1(x), first=first))
     x = x[:, :first] + _dropped(block.drop_path1, branch, kept, 0)
@@ -248,14 +253,14 @@ def of_first(block: Any, x: Tensor, first: int, kept: Tensor | None = None) -> T
 
 
 def answers_first(block: nn.Module) -> bool:
-    """Whether `of_first` knows what this block does."""
+    """Whether `of_first` can compute this block."""
     attention: Any = getattr(block, "attn", None)
     known = type(block) in (PreNormBlock, PostNormBlock) and isinstance(attention, Attention)
     return known and attention.gate is None and isinstance(attention.norm, nn.Identity)
 
 
 def own_layers(vit: Any) -> dict[str, type[nn.Module]]:
-    """timm arguments that build a network like `vit` from this module's blocks and attention, where it has the plain
+    """timm arguments that build a network like `vit` with this module's blocks and attention in place of timm's plain
     ones."""
     block = vit.blocks[0]
     blocks = {Block: PreNormBlock, ResPostBlock: BranchNormBlock}
@@ -266,11 +271,12 @@ def own_layers(vit: Any) -> dict[str, type[nn.Module]]:
 
 
 def queries_and_keys(block: nn.Module, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q and k (B, heads, T, d) as `block` multiplies them, normed and turned; x (B, T, D) is the block's input.
+    """q and k (B, heads, T, d) as `block` multiplies them: after their norms and rotations. x (B, T, D) is the input of
+    the block.
 
-    UserError where the block has no attention that can be read.
+    UserError if the attention of the block cannot be read.
     """
-    attention: Any = getattr(block, "attn", None)  # its kinds share these names, not a base class
+    attention: Any = getattr(block, "attn", None)  # the kinds of attention share names, but no base class
     known = isinstance(attention, TimmAttention | EvaAttention | AttentionRope)
     if not isinstance(block, OWN_BLOCKS) or not known:
         raise UserError(f"the attention of {type(block).__name__} blocks cannot be read; use a plain ViT.")
@@ -292,14 +298,14 @@ def queries_and_keys(block: nn.Module, x: Tensor, rope: Tensor | None) -> tuple[
             )
             for part in (q, k)
         )
-    return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # heads may share their keys
+    return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # several heads may share a key
 
 
 @functools.lru_cache(maxsize=8)
 def causal_mask(tokens: int, prefix: int, device: torch.device) -> Tensor:
-    """(T, T) bool, True where a row may look: the prefix at everything, a patch at itself and earlier patches.
+    """(T, T) bool, True where a row may attend: the prefix to all tokens, a patch to itself and to earlier patches.
 
-    Patches do not see the prefix: CLS has seen the whole image one block before, and would tell them what comes next.
+    Patches do not attend to the prefix: one block earlier the CLS token saw the whole image, so it knows later patches.
     """
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril_()
     mask[:, :prefix] = False

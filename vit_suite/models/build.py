@@ -1,6 +1,6 @@
-"""timm's networks by a `BackboneConfig`: `vit` with explicit dimensions, or a timm name.
+"""Builds timm's network for a `BackboneConfig`: `vit` with explicit dimensions, or a timm name.
 
-`vit` is timm's VisionTransformer, or, with rotary positions, its Eva, which carries DINOv3. Key names are timm's.
+`vit` is timm's VisionTransformer. With rotary positions it is timm's Eva, as for DINOv3. Key names are timm's.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from vit_suite.models.positions import sincos_positions
 from vit_suite.models.stem import ConvStem
 
 EXPLICIT = "vit"
-"""The name that stands for explicit dimensions instead of a timm model."""
+"""The value of backbone.name for explicit dimensions instead of a timm model."""
 ROPE_BASE = 100.0
 """DINOv3's: the longest period of its rotary positions (dinov3 rope_position_encoding.py, `base`)."""
 VIT_EPS, ROPE_EPS = 1e-6, 1e-5
-"""LayerNorm's epsilon where none is given: ViT's and DINO's, DINOv3's."""
+"""Default epsilon of LayerNorm: of ViT and DINO, and of DINOv3."""
 
 
 def check_image_size(size: Iterable[int], patch_size: int | Iterable[int], what: str = "image size") -> None:
@@ -54,14 +54,13 @@ def check_image_size(size: Iterable[int], patch_size: int | Iterable[int], what:
 
 
 def known_patch_size(cfg: BackboneConfig) -> tuple[int, int] | None:
-    """Sides of a patch in pixels before the network is built, as far as options and name tell."""
+    """Sides of a patch in pixels, before the network is built; None if neither the options nor the name tell."""
     patch = cfg.patch_size or (16 if cfg.name == EXPLICIT else _patch_of(cfg.name))
     return None if patch is None else pair(patch)
 
 
 def _patch_of(name: str) -> int | None:
-    """Patch size in a timm name (`vit_small_patch16_224` -> 16), so that a wrong image size is answered before timm
-    asserts."""
+    """Patch size in a timm name (`vit_small_patch16_224` -> 16), to check the image size before timm asserts it."""
     for part in name.split("_"):
         if part.startswith("patch") and part[5:].isdigit():
             return int(part[5:])
@@ -69,7 +68,7 @@ def _patch_of(name: str) -> int | None:
 
 
 def build_vit(cfg: BackboneConfig) -> VisionTransformer | Eva:
-    """The timm network of `cfg`, without a classifier, with blocks that take drawn paths (models/blocks.py).
+    """The timm network of `cfg`, without a classifier, whose blocks take `kept` (models/blocks.py).
 
     Raises:
         UserError: the name is no timm model or of another family, the image size is not divisible by the patch, or
@@ -116,7 +115,7 @@ def _explicit(cfg: BackboneConfig, common: dict[str, Any]) -> VisionTransformer 
         "class_token": cfg.class_token,
         "no_embed_class": not cfg.prefix_positions,
     }
-    hidden = int(dim * (4.0 if cfg.mlp_ratio is None else cfg.mlp_ratio) + 1e-6)  # 1e-6: of a ratio that is a quotient
+    hidden = int(dim * (4.0 if cfg.mlp_ratio is None else cfg.mlp_ratio) + 1e-6)  # the ratio may be a rounded quotient
     vit = _rotary(cfg, common, hidden) if cfg.positions == "rope" else _plain(cfg, common, hidden)
     if vit.cls_token is not None:
         nn.init.trunc_normal_(vit.cls_token, std=0.02)
@@ -124,7 +123,7 @@ def _explicit(cfg: BackboneConfig, common: dict[str, Any]) -> VisionTransformer 
 
 
 def _ratio(width: int, dim: int) -> float:
-    """The number that timm's int(dim * ratio) makes `width` of."""
+    """The ratio for which timm's int(dim * ratio) is `width`."""
     return (width + 0.5) / dim
 
 
@@ -153,21 +152,21 @@ def _plain(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> VisionTr
 
 
 def _rotary(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> Eva:
-    """timm's Eva as DINOv3 is: rotary positions of the patches in every block, and no other ones."""
+    """timm's Eva as in DINOv3: every block has rotary positions of the patches, and there are no other positions."""
     for option in ("norm", "stem"):
         if getattr(cfg, option) != getattr(BackboneConfig, option):
             raise UserError(f"backbone.{option} {getattr(cfg, option)} is not for backbone.positions rope.")
     width = common["embed_dim"] // common["num_heads"]
     if width % 4:
         raise UserError(
-            f"backbone.positions rope turns pairs of numbers by row and by column: backbone.dim / backbone.heads has to"
-            f" be divisible by 4, and is {width}."
+            "backbone.positions rope rotates pairs of numbers by row and by column: backbone.dim / backbone.heads has"
+            f" to be divisible by 4, and is {width}."
         )
     return Eva(
         **common,
         mlp_ratio=_ratio(hidden, common["embed_dim"]),
         swiglu_mlp=cfg.mlp == "swiglu",
-        swiglu_align_to=1,  # gate and value apart, as DINOv3 has them, of exactly the width that is asked for
+        swiglu_align_to=1,  # gate and value are separate layers, as in DINOv3, of exactly the requested width
         num_reg_tokens=cfg.registers or 0,
         norm_layer=functools.partial(LayerNorm, eps=cfg.norm_eps or ROPE_EPS),
         use_abs_pos_emb=False,
@@ -182,7 +181,7 @@ def _rotary(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> Eva:
 # -- timm names --------------------------------------------------------------------------------------------------------
 
 OF_VIT = ("class_token", "positions", "norm", "norm_eps", "layer_scale", "mlp", "prefix_positions", "stem")
-"""Options that a timm name decides itself."""
+"""Options that a timm name already fixes."""
 
 
 def _named(cfg: BackboneConfig, common: dict[str, Any]) -> VisionTransformer | Eva:
@@ -197,7 +196,7 @@ def _named(cfg: BackboneConfig, common: dict[str, Any]) -> VisionTransformer | E
     if "img_size" in common and patch is not None:
         check_image_size(common["img_size"], patch)
     try:
-        with torch.device("meta"):  # one block without memory tells the family
+        with torch.device("meta"):  # one block, without memory, shows the family
             family = timm.create_model(cfg.name, **common | _overrides(cfg, {}) | {"depth": 1})
         tokens = "num_reg_tokens" if isinstance(family, Eva) else "reg_tokens"
         arguments = common | _overrides(cfg, {tokens: cfg.registers})

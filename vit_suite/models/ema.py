@@ -1,4 +1,4 @@
-"""The EMA teacher: start equal, share nothing, follow the student after each optimizer step."""
+"""The EMA teacher: it starts equal to the student, shares no memory, and follows after each optimizer step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vit_suite import distributed
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, in a few fused calls.
+    """teacher = momentum * teacher + (1 - momentum) * student, for each parameter, in a few fused calls.
 
-    Buffers (BatchNorm statistics) stay the teacher's own, as in DINO `main_dino.py`. Of sharded networks each rank
-    moves its part.
+    The teacher keeps its own buffers (BatchNorm statistics), as in DINO's `main_dino.py`. For sharded networks each
+    rank moves its part.
     """
     pairs = [
         (distributed.own_part(target), distributed.own_part(source))
         for target, source in zip(teacher.parameters(), student.parameters(), strict=True)
-        if source.requires_grad  # the average of a number that stays is the number, but for rounding (LoRA's base)
+        if source.requires_grad  # a frozen number (LoRA's base) is its own average, and averaging would only round it
     ]
     targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
     torch._foreach_mul_(targets, momentum)
@@ -27,7 +27,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 @torch.no_grad()
 def copy_parameters(to: nn.Module, source: nn.Module) -> None:
-    """Give `to` the parameters of `source`, of the same architecture. Of sharded networks each rank copies its part."""
+    """Copy the parameters of `source` to `to`, of the same architecture. For sharded networks each rank copies its
+    part."""
     targets, sources = (
         [distributed.own_part(parameter) for parameter in network.parameters()] for network in (to, source)
     )
@@ -35,7 +36,7 @@ def copy_parameters(to: nn.Module, source: nn.Module) -> None:
 
 
 def copy_weights(teacher: nn.Module, student: nn.Module) -> None:
-    """Give the teacher the student's weights and take it out of the gradient."""
+    """Copy the student's weights to the teacher, whose parameters then take no gradient."""
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
 
@@ -43,8 +44,8 @@ def copy_weights(teacher: nn.Module, student: nn.Module) -> None:
 def assert_twins(teacher: nn.Module, student: nn.Module) -> None:
     """Check that the two hold the same numbers in different memory.
 
-    A Lightning port whose student and teacher shared storage trained on nothing (dinov2#407), and one whose halves
-    started apart never agreed.
+    Both faults occurred in other ports: a student and a teacher that shared storage learned nothing (dinov2#407), and a
+    student and a teacher that started apart never agreed.
     """
     ours = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():

@@ -17,9 +17,9 @@ from vit_suite.models.batch_norm import BatchNorm1d
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows are `g v / |v|`.
 
-    `weight_g` (K, 1) and `weight_v` (K, D) carry the names of the DINO release. Own module, because torch's hook-based
-    `weight_norm` is deprecated and its parametrisation renames both. `trainable_gain=False` keeps g at 1 (DINO's
-    `norm_last_layer`).
+    `weight_g` (K, 1) and `weight_v` (K, D) have the names of the DINO release. This is a module of its own because
+    torch's hook-based `weight_norm` is deprecated, and its parametrization renames both. `trainable_gain=False` keeps g
+    at 1 (DINO's `norm_last_layer`).
     """
 
     def __init__(self, in_features: int, out_features: int, trainable_gain: bool):
@@ -98,10 +98,10 @@ class ContrastiveHead(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Patch tokens -> pixels by a transposed convolution whose kernel and stride are the patch (SiT); `mlp` has three
-    layers before it.
+    """Patch tokens -> pixels by a transposed convolution whose kernel and stride are the patch (SiT).
 
-    (B, N, dim) -> (B, C, h p, w p). Run as a matrix product with the same parameters: on a CPU in bf16 4 times faster.
+    (B, N, dim) -> (B, C, h p, w p). Kind `mlp` has three layers before it. It is computed as a matrix product with the
+    same parameters, which is 4 times faster on a CPU in bf16.
     """
 
     def __init__(self, dim: int, channels: int, patch_size: int | tuple[int, int], kind: Literal["linear", "mlp"]):
@@ -123,7 +123,7 @@ class PatchDecoder(nn.Module):
 
 
 def init_linear_(module: nn.Module) -> None:
-    """Linear layers as ViTs start them: truncated normal of 0.02, bias 0."""
+    """Initialize linear layers as in ViTs: truncated normal of 0.02, bias 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -1,10 +1,10 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen network that learns by low-rank pairs beside its linear layers.
 
-W x becomes (W + B A) x with A (rank, in) and B (out, rank); B starts at zero, so the network starts unchanged. The
-pairs stand beside qkv, proj and both layers of the MLP of every block. The factor alpha / rank of the paper is 1.
+W x becomes (W + B A) x with A (rank, in) and B (out, rank). B starts at zero, so the network starts unchanged. Each
+block has a pair for qkv, for proj and for both layers of its MLP. The paper's factor alpha / rank is 1.
 
-torch's `parametrize` holds the pair beside the weight, so that whatever reads `layer.weight` (fused kernels, the last
-block for the CLS token alone) reads the sum. `merged` makes the sum the weight, and the plain network comes out.
+torch's `parametrize` holds the pair beside the weight. So all code that reads `layer.weight` (fused kernels, the last
+block for the CLS token) reads the sum. `merged` writes the sum into the weight and returns the plain network.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def add_pairs(vit: nn.Module, rank: int) -> None:
 
 
 def merged(network: Network) -> Network:
-    """The `Backbone` itself, or where it has pairs a plain copy whose weights are the sums."""
+    """The `Backbone` itself, or if it has pairs, a plain copy whose weights are the sums."""
     backbone = cast(Any, network)
     if not backbone.cfg.lora_rank:
         return network
     state = {name: tensor for name, tensor in backbone.vit.state_dict().items() if ".parametrizations." not in name}
     for name, layer in linear_layers(backbone.vit).items():
         state[f"blocks.{name}.weight"] = layer.weight.detach()
-    # Built anew: a copy would share the class of its layers with the original, and with it their `weight`.
+    # A new network: a copy would share the classes of its layers with the original, and `weight` belongs to the class.
     with torch.random.fork_rng(devices=[]):
         plain = type(backbone)(replace(backbone.cfg, lora_rank=0, pretrained=False))
     plain.vit.load_state_dict(state)
@@ -65,7 +65,7 @@ def merged(network: Network) -> Network:
 
 
 def with_frozen_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A plain network's `state` in the names of one with pairs, whose state is `own`: the pairs stay its own."""
+    """The `state` of a plain network, with the names and the pairs of a network with pairs, whose state is `own`."""
     found = {}
     for name, tensor in state.items():
         frozen = name.removesuffix(".weight") + ORIGINAL

@@ -1,9 +1,9 @@
-"""Masked autoencoders: an encoder that sees the visible patches alone, and two decoders.
+"""Masked autoencoders: an encoder that sees only the visible patches, and two decoders.
 
-MAE (He et al. 2021, arXiv 2111.06377; facebookresearch/mae models_mae.py): the decoder's self-attention runs over all
-patches, a mask token in the place of each hidden one. CrossMAE (arXiv 2401.14391; TonyLianLong/CrossMAE
-models_cross.py): hidden patches look at the visible ones by cross-attention, and never at each other, as the decoder of
-the original Transformer looks at its encoder. So any part of the hidden patches can be predicted.
+MAE (He et al. 2021, arXiv 2111.06377; facebookresearch/mae models_mae.py): the self-attention of the decoder runs over
+all patches, with a mask token in the place of each hidden one. CrossMAE (arXiv 2401.14391; TonyLianLong/CrossMAE
+models_cross.py): hidden patches attend to the visible ones by cross-attention, and never to each other. So any part of
+the hidden patches can be predicted.
 
 Axes: B images, C channels, N patches (row-major), n visible ones, m predicted ones, P prefix tokens (CLS, registers),
 D encoder width, E decoder width, p side of a patch.
@@ -30,9 +30,9 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def encode_visible(backbone: Backbone, images: Tensor, visible: Tensor, kept: Tensor | None = None) -> list[Tensor]:
-    """Tokens (B, P + n, D) that enter the first block, and those after each block, before the final norm.
+    """Tokens (B, P + n, D) before the first block and after each block, without the final norm.
 
-    Positions are added before patches are dropped, so the cost of the blocks is that of n patches.
+    Hidden patches are dropped after the positions are added, so the blocks compute n patches only.
 
     Args:
         images: (B, C, H, W), normalized.
@@ -47,12 +47,12 @@ def encode_visible(backbone: Backbone, images: Tensor, visible: Tensor, kept: Te
 
 
 class Decoder(nn.Module):
-    """What both decoders share: positions, the mask token, and the last linear map to pixels.
+    """The parts of both decoders: positions, the mask token, and the last linear map to pixels.
 
     Args:
         grid: (h, w) of the patches.
         dim: E. UserError unless `heads` and 4 divide it.
-        pixels: p p C, numbers that a patch consists of.
+        pixels: p p C, the numbers of a patch.
     """
 
     def __init__(self, grid: tuple[int, int], dim: int, heads: int, pixels: int):
@@ -94,7 +94,7 @@ class SelfDecoder(Decoder):
 
 
 class CrossAttention(nn.Module):
-    """Queries (B, m, E) look at the encoder's tokens (B, T, D)."""
+    """Queries (B, m, E) attend to the encoder's tokens (B, T, D)."""
 
     def __init__(self, encoder_dim: int, dim: int, heads: int):
         super().__init__()
@@ -114,7 +114,7 @@ class CrossAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
     def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """What each query looks at: (B, heads, m, T) in fp32, rows sum to 1."""
+        """Attention of each query: (B, heads, m, T) in fp32, rows sum to 1."""
         q, k, _ = self.heads_of(queries, tokens)
         return (q.float() * q.shape[-1] ** -0.5 @ k.float().mT).softmax(dim=-1)
 
@@ -135,7 +135,7 @@ class CrossBlock(nn.Module):
 
 
 class CrossDecoder(Decoder):
-    """CrossMAE's: each block has its own learned mixture of what enters and leaves the encoder's blocks."""
+    """CrossMAE's: each block attends to its own learned mixture of the encoder's levels (`encode_visible`)."""
 
     def __init__(self, encoder: Backbone, dim: int, depth: int, heads: int, mlp_ratio: float):
         pixels = encoder.patch_size**2 * encoder.cfg.channels
@@ -162,7 +162,7 @@ class CrossDecoder(Decoder):
         return self.predict(self.norm(x))
 
     def attention(self, levels: list[Tensor], split: Split, index: int = -1) -> Tensor:
-        """What each predicted patch looks at in decoder block `index`: (B, heads, m, P + n) in fp32."""
+        """Attention of each predicted patch in decoder block `index`: (B, heads, m, P + n) in fp32."""
         x = self.queries(split)
         index %= len(self.blocks)
         blocks: Any = self.blocks
@@ -174,8 +174,7 @@ class CrossDecoder(Decoder):
 
 
 def init_mae_(network: nn.Module) -> None:
-    """MAE's start: linear layers and the patch embedding Xavier-uniform with biases at 0, tokens from a normal of
-    0.02."""
+    """Initialize as MAE: Xavier-uniform linear layers and patch embedding, biases 0, tokens from a normal of 0.02."""
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))

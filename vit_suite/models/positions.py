@@ -1,4 +1,4 @@
-"""Position embeddings that are added to tokens: fixed sines, and how learned ones are resized to another grid.
+"""Position embeddings that are added to tokens: fixed sines, and learned ones resized to another grid.
 
 Axes: N = h w patches (row-major), T = prefix + N tokens, D width.
 """
@@ -23,11 +23,11 @@ def resize_position(
 ) -> Tensor:
     """Position embeddings (1, prefix + N, D) of the `native` grid, bicubically resized to `grid`.
 
-    - offset: DINO and DINOv2 without registers (`interpolate_pos_encoding`). `scale_factor` instead of `size`, with 0.1
-      added to the target: its effect on the sampling points is part of what the released weights expect.
-    - antialias: DINOv2 with registers. By `size`, with antialias, which has another bicubic kernel also where the grid
-      grows. The only shortcut there is the square native grid, and a native grid resized to itself is the same.
-    - bicubic: MAE's fine-tuning and Hugging Face's ViT. By `size`, without antialias.
+    - offset: DINO and DINOv2 without registers (`interpolate_pos_encoding`). They give `scale_factor` instead of
+      `size`, and add 0.1 to the target. That moves the sampling points, and the released weights expect it.
+    - antialias: DINOv2 with registers. It gives `size` and antialias, whose bicubic kernel is another one even if the
+      grid grows.
+    - bicubic: MAE's fine-tuning and Hugging Face's ViT. They give `size` without antialias.
     """
     if grid == native:
         return position
@@ -54,12 +54,12 @@ def _waves(places: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def sincos_positions(kind: Literal["sincos_1d", "sincos_2d"], grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
     """Fixed position embedding (1, T, D).
 
-    - sincos_1d: of the place in the sequence, prefix included. Sine and cosine take turns (Vaswani et al. 2017, section
+    - sincos_1d: of the place in the sequence, prefix included. Sine and cosine alternate (Vaswani et al. 2017, section
       3.5).
-    - sincos_2d: quarters sin(column), cos(column), sin(row), cos(row), and zero for the prefix (Beyer et al. 2022 after
-      MoCo v3).
+    - sincos_2d: four quarters sin(column), cos(column), sin(row), cos(row); the prefix has zeros (Beyer et al. 2022
+      after MoCo v3).
 
-    UserError where D has no such parts.
+    UserError if D is not divisible by 2 (sincos_1d) or 4 (sincos_2d).
     """
     need = 2 if kind == "sincos_1d" else 4
     if dim % need:

@@ -13,9 +13,9 @@ from vit_suite.models.batch_norm import BatchNorm2d
 class ConvStem(nn.Module):
     """3x3 convolutions of stride 2, each with BatchNorm and ReLU, then a 1x1 convolution to the width of a token.
 
-    log2(patch) of them reach the grid of that patch size; their channels double up to `embed_dim`: 48, 96, 192, 384 for
-    patch 16 and width 384, as in the paper's 4GF network. (B, C, H, W) -> (B, h, w, D), as timm's PatchEmbed with
-    output NHWC. BatchNorm's statistics are over all ranks.
+    A patch of 2^n pixels takes n of them, whose channels double up to `embed_dim`. Example: 48, 96, 192, 384 for patch
+    16 and width 384, as in the paper's 4GF network. (B, C, H, W) -> (B, h, w, D), as timm's PatchEmbed with output
+    NHWC. The statistics of BatchNorm are over all ranks.
 
     Takes timm's arguments of an `embed_layer`. UserError unless the patch is square with a side of 4, 8, 16, 32 ...
     """
