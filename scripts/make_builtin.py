@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from vit_suite.attention.localize import Localizer
-from vit_suite.commands.localize import localize
+from vit_suite.attention.localized import localize
 from vit_suite.config import DataConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.truth import source_truths

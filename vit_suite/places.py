@@ -71,6 +71,15 @@ def check_folder(key: str, folder: Path) -> None:
         raise UserError(f"{key} '{folder}': '{there}' cannot be written: {why}; {advice}.")
 
 
+def check_new_folder(key: str, folder: Path, overwrite: bool) -> None:
+    """As `check_folder`; UserError too for a folder that holds something, unless `overwrite`."""
+    check_folder(key, folder)
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{key} '{folder}' is not empty; name another folder, or give --overwrite to replace its files."
+        )
+
+
 def check_file(key: str, path: Path) -> None:
     """UserError unless a file can be written at `path`, over an old one too."""
     if path.is_dir():

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from tests.attention.test_export import picture
-from vit_suite.attention.export_inputs import cut_frames, inside, is_video, open_pictures, output_names, read_list
+from vit_suite.attention.video import cut_frames, is_video
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.inputs import inside, open_pictures, output_names, read_list
 from vit_suite.data.registry import open_test
 from vit_suite.errors import UserError
 

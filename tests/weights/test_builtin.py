@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vit_suite.attention.localize import Localizer
-from vit_suite.commands.localize import localize
+from vit_suite.attention.localized import localize
 from vit_suite.config import BackboneConfig
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.data.truth import source_truths

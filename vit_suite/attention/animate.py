@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_suite.attention.export_inputs import need_av
+from vit_suite.attention.video import need_av
 from vit_suite.files import write_atomically
 
 SAMPLED = 16

@@ -25,14 +25,15 @@ from torch import nn
 
 from vit_suite import distributed
 from vit_suite.attention.export_draw import FORMATS, Drawing
-from vit_suite.attention.export_inputs import FRAMES, Pictures, cut_frames, is_video, need_av, open_pictures
 from vit_suite.attention.export_merge import Export, merge
 from vit_suite.attention.export_options import BASES, MAPS, UPSAMPLING, ExportOptions
 from vit_suite.attention.export_worker import Worker
 from vit_suite.attention.grids import cut, view_size
 from vit_suite.attention.manifest import NAME, discard_parts, part
 from vit_suite.attention.maps import require_cls
+from vit_suite.attention.video import FRAMES, cut_frames, is_video, need_av
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.inputs import Pictures, open_pictures
 from vit_suite.data.registry import set_reading
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name

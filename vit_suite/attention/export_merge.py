@@ -16,10 +16,10 @@ from vit_suite.attention import render
 from vit_suite.attention.animate import write_animation
 from vit_suite.attention.coco import write_coco
 from vit_suite.attention.export_draw import Drawing, column, files_of, unpacked
-from vit_suite.attention.export_inputs import Pictures
 from vit_suite.attention.export_options import ANIMATED
 from vit_suite.attention.manifest import NAME, OK, Records, discard_parts, write_manifest
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.inputs import Pictures
 from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.reading import prefetch
 from vit_suite.errors import UserError

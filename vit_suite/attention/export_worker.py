@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from vit_suite import distributed
 from vit_suite.attention import grids, pca
 from vit_suite.attention.export_draw import Drawing, Found, draw
-from vit_suite.attention.export_inputs import Pictures
 from vit_suite.attention.export_options import MAPS, ExportOptions
 from vit_suite.attention.grids import attention_bytes, in_batches, view_of, view_size
 from vit_suite.attention.maps import Look, artifacts, look, max_map, mean_map, without_artifacts
 from vit_suite.attention.pca import Basis, basis_of
 from vit_suite.data.decode import DecodeError
+from vit_suite.data.inputs import Pictures
 from vit_suite.data.reading import read
 from vit_suite.hardware import autocast, pick_precision
 from vit_suite.views.multicrop import normalize_

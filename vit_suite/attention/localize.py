@@ -1,9 +1,9 @@
 """What a backbone finds in images whose objects are known: attention, LOST and TokenCut, image by image, against truth.
 
-Images are seen whole, at their own size or with a given shorter side; those of one patch grid in a block of neighbours
-share a forward pass. Ranks take blocks in turn, and all get the numbers of all images; what is computed together is
-settled by the list of images alone, so they are the same, bit for bit, on any number of ranks. Nothing is kept of an
-image but its numbers.
+Images are seen whole, at their own size or with a given shorter side. Images of one patch grid in a block of neighbours
+share a forward pass. Ranks take blocks in turn, and every rank gets the numbers of all images. The list of images alone
+decides what is computed together, so the numbers are the same, bit for bit, on any number of ranks. Nothing is kept of
+an image but its numbers.
 
 Axes: B images of a pass, N images, M maps, T thresholds, gh x gw patches.
 """
@@ -24,10 +24,12 @@ from vit_suite.attention import grids
 from vit_suite.attention.discovery import DISCOVERERS, last_keys
 from vit_suite.attention.grids import attention_bytes, cut, in_batches, view_of
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, require_cls
+from vit_suite.config import LocalizeConfig
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.reading import read
+from vit_suite.data.registry import open_test, set_reading
 from vit_suite.data.source import ImageSource
-from vit_suite.data.truth import Truths
+from vit_suite.data.truth import Truths, open_truths, source_truths
 from vit_suite.errors import UserError
 from vit_suite.evaluation.localization import Baselines, Found, baselines, center_overlaps, covered, on_object, overlap
 from vit_suite.hardware import autocast, pick_precision
@@ -36,7 +38,9 @@ from vit_suite.views.multicrop import normalize_
 
 METHODS = ("attention", *DISCOVERERS)
 WAITING_BYTES = 256 * 2**20
-"""Views and masks that wait for others of their grid; beyond it the fullest group runs as it is."""
+"""Limit of the views and masks that wait for others of their grid. Above it the fullest group runs as it is."""
+AHEAD = 32
+"""Images that are decoded before they are needed."""
 
 
 @dataclass
@@ -48,14 +52,14 @@ class Looked:
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Image of the source -> its (H, W), in the order of the rows of `found`."""
     empty: int = 0
-    """Images without an object, which are left out."""
+    """Number of images without an object; they are left out."""
     failures: list[DecodeError] = field(default_factory=list)
     """Images that do not decode."""
 
 
 @dataclass
 class Localizer:
-    """One backbone after another on the same images under the same protocol."""
+    """Looks with one backbone after another at the same images under the same protocol."""
 
     source: ImageSource
     truths: Truths
@@ -63,7 +67,7 @@ class Localizer:
     thresholds: Sequence[float] = (0.6,)
     """Shares of the attention's mass that a mask keeps."""
     shorter: int | None = None
-    """Side in pixels of the shorter side that the backbone sees; the image's own when None."""
+    """Length in pixels of the shorter side that the backbone sees; the image's own when None."""
     max_tokens: int = 4096
     batch_size: int = 64
     device: torch.device | str = "cpu"
@@ -71,10 +75,10 @@ class Localizer:
     progress: bool = False
 
     def look(self, backbone: Backbone, mean: Sequence[float], std: Sequence[float]) -> Looked:
-        """What each method finds with this backbone; mean and std are those of its channels, in 0..1. Called on every
-        rank.
+        """What each method finds with this backbone. Called on every rank.
 
-        UserError for attention without a CLS token, and when no image is left.
+        mean, std: of the backbone's channels, in 0..1. UserError for attention without a CLS token, and when no image
+        is left.
         """
         if "attention" in self.methods:
             require_cls(backbone)
@@ -92,7 +96,7 @@ class Localizer:
                 f"none of the {len(self.source)} images of {self.source.title} decodes and shows an object."
             )
         looked.failures = [failures[index] for index in sorted(failures)]
-        order = torch.tensor(list(looked.sizes)).argsort()  # batches by grid come in another order
+        order = torch.tensor(list(looked.sizes)).argsort()  # grouped by grid, batches come in another order
         looked.sizes = dict(sorted(looked.sizes.items()))
         for method, rows in parts.items():
             overlaps, hits = (torch.stack(column)[order] for column in zip(*rows, strict=True))
@@ -136,13 +140,14 @@ class Localizer:
         return found
 
     def _batches(self, backbone: Backbone, own: _Share) -> Iterator[list[_Job]]:
-        """Images of this rank's blocks that show an object, those of one view size in a block together, as many as
-        `batch_size` and the blocks' attention matrices allow; the others are counted."""
+        """Batches of this rank's images that show an object. Images of one view size in a block go together, as many as
+        `batch_size` and the memory of their attention matrices allow. The other images are counted in `own`.
+        """
         from tqdm import tqdm
 
         blocks = cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()]
         indices = [index for block in blocks for index in block]
-        jobs = read(self.source, indices, ahead=32, block=1, then=partial(self._job, backbone.patch))
+        jobs = read(self.source, indices, ahead=AHEAD, block=1, then=partial(self._job, backbone.patch))
         shown = self.progress and distributed.rank() == 0
         jobs = iter(tqdm(jobs, total=len(indices), desc="localize", unit="image", leave=False, disable=not shown))
 
@@ -162,9 +167,40 @@ class Localizer:
         )
 
 
+def open_scored(cfg: LocalizeConfig, channels: int) -> tuple[ImageSource, Truths]:
+    """The images to score and where their objects are; UserError when there is no truth."""
+    if cfg.images is not None:
+        if cfg.truth is None:
+            raise UserError(
+                "images need a truth to be scored against: give --truth, a folder of masks or a file of boxes."
+            )
+        if cfg.data.name:
+            raise UserError(
+                f"both images and data.name {cfg.data.name} are given; expected a folder with its truth, or a data set."
+            )
+        source, truths = open_truths(cfg.images, cfg.truth, cfg.mask_values, channels, cfg.box_origin)
+        return set_reading(source, cfg.data), truths
+    if cfg.truth is not None:
+        raise UserError("truth is given without images; data sets bring their own.")
+    if not cfg.data.name:
+        raise UserError(
+            "nothing to score: give --images DIR --truth DIR_OR_FILE, or a data set with --data.name tiny_imagenet or"
+            " shapes."
+        )
+    found = open_test(cfg.data.whole(channels), cfg.seed)
+    brought = source_truths(found)
+    if brought is None:
+        raise UserError(
+            f"{found.name} has neither masks nor boxes: use tiny_imagenet or shapes, or --images DIR --truth"
+            " DIR_OR_FILE."
+        )
+    return found, brought
+
+
 def without_model(truths: Truths, sizes: Mapping[int, tuple[int, int]]) -> Baselines:
-    """Scores of the centerd box and of the whole image on these images, {image of the source: its (H, W)}; called on
-    every rank."""
+    """Scores of a centered box and of the whole image. `sizes`: image of the source -> its (H, W). Called on every
+    rank.
+    """
 
     def row(index: int) -> tuple[Tensor, Tensor, Tensor]:
         truth, size = truths.load(index), sizes[index]
@@ -186,7 +222,7 @@ class _Share:
     """By method: (overlaps, hits) of each image, in the order of `sizes`."""
 
     def counted(self, jobs: Iterable[tuple[int, _Job | DecodeError | None]]) -> Iterator[_Job]:
-        """The images to look at; those that do not decode or show no object are counted here."""
+        """The images to look at. Images that do not decode or show no object are counted and left out."""
         for index, job in jobs:
             if isinstance(job, DecodeError):
                 self.failures[index] = job
@@ -198,6 +234,8 @@ class _Share:
 
 @dataclass
 class _Job:
+    """An image to look at."""
+
     index: int
     view: Tensor
     """uint8 (C, gh * patch, gw * patch)."""

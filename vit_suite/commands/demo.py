@@ -11,10 +11,10 @@ from PIL import Image
 from vit_suite.attention.export import export_attention
 from vit_suite.attention.export_options import ExportOptions
 from vit_suite.attention.localize import Localizer
+from vit_suite.attention.localized import Localized, localize
 from vit_suite.attention.maps import attention_maps
 from vit_suite.attention.overview import Shown, overview
 from vit_suite.attention.render import as_picture
-from vit_suite.commands.localize import Localized, localize
 from vit_suite.config import (
     BackboneConfig,
     DataConfig,

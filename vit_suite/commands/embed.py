@@ -5,26 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from vit_suite import distributed
-from vit_suite.attention.export_inputs import is_video, open_pictures
 from vit_suite.config import EmbedConfig
+from vit_suite.data.inputs import open_images
 from vit_suite.data.quarantine import Quarantine
-from vit_suite.data.registry import open_test, set_reading
-from vit_suite.data.source import ImageSource
-from vit_suite.errors import UserError
-from vit_suite.evaluation.embedding import (
-    Embedder,
-    EmbedOptions,
-    EmbedSummary,
-    check_output,
-    embed,
-    kind_of,
-    protocol_of,
-)
+from vit_suite.evaluation.embedding import EmbedSummary, check_output, embed, make_embedder, protocol_of
 from vit_suite.evaluation.embedding_files import need_pyarrow
-from vit_suite.hardware import pick_precision, rank_device
 from vit_suite.logs import speak
-from vit_suite.models.build import check_image_size
-from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
+from vit_suite.weights.checkpoint import load_backbone
 
 
 def run(cfg: EmbedConfig) -> None:
@@ -37,39 +24,11 @@ def run(cfg: EmbedConfig) -> None:
         loaded = load_backbone(cfg.checkpoint)
         embedder = make_embedder(cfg, loaded)
         check_output(output, embedder.options.kind, cfg.overwrite)
-        source = open_images(cfg, loaded)
+        source = open_images(cfg.images, cfg.data, output, loaded.backbone.cfg.channels, cfg.seed)
         distributed.barrier()  # every rank has checked the output before one writes it
         summary = embed(embedder, source, output, protocol_of(embedder, loaded.sha256, cfg.checkpoint), progress=True)
         if distributed.rank() == 0:
             print(sentence(summary, len(source)))
-
-
-def make_embedder(cfg: EmbedConfig, loaded: LoadedBackbone) -> Embedder:
-    """The backbone with the options that decide its features."""
-    device = rank_device(cfg.accelerator)
-    size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
-    check_image_size(size, loaded.backbone.patch, "image_size")
-    options = EmbedOptions(
-        kind_of(loaded.backbone, cfg.features, cfg.checkpoint),
-        cfg.normalize,
-        (size[0], size[1]),
-        cfg.batch_size,
-        pick_precision(cfg.precision, device),
-        cfg.workers,
-    )
-    return Embedder(loaded.backbone.to(device), loaded.mean, loaded.std, options)
-
-
-def open_images(cfg: EmbedConfig, loaded: LoadedBackbone) -> ImageSource:
-    """The images that the options name, with the channels that the backbone takes. UserError when there is none."""
-    channels = loaded.backbone.cfg.channels
-    if cfg.images:
-        if is_video(cfg.images):
-            raise UserError(f"images '{cfg.images}' is a video; expected a folder of images, an image or a list.")
-        return set_reading(open_pictures(cfg.images, Path(cfg.output), channels).source, cfg.data)
-    if not cfg.data.name:
-        raise UserError("no images to embed: give --images FOLDER, or a data set with --data.name")
-    return open_test(cfg.data.whole(channels), cfg.seed)
 
 
 def sentence(summary: EmbedSummary, total: int) -> str:

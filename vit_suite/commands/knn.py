@@ -6,14 +6,14 @@ import logging
 from dataclasses import asdict
 
 from vit_suite import distributed
-from vit_suite.commands.data_of import open_data, results_path, say_left_out, view_size
 from vit_suite.config import KNNConfig
 from vit_suite.data.resident import GIB
 from vit_suite.evaluation.knn_scorer import Scorer, accuracies, shots_metrics
+from vit_suite.evaluation.scored import open_scored, view_size
 from vit_suite.hardware import rank_device
 from vit_suite.logs import speak
-from vit_suite.reports.results import append_result
-from vit_suite.reports.scores import accuracy_table, shots_table
+from vit_suite.reports.results import append_result, results_path
+from vit_suite.reports.scores import accuracy_table, left_out, shots_table
 from vit_suite.weights.checkpoint import load_backbone
 
 log = logging.getLogger("vit_suite")
@@ -25,7 +25,7 @@ def run(cfg: KNNConfig) -> None:
     with distributed.launched():
         loaded = load_backbone(cfg.checkpoint, cfg)
         size, path = view_size(cfg, loaded), results_path(cfg)
-        data = open_data(cfg, loaded, "kNN")
+        data = open_scored(cfg, loaded, "kNN")
         scorer = Scorer(data, cfg.k, cfg.temperature, size, cfg.batch_size, rank_device(cfg.accelerator), cfg.precision)
         features = {"checkpoint": scorer.features(loaded)}
         if cfg.baselines:
@@ -54,6 +54,7 @@ def run(cfg: KNNConfig) -> None:
             bank = f"bank of {data.usable(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
             count = data.usable(scorer.test)
             print(f"{data.name}: top-1 % of {count} images, {bank}, temperature {cfg.temperature}\n{shown}")
-            say_left_out(protocol["left_out"])
+            if missing := left_out(protocol["left_out"]):
+                print(missing)
             append_result(path, "knn few-shot" if cfg.shots else "knn", metrics, protocol, loaded.sha256)
             print(f"appended to {path}")

@@ -7,14 +7,14 @@ import logging
 from dataclasses import asdict
 
 from vit_suite import distributed
-from vit_suite.commands.data_of import open_data, results_path, say_left_out, view_size
 from vit_suite.config import LinearConfig
 from vit_suite.errors import UserError
 from vit_suite.evaluation.linear_protocols import resolve
 from vit_suite.evaluation.prober import Prober, as_metrics
+from vit_suite.evaluation.scored import open_scored, view_size
 from vit_suite.logs import speak
-from vit_suite.reports.results import append_result
-from vit_suite.reports.scores import linear_report
+from vit_suite.reports.results import append_result, results_path
+from vit_suite.reports.scores import left_out, linear_report
 from vit_suite.weights.checkpoint import load_backbone
 
 log = logging.getLogger("vit_suite")
@@ -32,7 +32,7 @@ def run(cfg: LinearConfig) -> None:
                 f"augment: random crops are square, and the view is {size[0]}x{size[1]}; give --image_size or --augment"
                 " false."
             )
-        data = open_data(cfg, loaded, "linear evaluation")
+        data = open_scored(cfg, loaded, "linear evaluation")
         prober = Prober(cfg, data, size, protocol)
         results = {"checkpoint": prober.backbone(loaded, features)}
         if cfg.baselines:
@@ -54,6 +54,7 @@ def run(cfg: LinearConfig) -> None:
                 "trained_on": loaded.meta,
                 "data_options": asdict(data.cfg),
             }
-            say_left_out(entry["left_out"])
+            if missing := left_out(entry["left_out"]):
+                print(missing)
             append_result(path, "linear few-shot" if cfg.shots else "linear", metrics, entry, loaded.sha256)
             print(f"appended to {path}")

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vit_suite import distributed
+from vit_suite.config import EmbedConfig
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.reading import MOST_THREADS, prefetch, try_load
 from vit_suite.data.source import ImageSource
@@ -38,9 +39,11 @@ from vit_suite.errors import UserError
 from vit_suite.evaluation.embedding_files import FORMATS, Columns, PatchFiles, Writer, is_patch_output
 from vit_suite.evaluation.features import frozen
 from vit_suite.files import write_atomically
-from vit_suite.hardware import autocast, cores, one_thread
+from vit_suite.hardware import autocast, cores, one_thread, pick_precision, rank_device
 from vit_suite.models.backbone import Backbone
+from vit_suite.models.build import check_image_size
 from vit_suite.views.evaluate import eval_view
+from vit_suite.weights.checkpoint import LoadedBackbone
 
 Kind = Literal["cls", "mean", "both", "patches"]
 PART = 2048
@@ -91,6 +94,22 @@ def kind_of(backbone: Backbone, asked: Literal["auto", "cls", "mean", "both", "p
     if kind in ("cls", "both") and not backbone.has_cls:
         raise UserError(f"features {kind}: the backbone of '{what}' has no CLS token; take mean or patches.")
     return kind
+
+
+def make_embedder(cfg: EmbedConfig, loaded: LoadedBackbone) -> Embedder:
+    """The backbone of `cfg.checkpoint` on this rank's device, with the options that decide its features."""
+    device = rank_device(cfg.accelerator)
+    size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
+    check_image_size(size, loaded.backbone.patch, "image_size")
+    options = EmbedOptions(
+        kind_of(loaded.backbone, cfg.features, cfg.checkpoint),
+        cfg.normalize,
+        (size[0], size[1]),
+        cfg.batch_size,
+        pick_precision(cfg.precision, device),
+        cfg.workers,
+    )
+    return Embedder(loaded.backbone.to(device), loaded.mean, loaded.std, options)
 
 
 class Embedder:

@@ -10,8 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_suite.config import LocalizeConfig, ScoreConfig
 from vit_suite.errors import UserError
 from vit_suite.files import locked, write_atomically
+from vit_suite.places import check_file
+
+
+def results_path(cfg: ScoreConfig | LocalizeConfig) -> Path:
+    """The file that the scores of `cfg.checkpoint` are appended to: `cfg.output`, else results.json in the run
+    directory or the working directory.
+
+    UserError when it cannot be written or read: before the work, not after it.
+    """
+    folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
+    path = Path(cfg.output) if cfg.output else folder / "results.json"
+    check_file("output", path)
+    read_results(path)
+    return path
 
 
 def read_results(path: str | Path) -> list[dict]:

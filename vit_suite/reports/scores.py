@@ -6,14 +6,24 @@ import logging
 import math
 from collections.abc import Sequence
 
+from vit_suite.attention.localized import Localized
 from vit_suite.evaluation.fewshot import Spread
 from vit_suite.evaluation.knn import KNNResult
 from vit_suite.evaluation.knn_scorer import Shots, spreads
 from vit_suite.evaluation.linear_heads import HeadScore, Setting
+from vit_suite.evaluation.localization import Score
 from vit_suite.evaluation.prober import Prober, Result
 from vit_suite.reports.results import table
 
 log = logging.getLogger("vit_suite")
+
+
+def left_out(failures: list[str]) -> str:
+    """One line about the files that a score was measured without; empty when there are none."""
+    if not failures:
+        return ""
+    return f"{len(failures)} files do not decode and are left out, listed in the entry; the first: {failures[0]}"
+
 
 # kNN
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,3 +101,39 @@ def warn_of_edge(scores: Sequence[HeadScore], winner: Setting) -> None:
         log.warning(
             "the winner's lr %g is the %s of the sweep: a %s one may score higher (--lr)", winner.lr, which, more
         )
+
+
+# Localization
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def localization_report(found: Localized) -> str:
+    """What was scored, and the tables: a row for each backbone and way of choosing, then the baselines."""
+    masks = found.localizer.truths.kind == "masks"
+    count, scored = len(found.choosing), int((~found.choosing).sum())
+    lines = [
+        f"{found.localizer.truths.title}: {scored} images scored, {count - scored} others chose thresholds and heads"
+    ]
+    if found.looked.empty:
+        lines.append(f"{found.looked.empty} images without an object are left out")
+    measured = ["Jaccard %", "pointing %"] if masks else ["box IoU %", "CorLoc %", "pointing %"]
+    rows = []
+    for name, one in _localized_rows(found):
+        chosen = ["" if value is None else str(value) for value in (one.threshold, one.head, one.pointing_head)]
+        values = [one.overlap, one.pointing] if masks else [one.overlap, one.found, one.pointing]
+        rows.append([name, *values, *chosen])
+    lines.append(table(["", *measured, "threshold", "head", "pointing head"], rows))
+    sweeps = [[name, *one.sweep] for name, one in _localized_rows(found) if one.sweep]
+    if sweeps and len(found.localizer.thresholds) > 1:
+        lines.append("\n" + table([f"{measured[0]} at threshold", *map(str, found.localizer.thresholds)], sweeps))
+    return "\n".join(lines)
+
+
+def _localized_rows(found: Localized) -> list[tuple[str, Score]]:
+    first = next(iter(found.scores))
+    rows = [
+        (row if name == first else f"{name}: {row}", one)
+        for name, scores in found.scores.items()
+        for row, one in scores.items()
+    ]
+    return [*rows, ("center box", found.baselines.center_box), ("whole image", found.baselines.whole_image)]

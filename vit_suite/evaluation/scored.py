@@ -1,42 +1,29 @@
-"""What the commands that score a frozen backbone share: its images, the size they are seen at, the file for the
-scores."""
+"""What the scores of a frozen backbone share: their images, and the size at which the backbone sees them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-from vit_suite.config import LocalizeConfig, ScoreConfig
+from vit_suite.config import ScoreConfig
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.models.build import check_image_size
-from vit_suite.places import check_file
-from vit_suite.reports.results import read_results
 from vit_suite.weights.checkpoint import LoadedBackbone
 
 
-def results_path(cfg: ScoreConfig | LocalizeConfig) -> Path:
-    """The file the scores are appended to; UserError now, not after the work, when it cannot be."""
-    folder = Path(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path()
-    path = Path(cfg.output) if cfg.output else folder / "results.json"
-    check_file("output", path)
-    read_results(path)
-    return path
-
-
 def view_size(cfg: ScoreConfig, loaded: LoadedBackbone) -> list[int]:
-    """[height, width] in pixels of the view that is scored."""
+    """[height, width] in pixels of the center crop that the backbone sees. UserError when patches do not divide it."""
     size = [cfg.image_size, cfg.image_size] if cfg.image_size else loaded.image_size
     check_image_size(size, loaded.backbone.patch, "image_size")
     return list(size)
 
 
-def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataModule:
-    """The images of `cfg.data` with the channels that the backbone takes; UserError when they cannot be scored.
+def open_scored(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataModule:
+    """The images of `cfg.data` with the channels that the backbone takes. UserError when they cannot be scored.
 
-    Of the test split only the list of files and labels is read.
+    task: its name in messages, such as "kNN". Of the test split only the list of files and labels is read.
     """
     channels = loaded.backbone.cfg.channels
     options = replace(cfg.data.whole(channels), batch_size=1)  # no training: one image fills a batch
@@ -61,9 +48,3 @@ def open_data(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDataM
 
 def _labeled(source: ImageSource) -> bool:
     return source.labels is not None and bool((source.labels >= 0).any())
-
-
-def say_left_out(failures: list[str]) -> None:
-    """One line below a score about the files that it was measured without; all are in the entry of results.json."""
-    if failures:
-        print(f"{len(failures)} files do not decode and are left out, listed in the entry; the first: {failures[0]}")

@@ -1,31 +1,29 @@
-"""What an export reads: a folder tree, one image, a list of paths, a data set, or a video; and under which names its
-files are written."""
+"""The images that a command is pointed at (`--images`): a folder tree, one image, a list of paths, or a data set.
+
+Each image also gets a name for the files that are made of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageSequence
 
-from vit_suite.attention.png import write_png
+from vit_suite.config import ImagesConfig
 from vit_suite.data.decode import is_image
 from vit_suite.data.listing import Listing, found_in
+from vit_suite.data.registry import open_test, set_reading
 from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.errors import UserError
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 LONGEST = 180
-"""Bytes of a name in the output, before the parts that tell its files apart."""
-FRAMES = "frames"
-"""Folder in the output that a video's frames are cut into."""
+"""Bytes of a name in the output, before the parts that tell its files apart. File systems take 255."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,28 @@ class Pictures:
         return len(self.names)
 
 
-def open_pictures(images: str | os.PathLike | ImageSource, output: Path, channels: int) -> Pictures:
-    """The pictures of a folder (searched through, in sorted order; what lies in `output` is not input), an image, a
-    list or a data set.
+def open_images(
+    images: str | None, data: ImagesConfig, output: Path, channels: int, seed: int, purpose: str = "embed"
+) -> ImageSource:
+    """The images of `--images`, or without it the split of `data` to score, decoded to `channels` channels.
 
-    UserError when there is none.
+    UserError when neither is given, when there is no image, and for a video. `purpose` completes the message
+    "no images to ...".
+    """
+    if images:
+        if Path(images).suffix.lower() in VIDEOS:
+            raise UserError(f"images '{images}' is a video; expected a folder of images, an image or a list.")
+        return set_reading(open_pictures(images, output, channels).source, data)
+    if not data.name:
+        raise UserError(f"no images to {purpose}: give --images FOLDER, or a data set with --data.name")
+    return open_test(data.whole(channels), seed)
+
+
+def open_pictures(images: str | os.PathLike | ImageSource, output: Path, channels: int) -> Pictures:
+    """The pictures of a folder, an image, a list or a data set. UserError when there is none.
+
+    A folder is searched through, in sorted order; what lies in `output` is not input. `channels` are those of the
+    decoded images.
     """
     if isinstance(images, ImageSource):
         return _of_source(images)
@@ -96,8 +111,10 @@ def _of_source(source: ImageSource) -> Pictures:
 
 
 def read_list(file: Path) -> list[str]:
-    """The paths in a text file, one a line (`path<TAB>label` too), each once; relative ones start from the folder of
-    the file."""
+    """The paths in a text file, each once. A line is `path` or `path<TAB>label`.
+
+    A relative path starts from the folder of the file.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -113,20 +130,23 @@ def read_list(file: Path) -> list[str]:
 
 
 def inside(paths: Sequence[str]) -> list[str]:
-    """Normalized paths, absolute or with leading `..`, as paths below the folder that they share: they must not leave
-    the output."""
+    """Normalized paths, made relative to the folder that they share where one is absolute or begins with `..`.
+
+    Names of output files are made of them, and these must not leave the output folder.
+    """
     if not any(os.path.isabs(path) or path.startswith("..") for path in paths):
         return list(paths)
-    whole = [
-        os.path.abspath(os.path.join(os.sep, "list", "of", "paths", path)) for path in paths
-    ]  # any place: what they share goes
+    # Relative paths start from a folder that does not exist: what all paths share is cut off again.
+    whole = [os.path.abspath(os.path.join(os.sep, "list", "of", "paths", path)) for path in paths]
     top = os.path.commonpath([os.path.dirname(path) for path in whole])
     return [os.path.relpath(path, top) for path in whole]
 
 
 def fitting(file: str) -> str:
-    """A path whose last part leaves room for `_head11_overlay.png` and the mark of an unfinished file in the 255 bytes
-    of a name: a longer one is cut, and gets eight digits of its hash instead."""
+    """The path, with its last part cut to `LONGEST` bytes and eight digits of its hash at the cut.
+
+    So `_head11_overlay.png` and the mark of an unfinished file still fit into the 255 bytes of a name.
+    """
     folder, name = os.path.split(file)
     stem, ending = os.path.splitext(name)
     if len(os.fsencode(name)) <= LONGEST:
@@ -137,13 +157,13 @@ def fitting(file: str) -> str:
 
 
 def output_names(files: Sequence[str]) -> list[str]:
-    """Relative paths of images -> distinct names without extension; those that would be alike keep theirs.
+    """Relative paths of images -> distinct names without extension. Names that would be alike keep their extension.
 
-    Letter case does not distinguish: the output may lie on a disk that ignores it.
+    Two names that differ in letter case alone count as alike, because the output may lie on a disk that ignores case.
     """
     files = [fitting(file) for file in files]
     names = [os.path.splitext(file)[0] for file in files]
-    while True:  # a kept extension can meet another name (a.jpg beside a.png and a.jpg.png), so look again
+    while True:  # again, because a kept extension can meet another name: a.jpg beside a.png and a.jpg.png
         seen = Counter(name.lower() for name in names)
         alike = [i for i, name in enumerate(names) if seen[name.lower()] > 1 and name != files[i]]
         if not alike:
@@ -156,75 +176,3 @@ def output_names(files: Sequence[str]) -> list[str]:
         if seen[name.lower()] > 1:
             names[i] = f"{name}~{seen[name.lower()]}"
     return names
-
-
-# Videos
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def is_video(images: object) -> bool:
-    """Whether `images` names a video: by its ending, or a GIF of more than one frame."""
-    if not isinstance(images, (str, os.PathLike)) or not Path(images).is_file():
-        return False
-    if Path(images).suffix.lower() != ".gif":
-        return Path(images).suffix.lower() in VIDEOS
-    try:
-        with Image.open(images) as image:
-            return getattr(image, "n_frames", 1) > 1
-    except Exception:  # damaged, or a bomb: what is wrong with it, the decoder says
-        return False
-
-
-def need_av(purpose: str):
-    """The PyAV module; UserError when it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise UserError(f"{purpose} needs PyAV: pip install 'vit-suite[video]'") from None
-    return av
-
-
-def cut_frames(video: Path, folder: Path) -> float:
-    """Write the frames of `video` into `folder` (emptied first) as STEM_000000.png, ...; returns frames a second."""
-    shutil.rmtree(folder, ignore_errors=True)
-    rate, frames = _read_gif(video) if video.suffix.lower() == ".gif" else _read_video(video)
-    stem, number = re.sub(r"[^\w.-]", "_", video.stem), -1
-    for number, frame in enumerate(frames):
-        write_png(folder / f"{stem}_{number:06}.png", frame)
-    if number < 0:
-        raise UserError(f"the video '{video}' holds no frame that decodes")
-    return rate
-
-
-def _read_gif(path: Path) -> tuple[float, Iterator[np.ndarray]]:
-    with Image.open(path) as image:
-        rate = 1000 / (image.info.get("duration") or 100)
-
-    def frames() -> Iterator[np.ndarray]:
-        with Image.open(path) as image:
-            try:
-                for frame in ImageSequence.Iterator(image):
-                    yield np.asarray(frame.convert("RGB"))
-            except Exception:  # a file that was cut off: what came before it counts
-                return
-
-    return rate, frames()
-
-
-def _read_video(path: Path) -> tuple[float, Iterator[np.ndarray]]:
-    av = need_av(f"reading the video '{path}'")
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            rate = float(container.streams.video[0].average_rate or 25)
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"the video '{path}' cannot be read ({error})") from None
-
-    def frames() -> Iterator[np.ndarray]:
-        with av.open(str(path), metadata_errors="replace") as container:
-            try:
-                for frame in container.decode(video=0):
-                    yield frame.to_ndarray(format="rgb24")
-            except av.FFmpegError:  # a file that was cut off: what came before it counts
-                return
-
-    return rate, frames()
