@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from shlex import quote
 
 from vit_suite.config import PretrainConfig
 from vit_suite.logs import speak
@@ -22,6 +24,24 @@ def run(cfg: PretrainConfig) -> None:
     folder = train(cfg)
     if folder is None:
         return
-    root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
-    log.info("next: vit-suite knn --checkpoint %s --data.name %s%s --baselines", folder, cfg.data.name, root)
-    log.info("      vit-suite attention --checkpoint %s --images IMAGES --output %s/attention", folder, folder)
+    for command in next_commands(cfg, folder):
+        log.info("next: vit-suite %s", command)
+
+
+def next_commands(cfg: PretrainConfig, folder: Path) -> list[str]:
+    """What one may do with a trained run: look at its maps and features, and score it where there are labels.
+
+    A `flat` tree has none, so its kNN names a folder that the reader fills in.
+    """
+    run, root = quote(str(folder)), cfg.data.root
+    options = f"--data.name {cfg.data.name}" + (f" --data.root {quote(root)}" if root else "")
+    if cfg.data.name != "flat":
+        return [
+            f"knn --checkpoint {run} {options} --baselines",
+            f"attention --checkpoint {run} --images IMAGES --output {run}/attention --gallery",
+        ]
+    return [
+        f"attention --checkpoint {run} {options} --output {run}/attention --gallery",
+        f"embed --checkpoint {run} {options} --output {run}/features.npz",
+        f"knn --checkpoint {run} --data.name folder --data.root CLASSES --baselines  # with labels: CLASSES/NAME/*.jpg",
+    ]

@@ -26,7 +26,9 @@ from vit_suite.methods.base import Method
 from vit_suite.optim.schedules import peak_rate
 
 FEW_STEPS = 20
-"""Optimizer steps an epoch below which an epoch hardly moves the weights, and a warning is due."""
+"""Optimizer steps an epoch below which an epoch hardly moves the weights."""
+FEW_IN_ALL = 1000
+"""Optimizer steps of a whole run from which such short epochs need no warning: there are enough of them."""
 SAMPLED = 64
 """Images that are decoded to look at."""
 HASHED = 20_000
@@ -76,14 +78,14 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
     )
     steps, left = images // batch, images % batch
     said = f"{images:,} images make {steps} steps of {batch} an epoch" + (f", {left} images sit out." if left else ".")
-    if steps < FEW_STEPS:
+    epochs = cfg.trainer.max_epochs
+    total = steps * epochs if cfg.trainer.max_steps == -1 else min(steps * epochs, cfg.trainer.max_steps)
+    if steps < FEW_STEPS and total < FEW_IN_ALL:
         better = max(8, 2 ** int(math.log2(max(1, images // FEW_STEPS))))
         mend = f"Try data.batch_size {better}: {images // better} steps an epoch."
         yield Finding("warning", "steps", said, mend if better < batch else "There are few images.")
     else:
         yield Finding("ok", "steps", said)
-    epochs = cfg.trainer.max_epochs
-    total = steps * epochs if cfg.trainer.max_steps == -1 else min(steps * epochs, cfg.trainer.max_steps)
     if cfg.optim.warmup_epochs * steps > total / 2:
         yield Finding(
             "warning",

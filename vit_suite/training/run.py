@@ -29,6 +29,7 @@ from vit_suite.training import checkup, rundir
 from vit_suite.training.callbacks import build_callbacks
 from vit_suite.training.drill import drill_callbacks
 from vit_suite.training.final import score_test, test_protocol
+from vit_suite.training.forecast import Forecast
 from vit_suite.training.lock import held
 from vit_suite.training.loggers import remember
 from vit_suite.training.parts import Parts, build_parts
@@ -114,6 +115,9 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
     callbacks = build_callbacks(cfg, folder, parts, scores, signals)
     # The progress comes after the scores, which status.json shows.
     callbacks += [progress, *drill_callbacks(steps_before, progress.length.max_steps)]
+    if cfg.trainer.progress and checkpoint is None:
+        limits = cfg.trainer.accumulate, cfg.trainer.max_minutes
+        callbacks.append(Forecast(parts.data.train_source, progress.length, *limits))
     trainer = build_trainer(cfg, folder, callbacks, parts.precision, steps_before)
     lightning: Any = trainer  # which takes a profiler when it is built, or here
     lightning.profiler = progress.clock

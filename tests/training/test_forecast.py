@@ -1,0 +1,60 @@
+"""Hours and memory before the first step: said in one line, right in size, and without a trace in the training."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.commands.conftest import vit_suite, words  # noqa: F401 (a fixture)
+from vit_suite.training import forecast
+from vit_suite.training.forecast import Forecast
+from vit_suite.training.progress import Length
+
+BATCH_NORM = {"method__head_batch_norm": True, "trainer__max_epochs": 1, "evaluate__every_epochs": 0}
+
+
+def test_it_is_said_and_changes_nothing(tmp_path, vit_suite):  # noqa: F811
+    """Weights, BatchNorm statistics, center and drop path are those of a training without it, to the bit."""
+    quiet = vit_suite("pretrain", *words(run__output=tmp_path / "quiet", **BATCH_NORM))
+    said = vit_suite("pretrain", *words(run__output=tmp_path / "said", trainer__progress=True, **BATCH_NORM))
+    assert quiet.status == said.status == 0 and "of training:" not in quiet.log
+    assert re.search(r"about \d+ s of training: 4 steps of 16 images, .* s each .* GiB are free", said.log)
+    first, second = (load_file(tmp_path / name / "backbone.safetensors") for name in ("quiet", "said"))
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    resumed = vit_suite("pretrain", *words(run__output=tmp_path / "said", trainer__progress=True, **BATCH_NORM))
+    assert "of training:" not in resumed.log
+
+
+@pytest.mark.parametrize(
+    ("computing", "memory", "minutes", "expected"),
+    [
+        (0.5, 2**30, None, "about 17 minutes of training: 1,000 steps of 32 images, 1 s each (0.5 s of it reading)"),
+        (1.0, 2**34, None, "It will not fit: try --data.batch_size 8"),
+        (1.0, 2**30, 5, "trainer.max_minutes 5 ends it before that."),
+        (100.0, 2**30, None, "That is long for a CPU"),
+    ],
+)
+def test_what_is_too_much_is_a_warning(monkeypatch, caplog, computing, memory, minutes, expected):
+    monkeypatch.setattr(forecast, "free_memory", lambda: 2**33)
+    with caplog.at_level("INFO", "vit_suite"):
+        Forecast([], Length(32, 10, 1000), 1, minutes).say(computing, 0.5, memory)
+    (record,) = caplog.records
+    assert expected in record.getMessage()
+    assert (record.levelname == "INFO") == ("17 minutes" in expected)
+
+
+def test_photographs_are_read_for_a_second_at_most(monkeypatch):
+    clock = iter(range(0, 100))
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(clock) * 0.6)
+
+    class Slow:
+        def __len__(self):
+            return 100
+
+        def load(self, index):
+            return index
+
+    images, _ = forecast.some_images(Slow(), 64)
+    assert 2 <= len(images) <= 4
