@@ -16,7 +16,7 @@ from vit_suite.config import (
     PretrainConfig,
 )
 from vit_suite.errors import UserError
-from vit_suite.options import SYNONYMS, Schema
+from vit_suite.options import Schema
 from vit_suite.parsing import dump_config, load_config
 
 
@@ -268,9 +268,17 @@ def test_missing_required_option_and_wrong_item_of_a_list():
     )
 
 
-def test_synonyms_lead_to_options_that_exist():
-    options = Schema(PretrainConfig).options
-    assert set(SYNONYMS.values()) <= set(options)
+@pytest.mark.parametrize("method", METHODS)
+def test_names_of_other_programs_lead_to_options_that_exist(method):
+    schema = Schema(PretrainConfig, {"method.name": method})
+    assert set(schema.synonyms.values()) <= set(schema.options)
+    assert schema.suggest("embed_dim") == " Did you mean 'backbone.dim'?"
+
+
+def test_a_method_has_the_names_of_its_own_code():
+    words = ["--method.name", "sit", "--method.drop_perc", "0.5"]
+    assert "Did you mean '--method.drop_area'?" in error_of(load_config, None, words)
+    assert "drop_area" not in error_of(load_config, None, ["--method.drop_perc", "0.5"])
 
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))

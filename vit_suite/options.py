@@ -25,38 +25,6 @@ T = TypeVar("T")
 
 REQUIRED = dataclasses.MISSING
 
-SYNONYMS = {
-    "arch": "backbone.name",
-    "model": "backbone.name",
-    "embed_dim": "backbone.dim",
-    "drop_path_rate": "backbone.drop_path",
-    "dataset": "data.name",
-    "data_path": "data.root",
-    "data_dir": "data.root",
-    "num_workers": "data.workers",
-    "batch_size_per_gpu": "data.batch_size",
-    "global_crops_scale": "views.global_scale",
-    "local_crops_scale": "views.local_scale",
-    "local_crops_number": "views.local_crops",
-    "num_crops": "views.local_crops",
-    "learning_rate": "optim.lr",
-    "base_lr": "optim.lr",
-    "clip_grad": "optim.clip",
-    "gradient_clip_val": "optim.clip",
-    "epochs": "trainer.max_epochs",
-    "gpus": "trainer.devices",
-    "num_nodes": "trainer.nodes",
-    "accumulate_grad_batches": "trainer.accumulate",
-    "saveckp_freq": "saving.keep_every_epochs",
-    "output_dir": "run.output",
-    "use_bn_in_head": "method.head_batch_norm",
-    "teacher_temp": "method.teacher_temperature",
-    "warmup_teacher_temp": "method.warmup_teacher_temperature",
-    "freeze_last_layer": "method.freeze_last_layer_epochs",
-}
-"""Names that timm, solo-learn, Lightning and the DINO release use for ours, where spelling alone would not find it."""
-
-
 SHOWN = 14
 """Names that a message about an unknown one lists."""
 
@@ -142,17 +110,24 @@ class Option(NamedTuple):
 
 class Schema:
     """The options and groups of a config class. `chosen` maps `method.name` to the method whose options the group
-    has."""
+    has.
+
+    A class of options may list in SYNONYMS what other programs (timm, Lightning, the authors' code) call its options,
+    where spelling alone would not find them: {"embed_dim": "dim"}.
+    """
 
     def __init__(self, cls: type, chosen: Mapping[str, Any] = types.MappingProxyType({})):
         self.groups: dict[str, type] = {}  # "" is the config itself
         self.options: dict[str, Option] = {}
         self.selectors: list[str] = []  # the options that choose the class of their group
+        self.synonyms: dict[str, str] = {}  # last word of another program's option -> our key
         self._add("", cls, None, chosen)
 
     def _add(self, group: str, cls: type, template: Any, chosen: Mapping[str, Any]) -> None:
         """`template` carries the defaults of a group where its parent gives others than its class does."""
         self.groups[group] = cls
+        for base in reversed(cls.__mro__):
+            self.synonyms |= {word: join(group, name) for word, name in vars(base).get("SYNONYMS", {}).items()}
         hints, limited = get_type_hints(cls), get_type_hints(cls, include_extras=True)
         # Options of a base class that come by keyword alone stand behind the class's own.
         for field in sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only)):
@@ -203,7 +178,7 @@ class Schema:
             group, leaf = (SequenceMatcher(None, a, b).ratio() for a, b in parts)
             return 0.2 * group + 0.8 * leaf
 
-        best = SYNONYMS.get(key.rpartition(".")[2])
+        best = self.synonyms.get(key.rpartition(".")[2])
         if best not in self.options:
             best = max(self.options, key=likeness, default=None)
             if best is None or likeness(best) < 0.65:

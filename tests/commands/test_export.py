@@ -53,7 +53,7 @@ def test_folders_load_as_their_users_load_them(export, tmp_path, format, options
     assert said.status == 0, said.err
     assert leftovers(tmp_path) == {"out"}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "largest error" in card and str(tmp_path / "out") in card and "Licence" in card
+    assert "largest error" in card and str(tmp_path / "out") in card and "License" in card
     row = FORMATS[format]
     loaded = load_backbone(tmp_path / "in")
     height, width = backbone.cfg.image_size

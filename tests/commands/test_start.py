@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vit_suite.config import BackboneConfig
+from vit_suite.models.backbone import Backbone
 from vit_suite.weights.checkpoint import load_backbone
 
 OF_DINO = ("out_dim", "hidden_dim", "bottleneck_dim", "warmup_teacher_temperature_epochs")
@@ -34,6 +36,21 @@ def test_methods_start_from_a_run(go_on, tiny_run, tmp_path, method):
     before, after = state(tiny_run), state(tmp_path / "run")
     if method != "sit":  # whose rotation token is one more register
         assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_the_license_of_released_weights_comes_along(go_on, vit_suite, tmp_path):
+    """Through the run and a second one to the model card of an export."""
+    released = Backbone(BackboneConfig(patch_size=8, dim=24, depth=2, heads=3, layer_scale=1e-5, image_size=[32, 32]))
+    state = released.vit.state_dict() | {"mask_token": torch.zeros(1, 24)}  # DINOv2's names
+    torch.save(state, tmp_path / "dinov2.pth")
+    assert go_on(start=tmp_path / "dinov2.pth", checkpoint_heads=3).status == 0
+    assert load_backbone(tmp_path / "run").license == "Apache-2.0"
+    assert go_on(start=tmp_path / "run", output=tmp_path / "second").status == 0
+    for checkpoint in (tmp_path / "second", tmp_path / "second" / "backbone.safetensors"):
+        out = tmp_path / f"out{checkpoint.suffix}"
+        said = vit_suite("export", "--checkpoint", checkpoint, "--output", out, "--data.name", "shapes")
+        assert said.status == 0, said.err
+        assert "License of the weights it started from: Apache-2.0." in (out / "README.md").read_text()
 
 
 def test_lora_leaves_a_plain_network_and_says_what_learns(go_on, tiny_run, tmp_path, caplog):

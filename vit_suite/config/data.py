@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from vit_suite.config.limits import Batch, Channels, Count, DataRoot, Gigabytes, Range, Seed, Share, Side
 
@@ -14,6 +14,8 @@ Limits = Annotated[list[float], Range(-1e12, ceiling=1e12, length=2, rising=True
 @dataclass
 class ImagesConfig:
     """A set to look at, as `attention` does."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {"dataset": "name", "data_path": "root", "data_dir": "root"}
 
     name: str = "cifar10"
     """Data set: cifar10 cifar100 stl10 flowers102 food101 oxford_pets imagenet tiny_imagenet folder flat list shards
@@ -57,6 +59,8 @@ class LocalizeDataConfig(ImagesConfig):
 class ScoreDataConfig(LocalizeDataConfig):
     """A set whose training split is learned from and whose other split is scored, as `knn` and `linear` do."""
 
+    SYNONYMS: ClassVar[dict[str, str]] = {"num_workers": "workers"}
+
     train_split: str = "train"
     """Split that is trained on and fills the kNN bank."""
     length: Count | None = None
@@ -79,6 +83,8 @@ class ScoreDataConfig(LocalizeDataConfig):
 @dataclass
 class DataConfig(ScoreDataConfig):
     """A set to train on, and how its batches are made."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {"batch_size_per_gpu": "batch_size"}
 
     batch_size: Batch = 256
     """GLOBAL batch: images an optimizer step sees, over all ranks and accumulation steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vit_suite.config.limits import Depth, EpochsOrNone, Rate, Share, Temperature, Width
 from vit_suite.config.method import MethodConfig
@@ -12,6 +12,13 @@ from vit_suite.config.method import MethodConfig
 @dataclass
 class DINOConfig(MethodConfig):
     """DINO (Caron et al. 2021, arXiv 2104.14294); defaults are the paper's, ViT-S/16."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "use_bn_in_head": "head_batch_norm",
+        "teacher_temp": "teacher_temperature",
+        "warmup_teacher_temp": "warmup_teacher_temperature",
+        "freeze_last_layer": "freeze_last_layer_epochs",
+    }
 
     name: Literal["dino"] = "dino"
     """Method."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vit_suite.config.limits import (
     Count,
@@ -28,6 +28,16 @@ class DINOv2Config(MethodConfig):
     """DINOv2 (Oquab et al. 2023, arXiv 2304.07193): DINO on CLS tokens, iBOT on masked patches, KoLeo; and Gram
     anchoring of DINOv3 (arXiv 2508.10104). Defaults are the official ImageNet-1k recipe, ViT-L/16; see
     configs/dinov2/*.yaml for its backbone options."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "teacher_temp": "teacher_temperature",
+        "warmup_teacher_temp": "warmup_teacher_temperature",
+        "freeze_last_layer": "freeze_last_layer_epochs",
+        "mask_sample_probability": "mask_probability",
+        "mask_ratio_min_max": "mask_ratio",
+        "head_n_prototypes": "out_dim",
+        "head_bottleneck_dim": "bottleneck_dim",
+    }
 
     name: Literal["dinov2"] = "dinov2"
     """Method."""

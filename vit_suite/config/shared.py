@@ -4,7 +4,7 @@ directory."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from vit_suite.config.limits import (
     Batch,
@@ -34,6 +34,13 @@ from vit_suite.config.limits import (
 @dataclass
 class BackboneConfig:
     """The vision transformer: a timm name, or `vit` with explicit dimensions."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "arch": "name",
+        "model": "name",
+        "embed_dim": "dim",
+        "drop_path_rate": "drop_path",
+    }
 
     name: str = "vit"
     """timm model name (vit_small_patch16_224, vit_small_patch14_reg4_dinov2, vit_small_patch16_dinov3, ...), or
@@ -135,6 +142,14 @@ class ReadingConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, set at every optimizer step."""
 
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "learning_rate": "lr",
+        "base_lr": "lr",
+        "blr": "lr",
+        "clip_grad": "clip",
+        "gradient_clip_val": "clip",
+    }
+
     lr: Rate = 5e-4
     """Peak learning rate for a global batch of 256 (lr_scaling sqrt: of 1,024); scaled to the batch of the run."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
@@ -175,6 +190,14 @@ class OptimConfig:
 class TrainerConfig:
     """How long, on what, in which precision."""
 
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "epochs": "max_epochs",
+        "gpus": "devices",
+        "num_nodes": "nodes",
+        "accumulate_grad_batches": "accumulate",
+        "accum_iter": "accumulate",
+    }
+
     max_epochs: Epochs = 100
     """Passes over the training images; schedules span them."""
     max_steps: Annotated[int, Range(-1, ceiling=1_000_000_000)] = -1
@@ -214,6 +237,8 @@ class TrainerConfig:
 @dataclass
 class SavingConfig:
     """What is written, when."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {"saveckp_freq": "keep_every_epochs"}
 
     every_epochs: Epochs = 1
     """Epochs between two writes of last.ckpt."""
@@ -263,6 +288,8 @@ class LoggerConfig:
 @dataclass
 class RunOptions:
     """Where the run lives."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {"output_dir": "output"}
 
     name: str = "run"
     """Name of the run in loggers."""

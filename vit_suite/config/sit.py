@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from vit_suite.config.limits import (
     DecimalEpochs,
@@ -29,6 +29,12 @@ Sides = Annotated[list[PositiveShare], Range(length=2, rising=True)]
 class SiTConfig(MethodConfig):
     """SiT (Atito, Awais, Kittler 2021, arXiv 2104.03602); defaults are version 1 with rotation. Version 3:
     configs/sit/*_v3.yaml."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "drop_perc": "drop_area",
+        "drop_replace": "replace_area",
+        "drop_align": "align",
+    }
 
     name: Literal["sit"] = "sit"
     """Method."""

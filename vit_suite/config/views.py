@@ -18,6 +18,8 @@ Three = Annotated[list[Share], Range(length=3)]
 class CropConfig:
     """A random resized crop, flipped and recolored; the base of every method's views."""
 
+    SYNONYMS: ClassVar[dict[str, str]] = {"global_crops_scale": "global_scale"}
+
     global_crops: ClassVar[int] = 2
     local_crops: ClassVar[int] = 0
 
@@ -44,6 +46,12 @@ class CropConfig:
 @dataclass
 class ViewsConfig(CropConfig):
     """Multi-crop augmentation of DINO (paper section 3.2 and main_dino.py DataAugmentationDINO)."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "local_crops_scale": "local_scale",
+        "local_crops_number": "local_crops",
+        "num_crops": "local_crops",
+    }
 
     local_size: Side = 96
     """Side in pixels of a local crop."""

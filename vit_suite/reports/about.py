@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ FINGERPRINTED = 100_000
 """Names that a fingerprint reads; of a larger set it takes so many, evenly spread, so that millions cost a second."""
 
 
-def write_about(folder: Path, source: ImageSource, ranks: int) -> None:
-    """Write `folder/about.json` for a training on the images of `source` with `ranks` processes."""
+def write_about(folder: Path, source: ImageSource, ranks: int, origin: Mapping[str, str]) -> None:
+    """Write `folder/about.json` for a training on the images of `source` with `ranks` processes. `origin`: the weights
+    that it starts from (`start`, `start_license`), empty for random ones."""
     about = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "data": {"name": source.title, "images": len(source), "classes": len(source.classes)}
         | {"fingerprint": fingerprint(source)},
+        **origin,
         "machine": machine(ranks),
         "versions": versions(),
         "git": git_state(Path(__file__).parent),

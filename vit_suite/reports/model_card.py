@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_suite.parsing import read_yaml
 from vit_suite.reports.results import read_results
 from vit_suite.weights.checkpoint import LoadedBackbone
 from vit_suite.weights.export.formats import Format
@@ -42,12 +41,12 @@ def model_card(
 
 
 def origin(loaded: LoadedBackbone, run: Path | None) -> list[str]:
-    """Recipe, data and licence, as far as the run directory or the file tells them."""
+    """Recipe, data and license, as far as the run directory or the file tells them."""
     lines = [f"Weights: sha256 {loaded.sha256}, by name. Family: {loaded.family}."]
     kept = {name: value for name, value in loaded.meta.items() if isinstance(value, str | int | float)}
     if kept:
         lines.append("The file says: " + ", ".join(f"{name} {value}" for name, value in kept.items()) + ".")
-    lines.append(f"Licence of the weights it started from: {licence(loaded, run)}.")
+    lines.append(f"License of the weights it started from: {license_of(loaded, run)}.")
     about = read_about(run)
     if data := about.get("data"):
         lines.append(f"Data: {data.get('name')}, {data.get('images')} images, fingerprint {data.get('fingerprint')}.")
@@ -56,15 +55,9 @@ def origin(loaded: LoadedBackbone, run: Path | None) -> list[str]:
     return lines
 
 
-def licence(loaded: LoadedBackbone, run: Path | None) -> str:
-    """Of the start weights: the family's, or none where training began from random numbers."""
-    if said := loaded.meta.get("licence") or loaded.meta.get("start_licence"):
-        return str(said)
-    if run is None or not (run / "config.yaml").is_file():
-        return "not said"
-    given = read_yaml(run / "config.yaml")
-    start = given["start"].value if "start" in given else None
-    return f"not said ({start})" if start else "none, it was trained from random weights"
+def license_of(loaded: LoadedBackbone, run: Path | None) -> str:
+    """Of the start weights: as the file or the run's about.json says."""
+    return str(read_about(run).get("start_license") or loaded.license)
 
 
 def read_about(run: Path | None) -> dict[str, Any]:

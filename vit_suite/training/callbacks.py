@@ -26,7 +26,8 @@ def build_callbacks(
     checkpoint."""
     data, method, size, precision = parts.data, parts.method, cfg.views.global_size, parts.precision
     monitor = scores[-1].metric if scores else None
-    keeper = Keeper(folder, cfg.saving, monitor, signals, method=cfg.method.name, data=data.name, seed=cfg.run.seed)
+    meta = {"method": cfg.method.name, "data": data.name, "seed": cfg.run.seed, **parts.origin}
+    keeper = Keeper(folder, cfg.saving, monitor, signals, **meta)
     callbacks: list[pl.Callback] = [keeper, *scores]
     if every := method.sheet_every_epochs:
         shown = images_to_show(data, COLUMNS)

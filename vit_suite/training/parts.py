@@ -30,6 +30,8 @@ class Parts(NamedTuple):
     method: Method
     device: torch.device
     precision: Literal["bf16", "fp32"]
+    origin: dict[str, str] = {}
+    """Checkpoint that training starts from, and the license of its weights; backbone.json repeats it."""
 
 
 def build_parts(cfg: PretrainConfig, folder: Path) -> Parts:

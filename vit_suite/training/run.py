@@ -35,7 +35,7 @@ from vit_suite.training.loggers import remember
 from vit_suite.training.parts import Parts, build_parts
 from vit_suite.training.progress import Length, Progress, on_terminal
 from vit_suite.training.scores import OnlineScore, build_scores
-from vit_suite.training.start import adopt, check_start, take_weights
+from vit_suite.training.start import adopt, check_start, origin_of, take_weights
 from vit_suite.training.stop import answer, requeued
 from vit_suite.training.trainer import build_trainer
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone, weights_sha256
@@ -103,7 +103,7 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
     main = main_process()
     checkpoint = rundir.check(cfg) if main or not cfg.run.overwrite else None
     steps_before = rundir.steps_done(checkpoint) if checkpoint else 0
-    parts = build_parts(cfg, folder)
+    parts = build_parts(cfg, folder)._replace(origin=origin_of(start))
     take_weights(parts.method, start, checkpoint)
     if cfg.start_heads and cfg.start and checkpoint is None:
         log.info("%d heads taken from %s", take_heads(parts.method, cfg.start), cfg.start)
@@ -134,7 +134,7 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
         stack.enter_context(held(folder))
         rundir.create(cfg)
         if checkpoint is None:
-            write_about(folder, parts.data.train_source, trainer.world_size)
+            write_about(folder, parts.data.train_source, trainer.world_size, parts.origin)
         remember(trainer.loggers, folder)
         parts.data.quarantine.list_again()
         progress.write("running")

@@ -63,6 +63,11 @@ def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
     return replace(cfg, backbone=backbone, data=replace(cfg.data, channels=channels, mean=mean, std=std))
 
 
+def origin_of(start: LoadedBackbone | None) -> dict[str, str]:
+    """What the weights of a training say of those that it starts from; nothing for a start from random numbers."""
+    return {} if start is None else {"start": start.source, "start_license": start.license}
+
+
 def averaged(values: list[float], channels: int) -> list[float]:
     """The mean of the values, for each of `channels`."""
     return [sum(values) / len(values)] * channels

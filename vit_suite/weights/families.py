@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Family:
     statistics: tuple[list[float], list[float]] = IMAGENET
     model_type: str | None = None
     """Its name in a Hugging Face config.json."""
-    licence: str = "not said"
+    license: str = "not said"
     """Of the published weights."""
 
 
@@ -239,47 +239,54 @@ BLOCKS = (r"^blocks\.0\.(\d+\.)?norm1\.weight$",)
 HF_BLOCKS = (r"^(encoder\.)?layers?\.0\.layernorm_before\.weight$",)
 HF_NORM1 = (r"^(model\.)?(encoder\.)?layers?\.0\.norm1\.weight$",)
 LS = r"^blocks\.0\.(\d+\.)?ls1\.gamma$"
-DINOV2 = {(384, 12): 6, **VIT_SIZES, (1536, 40): 24}
-DINOV3 = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 20, (4096, 40): 32}
-MAE_PARTS = (r"^mask_token$", r"^decoder", r"^decoder_blocks\.")
+
+DINOV2 = Family(
+    "dinov2",
+    "DINOv2 (facebookresearch/dinov2)",
+    has=(*BLOCKS, LS, r"^pos_embed$", r"^mask_token$"),
+    lacks=(r"^reg_token$", r"^decoder"),
+    rename=from_dinov2,
+    dropped=(r"^mask_token$",),
+    heads={(384, 12): 6, **VIT_SIZES, (1536, 40): 24},
+    size=518,
+    model_type="dinov2",
+    license="Apache-2.0",
+)
+DINOV2_REG = replace(
+    DINOV2,
+    name="dinov2_reg",
+    title="DINOv2 with registers (facebookresearch/dinov2)",
+    has=(*BLOCKS, r"^register_tokens$", LS, r"^pos_embed$"),
+    lacks=(),
+    options={"resize": "antialias"},
+    model_type="dinov2_with_registers",
+)
+DINOV3 = Family(
+    "dinov3",
+    "DINOv3 (facebookresearch/dinov3)",
+    has=(*BLOCKS, r"^storage_tokens$"),
+    rename=from_dinov3,
+    dropped=(r"^mask_token$", r"^rope_embed\.periods$", r"\.bias_mask$", r"^local_cls_norm\."),
+    options={"positions": "rope", "norm_eps": 1e-5},
+    heads={(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 20, (4096, 40): 32},
+    size=256,
+    model_type="dinov3_vit",
+    license="DINOv3 License (Meta), not open source",
+)
+MAE = Family(
+    "mae",
+    "MAE (facebookresearch/mae)",
+    has=(*BLOCKS, r"^pos_embed$", r"^decoder"),
+    dropped=(r"^mask_token$", r"^decoder"),
+    options={"resize": "bicubic"},
+    heads=VIT_SIZES,
+    license="CC-BY-NC-4.0",
+)
 
 FAMILIES: list[Family] = [
-    Family(
-        "dinov3",
-        "DINOv3 (facebookresearch/dinov3)",
-        has=(*BLOCKS, r"^storage_tokens$"),
-        rename=from_dinov3,
-        dropped=(r"^mask_token$", r"^rope_embed\.periods$", r"\.bias_mask$", r"^local_cls_norm\."),
-        options={"positions": "rope", "norm_eps": 1e-5},
-        heads=DINOV3,
-        size=256,
-        model_type="dinov3_vit",
-        licence="DINOv3 License (Meta), not open source",
-    ),
-    Family(
-        "dinov2_reg",
-        "DINOv2 with registers (facebookresearch/dinov2)",
-        has=(*BLOCKS, r"^register_tokens$", LS, r"^pos_embed$"),
-        rename=from_dinov2,
-        dropped=(r"^mask_token$",),
-        options={"resize": "antialias"},
-        heads=DINOV2,
-        size=518,
-        model_type="dinov2_with_registers",
-        licence="Apache-2.0",
-    ),
-    Family(
-        "dinov2",
-        "DINOv2 (facebookresearch/dinov2)",
-        has=(*BLOCKS, LS, r"^pos_embed$", r"^mask_token$"),
-        lacks=(r"^reg_token$", r"^decoder"),
-        rename=from_dinov2,
-        dropped=(r"^mask_token$",),
-        heads=DINOV2,
-        size=518,
-        model_type="dinov2",
-        licence="Apache-2.0",
-    ),
+    DINOV3,
+    DINOV2_REG,
+    DINOV2,
     Family(
         "sit",
         "SiT (Atito, Awais, Kittler)",
@@ -288,24 +295,16 @@ FAMILIES: list[Family] = [
         dropped=(r"^(rot|contrastive|recons)_(head|w)\b", r"^convTrans\."),
         heads=VIT_SIZES,
     ),
-    Family(
-        "mae",
-        "MAE (facebookresearch/mae)",
-        has=(*BLOCKS, r"^pos_embed$", r"^decoder"),
-        dropped=MAE_PARTS,
-        options={"resize": "bicubic"},
-        heads=VIT_SIZES,
-        licence="CC-BY-NC-4.0",
-    ),
-    Family(
-        "eva",
-        "DINOv3 in timm's names (Eva)",
+    MAE,
+    replace(
+        DINOV3,
+        name="eva",
+        title="DINOv3 in timm's names (Eva)",
         has=(*BLOCKS, r"^blocks\.0\.gamma_1$", r"^reg_token$"),
         lacks=(r"^pos_embed$",),
-        options={"positions": "rope", "norm_eps": 1e-5},
-        heads=DINOV3,
-        size=256,
-        licence="DINOv3 License (Meta), not open source",
+        rename=dict,
+        dropped=(),
+        model_type=None,
     ),
     Family(
         "vit",
@@ -314,22 +313,20 @@ FAMILIES: list[Family] = [
         heads={(384, 12): 6, **VIT_SIZES},
         dropped=(r"^mask_token$", r"^(contrastive|rot|recons)_head\.", r"^recons?truction_head\."),
     ),
-    Family(
-        "hf_vitmae",
-        "ViTMAE (Hugging Face)",
+    replace(
+        MAE,
+        name="hf_vitmae",
+        title="ViTMAE (Hugging Face)",
         has=(*HF_BLOCKS, r"^decoder\."),
         anchor=ANCHORS[1],
         rename=from_hf_vit,
-        dropped=(r"^decoder\.", r"^mask_token$"),
         options={"norm_eps": 1e-12, "resize": "bicubic"},
-        heads=VIT_SIZES,
         model_type="vit_mae",
-        licence="CC-BY-NC-4.0",
     ),
     Family(
         "hf_vit",
         "ViT or DINO (Hugging Face)",
-        has=(r"^(encoder\.)?layers?\.0\.layernorm_before\.weight$",),
+        has=HF_BLOCKS,
         anchor=ANCHORS[1],
         rename=from_hf_vit,
         dropped=(r"^pooler\.", r"^mask_token$", r"^decoder\."),
@@ -337,45 +334,34 @@ FAMILIES: list[Family] = [
         heads={(192, 12): 3, (384, 12): 6, **VIT_SIZES},
         statistics=HALF,
         model_type="vit",
-        licence="Apache-2.0",
+        license="Apache-2.0",
     ),
-    Family(
-        "hf_dinov2_reg",
-        "DINOv2 with registers (Hugging Face)",
+    replace(
+        DINOV2_REG,
+        name="hf_dinov2_reg",
+        title="DINOv2 with registers (Hugging Face)",
         has=(*HF_NORM1, r"^embeddings\.register_tokens$", r"^embeddings\.position_embeddings$"),
         anchor=ANCHORS[1],
         rename=from_hf_dinov2,
-        dropped=(r"^mask_token$",),
-        options={"resize": "antialias"},
-        heads=DINOV2,
-        size=518,
-        model_type="dinov2_with_registers",
-        licence="Apache-2.0",
     ),
-    Family(
-        "hf_dinov2",
-        "DINOv2 (Hugging Face)",
+    replace(
+        DINOV2,
+        name="hf_dinov2",
+        title="DINOv2 (Hugging Face)",
         has=(*HF_NORM1, r"^embeddings\.position_embeddings$"),
+        lacks=(),
         anchor=ANCHORS[1],
         rename=from_hf_dinov2,
-        dropped=(r"^mask_token$",),
-        heads=DINOV2,
-        size=518,
-        model_type="dinov2",
-        licence="Apache-2.0",
     ),
-    Family(
-        "hf_dinov3",
-        "DINOv3 (Hugging Face)",
+    replace(
+        DINOV3,
+        name="hf_dinov3",
+        title="DINOv3 (Hugging Face)",
         has=(*HF_NORM1, r"^embeddings\.register_tokens$"),
         anchor=ANCHORS[2],
         rename=from_hf_dinov3,
         dropped=(r"^mask_token$", r"^rope_embeddings\."),
-        options={"positions": "rope", "norm_eps": 1e-5},
-        heads=DINOV3,
         size=224,
-        model_type="dinov3_vit",
-        licence="DINOv3 License (Meta), not open source",
     ),
 ]
 """In the order in which they are tried: a family with more parts before one that has some of them."""
