@@ -22,7 +22,12 @@ from vit_suite import cli
 from vit_suite.cluster.slurm import OVER
 from vit_suite.training.status import read_status
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 STEPS = 24
 RUN = {
     "trainer__max_epochs": 6,

@@ -20,6 +20,7 @@ from vit_suite.training.scores import OnlineKNN
 from vit_suite.training.status import read_status
 from vit_suite.training.stop import DRILL
 
+pytestmark = pytest.mark.alone
 THREE = {"trainer__max_epochs": 3}
 STATUS = {signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
 
