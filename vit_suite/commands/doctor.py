@@ -88,7 +88,7 @@ def training(cfg: DoctorConfig) -> Iterator[Finding]:
         plain = adopt(plain, load_backbone(plain.start))
     ranks = checkup.ranks_of(plain)
     with tempfile.TemporaryDirectory() as scratch:
-        data, method, device, precision = build_parts(plain, Path(scratch))
+        data, method, device, precision, _ = build_parts(plain, Path(scratch))
         trained = sum(weight.numel() for weight in method.trained().parameters() if weight.requires_grad)
         network = f"{plain.method.name}, {trained / 1e6:.1f} million trained weights, {precision} on {device}."
         yield Finding("ok", "network", network)
