@@ -1,5 +1,5 @@
-"""A DINO step (both networks, loss, backward, clipping, AdamW, EMA) on ready views: ours beside the official code, on
-this CPU.
+"""A training step (networks, loss, backward, clipping, AdamW, EMA) on ready views, on this CPU: DINO beside the
+official code and lightly, DINOv2 and MAE beside lightly.
 
     python scripts/bench_step.py [--case tiny small vits16] [--lean] [--lightly] [--peer DINO_CHECKOUT] [--threads N]
     [--output FILE.json]
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from bench_common import add_ratios, added, in_turn, parse, peak_memory, publish
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_suite.config import BackboneConfig, DINOConfig, OptimConfig, TrainerConfig, ViewsConfig
@@ -89,7 +88,9 @@ CASES = {
         "batch": 128,
     },
 }
-"""A case without `method` is DINO, for which alone there are the leaner ways and the peers."""
+"""A case without `method` is DINO, for which alone there are the leaner ways and the official code."""
+OF_LIGHTLY = ("dino", "dinov2", "mae")
+"""Methods that lightly has."""
 LEAN: dict[str, tuple[dict, dict]] = {
     "groups of crops": ({"crops_at_once": 1}, {}),
     "checkpointing": ({}, {"checkpointing": True}),
@@ -145,7 +146,8 @@ def ours(
         values["loss"].backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
-        module.use_sums(values.sums)
+        if values.sums:
+            module.use_sums(values.sums)
         module.after_step(0)
         return values["loss"].detach()
 
@@ -210,41 +212,11 @@ def official(
 
 
 def lightly(case: dict, precision: str, device: torch.device) -> Callable[[], torch.Tensor]:
-    """One call is one step of lightly's DINO, by the calls of its example and its ImageNet benchmark; the loss."""
-    from lightly.loss import DINOLoss
-    from lightly.models.modules import DINOProjectionHead
-    from lightly.models.utils import update_momentum
-    from timm.models.vision_transformer import VisionTransformer
+    """One call is one step of lightly's DINO, DINOv2 or MAE; the loss."""
+    import lightly_steps
 
     torch.manual_seed(0)
-
-    def network() -> nn.Sequential:
-        shape = {
-            "patch_size": case["patch"],
-            "embed_dim": case["dim"],
-            "depth": case["depth"],
-            "num_heads": case["heads"],
-        }
-        vit = VisionTransformer(img_size=case["sizes"][0], num_classes=0, dynamic_img_size=True, **shape)
-        return nn.Sequential(vit, DINOProjectionHead(case["dim"], 2048, 256, case["prototypes"])).to(device)
-
-    student, teacher, loss_of = network(), network().requires_grad_(False), DINOLoss(case["prototypes"]).to(device)
-    teacher.load_state_dict(student.state_dict())
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer, crops = torch.optim.AdamW(trained, lr=5e-4), views(case, device)
-
-    def step() -> torch.Tensor:
-        update_momentum(student, teacher, m=0.996)
-        with autocast(precision, device):
-            loss = loss_of([teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 3.0)
-        student[1].cancel_last_layer_gradients(current_epoch=0)
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    return lightly_steps.STEPS[case.get("method", "dino")](case, views(case, device), precision, device)
 
 
 def contender(name: str, case: str, peer: Path | None) -> Callable[[], torch.Tensor]:
@@ -298,7 +270,7 @@ def main() -> None:
         action="store_true",
         help="ours also in groups of crops, with checkpointing, and both, for less memory",
     )
-    parser.add_argument("--lightly", action="store_true", help="lightly's DINO too (pip install 'vit-suite[bench]')")
+    parser.add_argument("--lightly", action="store_true", help="lightly's steps too (pip install 'vit-suite[bench]')")
     options = parse(parser, "steps")
     if options.only:
         print(added(lambda: repeat(contender(options.only, options.case[0], options.peer), 3)))
@@ -309,7 +281,9 @@ def main() -> None:
     names += ["official fp32"] if options.peer else []
     rows = []
     for case in options.case:
-        own = [name for name in names if name in ("ours bf16", "ours fp32") or "method" not in CASES[case]]
+        method = CASES[case].get("method", "dino")
+        own = [name for name in names if name in ("ours bf16", "ours fp32") or method == "dino"]
+        own += [name for name in names if name.startswith("lightly") and method != "dino" and method in OF_LIGHTLY]
         rows += measure(case, own, options.peer, options.rounds, options.threads)
     publish(rows, options.output, ratio_to=names[-1])
 

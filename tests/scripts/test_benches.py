@@ -162,3 +162,17 @@ def test_the_exponent_of_a_power(power):
     from bench_scaling import slope
 
     assert slope([2, 4, 16], [3 * n**power for n in (2, 4, 16)]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("method", ["dino", "dinov2", "mae"])
+def test_steps_of_lightly_learn(method):
+    """Each contender of scripts/bench_step.py takes real steps: its loss on the same crops falls."""
+    pytest.importorskip("lightly")
+    import bench_step
+
+    case = MICRO | {"method": method, "sizes": (32, 16)}  # lightly masks no grid below 40 patches
+    if method == "mae":
+        del case["local"]
+    step = bench_step.lightly(case, "fp32", bench_step.CPU)
+    losses = [float(step()) for _ in range(12)]
+    assert losses[-1] < losses[0] and losses[-1] > 0
