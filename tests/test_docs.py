@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vit_suite import cli, registry
+import vit_suite
+from tests.documented import PAGES, ROOT
 from vit_suite.data.source import ImageSource
-from vit_suite.errors import UserError
 from vit_suite.evaluation.features import FeatureOptions
-from vit_suite.parsing import load_config
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -70,55 +67,29 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert (tmp_path / "site" / "scores" / "index.html").is_file()
 
 
-# Commands
+def test_the_api_page_has_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?m)^::: (\S+)$", text)
+    assert sorted(path.rpartition(".")[2] for path in named) == sorted(vit_suite.__all__)
+    for path in named:
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name) is getattr(vit_suite, name)
 
 
-STAND_INS = {"C": "configs/dino/smoke.yaml", "NAME": "dino/smoke", "recipe.yaml": "configs/dino/smoke.yaml"}
-"""What words behind `--config` stand for in the documents."""
-
-
-def documented() -> list[tuple[str, str]]:
-    """(page, command line) of every `vit-suite ...` in a block of code, its continued lines joined."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"(?ms)^```(?:sh)?\n(.*?)^```|((?:^    [^\n]*\n)+)", page.read_text(encoding="utf-8")):
-            text = re.sub(r"\\\n\s*", " ", "".join(block))
-            for line in text.splitlines():
-                if match := re.match(r"\s*(?:\$ )?(?:torchrun .*-m vit_suite|(?:srun )?vit-suite) (.*)", line):
-                    found.append((page.name, match[1].split("  #")[0].strip()))
-    return found
-
-
-def words_of(line: str) -> list[str]:
-    """The words of a documented command; `...` stands for options that the reader adds."""
-    line = line.split(" > ")[0].split(";")[0].replace("--config ...", f"--config {STAND_INS['C']}")
-    words = [word for word in shlex.split(line, comments=True) if word != "..."]
-    for place, word in enumerate(words[:-1]):
-        if word == "--config":
-            words[place + 1] = STAND_INS.get(words[place + 1], words[place + 1])
-    return [word for word in words if word != "cluster.yaml"]
-
-
-@pytest.mark.parametrize(("page", "line"), documented(), ids=lambda value: value[:60])
-def test_documented_commands_have_options_that_exist(page, line, monkeypatch):
-    """Every command of the documents is a command, and its options are options with values that convert."""
-    monkeypatch.chdir(ROOT)
-    if "learning_rate" in line or line.startswith(("COMMAND", "--")) or line in ("demo",):
-        return  # the example of a mistake; the overview
-    command, *words = words_of(line)
-    assert command in cli.COMMANDS, line
-    row = cli.COMMANDS[command]
-    if row.words and words and not words[0].startswith("-"):
-        words = [f"--{row.words}", *words]
-    words = [word for word in words if word not in ("--help", "--print_config")]
-    try:
-        load_config(None, words, registry.load(row.config))
-    except UserError as error:
-        assert "missing required" in str(error), f"{page}: {line}: {error}"
-
-
-def test_there_are_documented_commands():
-    assert len(documented()) > 40
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    """docs/tour.ipynb as it stands, in a kernel of its own; it says what its text promises."""
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
+    client = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    book = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
+    options = {"resources": {"metadata": {"path": str(tmp_path)}}, "timeout": 300, "kernel_name": "python3"}
+    done = client.NotebookClient(book, **options).execute()
+    outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    texts = " ".join(str(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs)
+    assert len(pictures) == 3 and "backbone.safetensors" in texts
+    top1 = float(re.search(r"20: ([\d.]+)", texts)[1])
+    assert top1 > 40, "builtin:shapes against a chance of 10%"
 
 
 def test_the_python_of_the_documents_runs(tmp_path, monkeypatch):

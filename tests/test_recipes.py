@@ -1,12 +1,7 @@
-"""Recipes: found by name from any folder, listed with cost and score, printed as they are, and carried by a wheel."""
+"""Recipes: found by name from any folder, listed with cost and score, printed as they are."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,29 +61,3 @@ def test_the_command_lists_filters_and_prints(capsys):
     for words in (["recipes", "show"], ["recipes", "show", "dino/smok"], ["recipes", "nothing-like-this"]):
         assert cli.main(words) == 2
         assert capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
-    """Built from the tree, unpacked elsewhere: the same recipes, without the checkout."""
-    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
-    copy = tmp_path / "tree"  # so that no build folder is left in the checkout
-    copy.mkdir()
-    for name in ("vit_suite", "configs"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    built = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=copy, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-2000:]
-    wheel = next(tmp_path.glob("*.whl"))
-    inside = tmp_path / "installed"
-    zipfile.ZipFile(wheel).extractall(inside)
-    assert (inside / "vit_suite" / "py.typed").exists() and not (inside / "configs").exists()
-    listed = subprocess.run(
-        [sys.executable, "-m", "vit_suite", "recipes", "show", "dino/smoke"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(inside)},
-        capture_output=True,
-        text=True,
-    )
-    assert listed.stdout == (ROOT / "configs" / "dino" / "smoke.yaml").read_text(), listed.stderr

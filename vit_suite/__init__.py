@@ -6,7 +6,7 @@ The names below load on first use, so that `import vit_suite` and `vit-suite --h
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "DINO": "vit_suite.methods.dino",

@@ -11,7 +11,6 @@ command, and with it torch, is imported after its options and paths have been ch
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections import namedtuple
 from typing import Any
@@ -127,11 +126,6 @@ def _answer(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    # Waiting OpenMP threads spin a shorter while (a third of libgomp's count) before they sleep. On a machine that
-    # several jobs shared, the default made a step of two threads take 15 s instead of 1 s. DINO on CIFAR-10, two cores,
-    # images/s: alone 518 by default, 494 with this, 334 without spinning. Read once, when torch loads OpenMP.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     from vit_suite.errors import UserError
     from vit_suite.signals import Stopped
 
@@ -143,11 +137,12 @@ def _run(argv: list[str]) -> int:
             words = [f"--{command.words}", *words]
         if "--help" in words or "-h" in words:
             return _say(command_help(argv[0], config_class, [word for word in words if word not in ("--help", "-h")]))
-        from vit_suite.environment import check_environment
+        from vit_suite.environment import check_environment, choose_waiting
         from vit_suite.parsing import dump_config, load_config
         from vit_suite.places import check_places
 
         check_environment()
+        choose_waiting()
         show = {"--print_config", "--print-config"}
         config = load_config(None, [word for word in words if word not in show], config_class)
         if show.intersection(words):

@@ -149,6 +149,7 @@ def test_a_training_ends_with_a_report_and_says_where_it_comes_from(tmp_path, mo
     assert about["command"] == "vit-suite pretrain --data.name 'two words'"
     text = (folder / "report.html").read_text()
     assert about["data"]["fingerprint"] in text and "Map of test images" in text and "t-SNE" not in text
+    assert "done at step 4 of 4" in text and ", colored by class" in text
 
 
 def test_a_report_that_fails_does_not_fail_the_training(tmp_path, monkeypatch, caplog):

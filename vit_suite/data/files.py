@@ -62,6 +62,8 @@ def choose_split(split: str | None, available: Iterable[str], where: str, key: s
     wanted = ALIASES.get(split, split)
     if wanted in available:
         return wanted
+    if available == [WHOLE]:
+        raise UserError(f"{where} has no split '{split}': hold a share out for it with --data.holdout 0.2.")
     raise UserError(f"{where} has no split '{split}'.{nearest(split, available)} Splits found: {', '.join(available)}.")
 
 

@@ -36,15 +36,13 @@ class ImageDataModule(pl.LightningDataModule):
         cfg: which images (`DataConfig`); a dict is taken too.
         seed: of the order, of `length` samples, and of generated images.
         quarantine: where files that do not decode are listed: a `Quarantine`, a path of `quarantine.txt`, or None (only
-        counted).
+            counted).
         accumulate: micro-batches an optimizer step is split into; the trainer's accumulate_grad_batches when None.
-        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`);
-        files
-        only.
+        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`).
+            For files only.
 
     The sets are opened on first use, so every attribute works without `setup()`. Raises UserError for whatever is wrong
-    with the
-    input: names, roots, layouts, batch size, too many bad files.
+    with the input: names, roots, layouts, batch size, too many bad files.
     """
 
     def __init__(

@@ -78,8 +78,8 @@ def linear_probe(
     it on `test`.
 
     Args:
-        train, test: labels with features (N, D), or with parts (N, P, D) and `columns`. `test` may be a function, which
-            is called once, last.
+        train: labels with features (N, D), or with parts (N, P, D) and `columns`.
+        test: the same of other images, or a function that gives them; it is called once, last.
         recipe: how heads train. The choice is between its learning rates and between the `columns`.
         columns: feature -> columns of each of its heads.
 

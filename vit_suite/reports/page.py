@@ -26,7 +26,7 @@ overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } .strip { white-space: nowrap; } .strip figure { display: inline-block; margin: 0 6px 6px 0;
 text-align: center; font-size: 11px; color: #5a6b7c; width: 76px; overflow: hidden; text-overflow: ellipsis; }
 .strip img { width: 64px; height: 64px; object-fit: contain; image-rendering: pixelated; background: #f2f5f9; }
-.query img { outline: 3px solid #1f77b4; } details { margin: 8px 0; } summary { cursor: pointer; }
+.query img { outline: 3px solid #1f77b4; outline-offset: -3px; } details { margin: 8px 0; } summary { cursor: pointer; }
 """
 
 

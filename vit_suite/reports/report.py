@@ -200,9 +200,8 @@ def embedding_sections(run: RunFiles, images: int, further: bool) -> tuple[list[
     ]
     captions = [label or name for label, name in zip(found.labels, found.names, strict=True)]
     rows = [[(found.thumbnails[i], captions[i]) for i in (query, *near)] for query, near in neighbours(found.features)]
-    remark = (
-        f"<p>{len(found.names)} images of {page.escape(source.title)}, colored by class; the mouse shows the image.</p>"
-    )
+    colored = ", colored by class" if any(found.labels) else ""
+    remark = f"<p>{len(found.names)} images of {page.escape(source.title)}{colored}; the mouse shows the image.</p>"
     return maps, page.strips(rows) + "<p>The framed image, then those nearest to it by cosine.</p>", remark
 
 

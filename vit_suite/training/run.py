@@ -209,6 +209,7 @@ def record(run: Run, seconds: float) -> None:
         keeper.export(run.trainer, method)
     summarize(run, seconds)
     if run.cfg.run.report:
+        run.progress.write("done")  # which the report shows
         report(run.folder)
 
 
