@@ -234,7 +234,7 @@ def test_token_limit_resize_and_tiny_images(tmp_path):
     assert summary.shrunk == 1 and summary.coarse == 1
     assert pixels_of(tmp_path / "out" / "tiny_mean_overlay.png").shape == (5, 3, 3)
     assert pixels_of(tmp_path / "out" / "wide_mean_overlay.png").shape == (80, 160, 3)
-    exported(backbone, root / "tiny.png", tmp_path / "out2", mean=MEAN, std=STD, formats=["mask"], resize=24)
+    exported(backbone, root / "tiny.png", tmp_path / "out2", mean=MEAN, std=STD, formats=["mask"], image_size=24)
     assert backbone.batches[-1][2:] == (40, 24)
 
 

@@ -84,7 +84,11 @@ def test_table_and_entry(probe, tiny_run, tmp_path):
         "split": "test",
         "images": 40,
     }
-    assert protocol["recipe"]["lr"] == [0.01, 0.3] and protocol["recipe"]["epochs"] == 4 and protocol["holdout"] == 0.1
+    assert (
+        protocol["recipe"]["lr"] == [0.01, 0.3]
+        and protocol["recipe"]["epochs"] == 4
+        and protocol["validation_share"] == 0.1
+    )
     assert (
         protocol["data"] == "shapes"
         and protocol["trained_on"]["method"] == "dino"
@@ -402,7 +406,7 @@ def test_wrong_options(probe):
     refused(probe("--pool", "clss"), "--pool: expected any of cls, mean, cls_mean, tokens", "'clss'")
     refused(probe("--lr", 0), "--lr: expected list of float (above 0)", "got '0'")
     refused(probe("--protocol", "dinov2"), "--protocol: expected one of sweep, dino, sit, got 'dinov2'")
-    refused(probe("--holdout", 0), "--holdout: expected float", "got '0'")
+    refused(probe("--validation_share", 0), "--validation_share: expected float", "got '0'")
     refused(probe("--image_size", 30), "image_size 30x30 is not divisible by the patch size 8")
     refused(
         probe("--shots", 2, "--augment", "true"),

@@ -288,7 +288,7 @@ def test_held_out_images_are_not_trained_on():
         torch.randn(60, 1, 400, generator=random), torch.randint(0, 2, (60,), generator=random), torch.arange(60), []
     )
     result = linear_probe(
-        train, train, Recipe((1.0, 2.0), 50, 64), columns={ONE: [[0]]}, options=ProbeOptions(holdout=0.5)
+        train, train, Recipe((1.0, 2.0), 50, 64), columns={ONE: [[0]]}, options=ProbeOptions(validation_share=0.5)
     )
     assert result.top1 == 100 and all(found.top1 < 80 for found in result.held_out)
 

@@ -62,7 +62,7 @@ class ExportSummary:
     shrunk: int = 0
     """Images shown to the backbone smaller than they are, because of the token limit."""
     coarse: int = 0
-    """Images that the backbone saw as fewer than 16 patches; a `resize` would show more."""
+    """Images that the backbone saw as fewer than 16 patches; a larger `image_size` would show more."""
     artifacts: int = 0
     """Patches that `clip_artifacts` replaced."""
     seconds: float = 0.0
@@ -173,7 +173,7 @@ def _check(backbone: Any, drawing: Drawing, options: ExportOptions) -> None:
         require_cls(backbone)
     if not 0 < drawing.threshold <= 1:
         raise UserError(f"threshold is {drawing.threshold}; expected a share of the mass above 0, at most 1")
-    for name in ("resize", "max_tokens", "batch_size", "guided_radius"):
+    for name in ("image_size", "max_tokens", "batch_size", "guided_radius"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected a whole number from 1 up")

@@ -30,7 +30,7 @@ class ExportOptions:
     clip_artifacts: float | None = None
     """Patches whose token after the last block is longer than so many times the image's median get the median of their
     neighbours in every map (arXiv 2309.16588); the npz tells which. Nothing is clipped when None."""
-    resize: int | None = None
+    image_size: int | None = None
     """Shorter side in pixels before the backbone, the image's own when None. Sides then go to the nearest multiple of
     the patch: the whole picture is seen, nothing is cut off."""
     max_tokens: int = 4096

@@ -145,7 +145,7 @@ class Worker:
         height, width = job.picture.shape[1:]
         rows, columns = self.backbone.grid_of(job.view)
         shrunk = tuple(job.view.shape[1:]) != view_size(
-            (height, width), self.backbone.patch, self.options.resize, 2**62
+            (height, width), self.backbone.patch, self.options.image_size, 2**62
         )
         found = int(extra["artifacts"].sum()) if extra else 0
         counts = {"shrunk": int(shrunk), "coarse": int(rows * columns < COARSE), "artifacts": found}
@@ -172,7 +172,7 @@ class Worker:
 
     def _job(self, index: int, image: Tensor) -> _Job:
         picture = np.array(image.numpy(), order="C")
-        view = view_of(torch.from_numpy(picture), self.backbone.patch, self.options.resize, self.options.max_tokens)
+        view = view_of(torch.from_numpy(picture), self.backbone.patch, self.options.image_size, self.options.max_tokens)
         return _Job(index, picture, view)
 
     def _bytes(self, size: Sequence[int]) -> int:

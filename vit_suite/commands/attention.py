@@ -29,7 +29,8 @@ def run(cfg: AttentionConfig) -> None:
         device = rank_device(cfg.accelerator)
         images = cfg.images or open_data(cfg, loaded)
         given = {field.name: getattr(cfg, field.name) for field in fields(ExportOptions) if hasattr(cfg, field.name)}
-        options = replace(ExportOptions(**given), reading=cfg.data, progress=True)
+        size = None if cfg.image_size == "own" else cfg.image_size
+        options = replace(ExportOptions(**given | {"image_size": size}), reading=cfg.data, progress=True)
         if cfg.gallery:
             options = replace(options, formats=[*cfg.formats, "npz"])
         summary = export_attention(loaded.backbone.to(device), images, cfg.output, loaded.mean, loaded.std, options)
@@ -61,5 +62,5 @@ def sentence(summary: ExportSummary, clip: float | None = None) -> str:
     if summary.shrunk:
         lines.append(f"{summary.shrunk} images were shrunk for the backbone; a larger --max_tokens shows more detail")
     if summary.coarse:
-        lines.append(f"{summary.coarse} images gave fewer than 16 patches; a larger --resize shows more detail")
+        lines.append(f"{summary.coarse} images gave fewer than 16 patches; a larger --image_size shows more detail")
     return "\n".join(lines)

@@ -183,6 +183,6 @@ def draw(loaded: LoadedBackbone, source: ImageSource, folder: Path) -> None:
         folder / "attention",
         loaded.mean,
         loaded.std,
-        ExportOptions(formats=("overlay", "mask", "npz"), resize=IMAGE, upsample="bilinear", overwrite=True),
+        ExportOptions(formats=("overlay", "mask", "npz"), image_size=IMAGE, upsample="bilinear", overwrite=True),
     )
     write_gallery(folder / "attention")

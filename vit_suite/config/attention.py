@@ -53,8 +53,8 @@ class AttentionConfig(ReadingConfig):
     """Patches whose token after the last block is longer than so many times the image's median (artifacts of networks
     without registers, arXiv 2309.16588; 2 is a good start) get the median of their neighbours in every map; nothing is
     clipped when not given."""
-    resize: Side | None = None
-    """Shorter side in pixels an image is resized to before the backbone; its own size when not given."""
+    image_size: Side | Literal["own"] = "own"
+    """Shorter side in pixels that the backbone sees; own = each image's."""
     max_tokens: Width = 4096
     """Larger images are shrunk until they have at most so many patches."""
     batch_size: Batch = 16

@@ -91,7 +91,7 @@ class LinearConfig(ScoreConfig):
     """Passes over the training images; the learning rate falls to 0 along half a cosine."""
     augment: bool | None = None
     """Crop and flip training images at random, anew each epoch: a forward pass an epoch instead of one in all."""
-    holdout: Annotated[float, Range(above=0, most=0.5)] = 0.1
+    validation_share: Annotated[float, Range(above=0, most=0.5)] = 0.1
     """Share of the training split, class by class, that chooses the winner; none is held out when there is nothing to
     choose."""
     shot_steps: Count = 500

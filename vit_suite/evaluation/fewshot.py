@@ -106,7 +106,7 @@ def few_shot_probe(
     parts, labels = moved(train.features, device), train.labels
     classes = max(checked_classes(labels, options.classes, "training"), len(shots.names))
     several = len(columns) * len(recipe.lr) > 1
-    pool, held = split(labels, options.holdout, recipe.seed) if several else (torch.arange(len(labels)), None)
+    pool, held = split(labels, options.validation_share, recipe.seed) if several else (torch.arange(len(labels)), None)
     where = "training images" + " besides those held out" * several
     chosen = {
         n: [pool[draw_shots(labels[pool], n, d, recipe.seed, shots.names, where)] for d in range(shots.draws)]

@@ -32,7 +32,7 @@ PLAIN = Feature("features", 0)
 class ProbeOptions:
     """How a probe runs, besides the recipe of its heads."""
 
-    holdout: float = 0.1
+    validation_share: float = 0.1
     """Share of the training images, class by class, that chooses the winner."""
     classes: int | None = None
     """The largest training label + 1 when None."""
@@ -95,7 +95,7 @@ def linear_probe(
     everything = torch.arange(len(parts))
     winner = Setting(recipe.lr[0], *next(iter(columns)))
     if len(columns) * len(recipe.lr) > 1:
-        inner, held = split(labels, options.holdout, recipe.seed)
+        inner, held = split(labels, options.validation_share, recipe.seed)
         sweep = _sweep(columns, parts, classes, recipe, device)
         fit(sweep, *stored(parts, labels, inner, recipe.batch_size, recipe.seed), "sweep" if options.progress else None)
         held_out = score(sweep, parts, labels, held)
@@ -152,11 +152,11 @@ def choose(scores: Sequence[HeadScore]) -> HeadScore:
     return max(good, key=lambda found: (found.top1, -found.loss))
 
 
-def split(labels: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of training images (inner, held): `held` is a stratified share. UserError when either would be empty."""
     if len(labels) < 2:
         raise UserError(f"{len(labels)} training image cannot be split into one part that trains and one that chooses.")
-    count = min(max(1, round(holdout * len(labels))), len(labels) - 1)
+    count = min(max(1, round(share * len(labels))), len(labels) - 1)
     held = stratified(labels, len(labels), count, seed)
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[held] = False

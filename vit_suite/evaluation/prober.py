@@ -71,7 +71,7 @@ class Prober:
             raise UserError(f"{self.train.title} has no labels, and linear heads learn from some.")
         self.labels: Tensor = self.train.labels
         self.classes = max(len(self.train.classes), int(self.labels.max()) + 1)
-        self.options = ProbeOptions(cfg.holdout, self.classes, self.device, self.speaks)
+        self.options = ProbeOptions(cfg.validation_share, self.classes, self.device, self.speaks)
         self.choosing = False  # whether images were held out for the last subject
 
     def backbone(self, loaded: LoadedBackbone, features: Sequence[Feature]) -> Result:
@@ -99,7 +99,7 @@ class Prober:
     def _augmented(self, subject: Subject) -> ProbeResult:
         inner, held = self.train, None
         if self.choosing:
-            rows, held_rows = split(self.labels, self.cfg.holdout, self.cfg.seed)
+            rows, held_rows = split(self.labels, self.cfg.validation_share, self.cfg.seed)
             inner, held = self.train.subset(rows), self._extract(subject, self.train.subset(held_rows))
         recipe = self.protocol.recipe
         batches, count = self._batches(subject, inner, min(recipe.batch_size, len(inner)))
@@ -159,7 +159,7 @@ class Prober:
         return self._extract(subject, self.data.test())
 
     def _check_memory(self, subject: Subject) -> None:
-        kept = 1.0 if not self.protocol.augment else self.cfg.holdout * self.choosing
+        kept = 1.0 if not self.protocol.augment else self.cfg.validation_share * self.choosing
         if (need := subject.bytes(round(kept * len(self.train))) / GIB) > self.cfg.memory_gb:
             rows = f"{len(self.train)} training images x {subject.shape[0]} x {subject.shape[1]} numbers"
             remedy = "ask for fewer blocks or poolings, a larger memory_gb" + (
@@ -205,7 +205,7 @@ class Prober:
             "pool": list(protocol.pools),
             "head": self.cfg.head,
             "recipe": asdict(recipe),
-            "holdout": self.cfg.holdout if self.choosing else 0,
+            "validation_share": self.cfg.validation_share if self.choosing else 0,
             "choice": choice,
             "retrained": retrained,
             "precision": self.precision,
