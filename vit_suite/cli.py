@@ -110,9 +110,19 @@ def main(argv: list[str] | None = None) -> int:
     with patient_output() as out:
         status = _answer(argv)
         out.flush()
+    _leave(status)
     if out.error and not status:
         return _complain(f"error: the output could not be shown: {out.error.strerror}", 1)
     return status
+
+
+def _leave(status: int) -> None:
+    """End this process at once, if it is a rank that failed while the others may wait for it. Python's own way out
+    would wait for them too (training/together.py)."""
+    ranks = sys.modules.get("vit_suite.distributed")  # not imported here: it imports torch
+    if ranks is not None and ranks.torn:
+        sys.stderr.flush()
+        os._exit(status or 1)
 
 
 def _answer(argv: list[str]) -> int:

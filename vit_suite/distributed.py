@@ -1,8 +1,9 @@
-"""Ranks and reductions; the only file that imports torch.distributed. Everything works without a process group, as rank
-0 of 1."""
+"""Ranks and reductions. This is the only file that imports torch.distributed. Without a process group every function
+works as on rank 0 of 1."""
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 T = TypeVar("T")
 R = TypeVar("R")
 
-
+torn = False
+"""Whether a rank failed while others may wait for it: this process then has to end with `os._exit`."""
 _apart = False
 
 
@@ -41,7 +43,7 @@ def world_size() -> int:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """What this process does here it does alone, as rank 0 of 1, while the others do something else or have ended."""
+    """Within this context the process works alone, as rank 0 of 1. The others do something else, or have ended."""
     global _apart
     before, _apart = _apart, True
     try:
@@ -56,18 +58,34 @@ def barrier() -> None:
         dist.barrier()
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Whether the error only says that another rank is gone, or does not answer."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+def tear() -> None:
+    """Note that collectives can no longer be completed, so that this process ends without waiting for any.
+
+    `vit-suite` calls `os._exit` after its last message. Any other program ends with status 1 when Python does.
+    """
+    global torn
+    if not torn:
+        torn = True
+        atexit.register(os._exit, 1)
+
+
 def local_rank() -> int:
-    """This process among those of its machine, as the launcher says it."""
+    """The number of this process among those of its machine, as the launcher gives it."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """A gloo process group over the processes that torchrun or srun started; none without a launcher, or where there is
-    one already.
+    """A gloo process group over the processes that torchrun or srun started. Without a launcher, or within another
+    group, none is made.
 
-    For commands whose ranks share nothing but work and files; a trainer sets up its own. Ranks may wait for each other
-    for a day.
+    For commands whose ranks share nothing but work and files; a trainer makes its own group. Ranks wait for each other
+    for up to a day.
     """
     if dist.is_initialized() or not (found := _from_launcher()):
         yield
@@ -80,10 +98,10 @@ def launched() -> Iterator[None]:
 
 
 def _from_launcher() -> dict:
-    """Where the processes meet, and which this one is; empty for a single process.
+    """Arguments of `init_process_group`: the meeting point and the number of this process; empty for a single process.
 
-    SLURM_NTASKS, by which Lightning goes, also stands in a batch script that starts one process without srun; the tasks
-    of a step are those that run.
+    SLURM_STEP_NUM_TASKS counts the tasks that srun started. Lightning reads SLURM_NTASKS, which is also set in a batch
+    script that starts one process without srun.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         return {"init_method": "env://"}
@@ -95,15 +113,15 @@ def _from_launcher() -> dict:
     host = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(
         os.environ["SLURM_STEP_NODELIST"]
     )
-    place = int(os.environ["SLURM_JOB_ID"]) * 7 + int(
-        os.environ["SLURM_STEP_ID"]
-    )  # steps of a job may run side by side
+    # Steps of a job may run side by side, and other jobs on the same machine, so each step gets a port of its own. The
+    # kernel hands out ports from 32768 on.
+    place = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ["SLURM_STEP_ID"])
     port = os.environ.get("MASTER_PORT", 15000 + place % 10000)
     return {"init_method": f"tcp://{host}:{port}", "rank": int(os.environ["SLURM_PROCID"]), "world_size": tasks}
 
 
 def started() -> tuple[int, int] | None:
-    """(machines, processes on each) as torchrun or srun started them; None for a single process."""
+    """(machines, processes per machine) that torchrun or srun started; None for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_WORLD_SIZE" in os.environ:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         return int(os.environ["WORLD_SIZE"]) // here, here
@@ -123,7 +141,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def max_over_ranks(tensor: Tensor) -> Tensor:
-    """The largest value over all ranks, place by place, of a tensor of one shape (no gradient)."""
+    """The elementwise maximum over all ranks of a tensor of one shape (no gradient)."""
     if not active():
         return tensor
     tensor = tensor.clone()
@@ -132,11 +150,11 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def largest(values: list[int], device: torch.device) -> Callable[[], list[int]]:
-    """Begin to find, place by place, the largest of all ranks' `values` (all ranks call this at the same moment of
-    their training).
+    """Start to compute the elementwise maximum of `values` over all ranks (which call this at the same point of their
+    training).
 
-    The function returned gives the answer. On a GPU it waits for the device to come this far, so ask a step later: by
-    then there is other work queued behind, and the device does not idle.
+    Returns a function that gives the result. On a GPU it waits until the device has come this far. Call it a step
+    later: by then more work is queued, and the device does not idle.
     """
     if not active():
         return lambda: values
@@ -158,8 +176,7 @@ def largest(values: list[int], device: torch.device) -> Callable[[], list[int]]:
 
 
 def mean_in_order(_, bucket):  # DDP compares annotations with objects, and here they are text
-    """A communication hook for DDP: the mean of all ranks' gradients, added in the order of ranks wherever in the
-    bucket they are."""
+    """A communication hook for DDP: the mean of all ranks' gradients, always added in the order of ranks."""
     mine = bucket.buffer()
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
@@ -172,14 +189,12 @@ def mean_in_order(_, bucket):  # DDP compares annotations with objects, and here
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; the gradient of a row is the sum of what every rank's loss says of it."""
+    """The rows of all ranks. The gradient of a row is the sum of the gradients that all ranks' losses give it."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        ctx.count, tensor = (
-            len(tensor),
-            tensor.contiguous(),
-        )  # `empty_like` would repeat the strides of a transposed one
+        ctx.count = len(tensor)
+        tensor = tensor.contiguous()  # `empty_like` would repeat the strides of a transposed one
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, tensor)
         return torch.cat(parts)
@@ -193,16 +208,17 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """(B, ...) of every rank, alike on all, as (world * B, ...) in the order of ranks, with gradient.
+    """Concatenate the rows (B, ...) of all ranks, with the same B, to (world * B, ...) in the order of ranks. With
+    gradient.
 
-    DDP averages gradients over ranks; so a loss that is a mean over a rank's own rows against all rows has the gradient
-    that one rank with the whole batch would have.
+    DDP averages gradients over ranks. So a loss that is a mean over a rank's own rows, each compared with all rows, has
+    the gradient of one rank with the whole batch.
     """
     return _Gather.apply(tensor) if active() else tensor
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks; the gradient of a rank's part is the sum of what every rank's loss says of it."""
+    """The sum over ranks. The gradient of a rank's part is the sum of the gradients that all ranks' losses give it."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -216,14 +232,13 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor of one shape over all ranks, alike on all, with gradient (`gather_rows` says of which
-    scale)."""
+    """The sum of a tensor of one shape over all ranks. With gradient, of the scale that `gather_rows` describes."""
     return _Sum.apply(tensor) if active() else tensor
 
 
 def gather_objects(value: T) -> list[T]:
-    """What each rank gives, in the order of ranks: anything that pickles, bit for bit; tensors on the CPU, of any shape
-    on each rank."""
+    """The values of all ranks, in the order of ranks. A value is anything that pickles; tensors are on the CPU, and may
+    have another shape on each rank."""
     if not active():
         return [value]
     found: list = [None] * dist.get_world_size()
@@ -232,8 +247,8 @@ def gather_objects(value: T) -> list[T]:
 
 
 def map_over_ranks(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`[function(item) for item in items]` on every rank, where each rank computes a share of it; what it returns has
-    to pickle."""
+    """`[function(item) for item in items]` on every rank, with the work divided over the ranks. Results have to
+    pickle."""
     parts = gather_objects([function(item) for item in items[rank() :: world_size()]])
     return [parts[index % len(parts)][index // len(parts)] for index in range(len(items))]
 
@@ -241,12 +256,12 @@ def map_over_ranks(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 def shard(
     module: nn.Module | list[nn.Module], mesh: dist.DeviceMesh, low: torch.dtype | None = None, forward: str = "forward"
 ) -> None:
-    """Spread the parameters of a module, less those of submodules that are spread already, over the ranks of `mesh`
-    (FSDP2).
+    """Spread the parameters of a module over the ranks of `mesh` (FSDP2), except those of submodules that are spread
+    already.
 
-    They are gathered while its method `forward` runs, in precision `low` where given; gradients are averaged over ranks
-    in fp32, and parameters, gradients and the optimizer's state stay fp32. Inputs keep their type, as under autocast.
-    Several modules that run one after the other are gathered together.
+    They are gathered while the module's method `forward` runs, in precision `low` if given. Gradients are averaged over
+    ranks in fp32; parameters, gradients and the optimizer's state stay fp32. Inputs keep their type, as under autocast.
+    A list of modules, which run one after the other, is gathered together.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -257,24 +272,24 @@ def shard(
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each rank holds a part of this tensor (a DTensor)."""
+    """Whether the tensor is a DTensor, of which each rank holds a part."""
     return hasattr(tensor, "full_tensor")
 
 
 @torch.no_grad()
 def own_part(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; all of one that is not sharded."""
+    """This rank's part of a sharded tensor, in the same memory; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
 def gathered(tensor: Any) -> Tensor:
-    """All of a sharded tensor (all ranks call this together); another one as it is."""
+    """All of a sharded tensor (all ranks call this together); any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def sharded_as(tensor: Tensor, like: Any) -> Tensor:
-    """A tensor that every rank has whole, sharded as `like` is; nothing is sent."""
+    """Shard `tensor`, which every rank has whole, as `like` is sharded. Nothing is sent."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -30,5 +30,3 @@ def speak() -> None:
     warnings.filterwarnings(
         "ignore", message=".*`srun` command is available"
     )  # on a login node every plain run would hear it
-    # The time limit of an interrupted run need not be that of the run that goes on.
-    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*\['Timer'\]")

@@ -1,12 +1,13 @@
-"""Signals that ask a training to stop. A handler only notes them; the training answers after the step.
+"""Signals that ask a training to stop. A handler only notes them; the training stops after the current step.
 
-SIGUSR1 is a cluster's warning (SLURM: `--signal=USR1@90`), SIGTERM its request to end (`scancel`, `kill`), SIGINT
-Ctrl-C. Nothing is saved inside a handler, because it runs between any two bytecodes, when half a step is done and other
-ranks are elsewhere. Windows has no SIGUSR1: there is no warning there, and the rest works.
+SIGUSR1 is a cluster's warning (SLURM: `--signal=USR1@90`), SIGTERM its request to end (`scancel`, `kill`), SIGINT is
+Ctrl-C. A handler saves nothing, because it runs between any two bytecodes: half a step may be done, and other ranks are
+elsewhere. Windows has no SIGUSR1, so there is no warning there; the rest works.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -16,20 +17,22 @@ from typing import Any
 WARNING: signal.Signals | None = getattr(signal, "SIGUSR1", None)
 """A cluster's warning that a job's time is nearly up; None on Windows."""
 TRY_AGAIN = 75
-"""Exit status EX_TEMPFAIL of sysexits.h, which Windows' `os` does not name."""
+"""Exit status EX_TEMPFAIL of sysexits.h, which `os` does not have on Windows."""
 STATUS: dict[int, int] = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 128 + signal.SIGINT}
-"""Signal -> exit status of a training that it stopped: 143 and 130 are what shells give, 75 means "try again"."""
+"""Signal -> exit status of a training that it stopped. Shells use 143 and 130 too; 75 means "try again"."""
 if WARNING is not None:
     STATUS[WARNING] = TRY_AGAIN
 ECHO = 1.0
-"""Seconds within which a repeated signal is the same request: a launcher and the system may both deliver it."""
+"""Seconds within which a repeated signal is the same request, because a launcher and the system may both send it."""
 GRACE = 60
-"""Seconds that a loader's worker process lives on after SIGTERM."""
+"""Seconds between two looks of a loader's worker, after SIGTERM, at whether its main process still lives."""
 
 
 class Stopped(Exception):
-    """A signal ended the training after `step` optimizer steps; its checkpoint is saved. `status` is the command's exit
-    status."""
+    """A signal ended the training after `step` optimizer steps, and its checkpoint is saved.
+
+    `status` is the exit status of the command.
+    """
 
     def __init__(self, number: int, step: int):
         super().__init__(number, step)
@@ -42,11 +45,11 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes signals between `with` and its end. `noted` is the number of the first one, 0 without.
+    """Notes signals within its `with` block. `noted` is the number of the first one, or 0.
 
     SIGUSR1 is noted from the start. SIGTERM and SIGINT are noted only after `listen()`: before the first step there is
-    nothing to save, and they end the process as usual. A second SIGTERM or SIGINT ends it at once; SIGUSR1 stays a
-    warning, however often it comes.
+    nothing to save, and they end the process as usual. A second SIGTERM or SIGINT ends the process at once; SIGUSR1
+    stays a warning, however often it comes.
     """
 
     def __init__(self) -> None:
@@ -65,9 +68,9 @@ class Signals:
             self._set(number, handler)
 
     def listen(self) -> None:
-        """From now on SIGTERM and SIGINT are noted too, by this alone: the handlers of others are set aside."""
+        """Note SIGTERM and SIGINT too from now on. Other handlers of them are not called."""
         self._note(signal.SIGTERM)
-        # nohup, and shells for background jobs, shield a process from Ctrl-C.
+        # nohup, and shells that start a background job, make it ignore Ctrl-C; that stays so.
         if self._before[signal.SIGINT] is not signal.SIG_IGN:
             self._note(signal.SIGINT)
 
@@ -76,7 +79,7 @@ class Signals:
 
     @staticmethod
     def _set(number: int, handler: Any) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -89,14 +92,24 @@ class Signals:
 
 
 def outlive(worker: int = 0) -> None:
-    """Make this process, a worker of the loader, leave signals to the main process.
+    """Make this process, a worker of the loader, live as long as its main process.
 
     Ctrl-C reaches every process of a terminal, and a cluster may signal every process of a job. If a worker died of it,
-    the step under way, and the checkpoint after it, would be lost. SIGTERM still ends the worker, `GRACE` seconds
-    later; on Windows, which has no alarm, at once.
+    the current step, however long it takes, and the checkpoint after it would be lost. The loader ends its workers
+    itself. A worker that got SIGTERM also looks every `GRACE` seconds whether its main process is gone, and then ends.
+    On Windows, which has no alarm, SIGTERM ends it at once.
     """
+    main = os.getppid()
+
+    def look(*_: object) -> None:
+        if os.getppid() != main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        signal.alarm(GRACE)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if WARNING is not None:
         signal.signal(WARNING, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+        signal.signal(signal.SIGALRM, look)
+        signal.signal(signal.SIGTERM, look)

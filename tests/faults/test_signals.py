@@ -3,13 +3,16 @@ command goes on."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.faults.conftest import assert_same, checkpoint, column, results, start, wait_for_checkpoint, words
 from vit_suite import signals
@@ -260,24 +263,55 @@ def test_before_training_sigterm_and_ctrl_c_are_what_they_were():
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
-def test_loader_workers_outlive_the_signals_of_their_main_process():
-    """SIGTERM by a while: the main process may need them for the step under way, and nobody shall wait for them for
-    ever."""
-    code = (
+def test_loader_workers_live_as_long_as_their_main_process():
+    """The main process needs them for its current step, however long that takes; without it they end."""
+    worker = (
         "import time; from vit_suite import signals; signals.GRACE = 1; signals.outlive(); print('ready', flush=True);"
         " time.sleep(60)"
     )
-    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert worker.stdout.readline() == "ready\n"
-    worker.send_signal(signal.SIGINT)
-    worker.send_signal(signal.SIGUSR1)
-    with pytest.raises(subprocess.TimeoutExpired):
-        worker.wait(1.5)
-    worker.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        worker.wait(0.3)
-    assert worker.wait(20) == -signal.SIGALRM
-    worker.stdout.close()
+    main = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {worker!r}]);"
+        " print(child.pid, flush=True); child.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.PIPE, text=True)
+    with process.stdout as out:
+        pid = int(out.readline())
+        assert out.readline() == "ready\n"
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            os.kill(pid, number)
+        time.sleep(2.5)  # two looks
+        os.kill(pid, 0)
+        process.kill()
+        process.wait()
+        assert out.read() == ""  # which ends when the worker, the last to hold the pipe, has ended
+
+
+def test_sigterm_in_a_long_step_waits_for_the_step(pretrain, monkeypatch, tmp_path):
+    """A step that is longer than a worker's GRACE is finished and saved, though the workers got the signal too."""
+    monkeypatch.setattr(signals, "GRACE", 1)
+    long = {"evaluate__every_epochs": 0, "data__resident": False, "data__workers": 1, "data__name": "folder"}
+    images = tmp_path / "images" / "train" / "a"
+    images.mkdir(parents=True)
+    for index in range(40):
+        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{index:02d}.png")
+    seen = []
+
+    class Slow(drill.Drill):
+        def on_before_optimizer_step(self, trainer, *_):
+            if trainer.global_step + 1 == self.event.step:
+                seen.extend(multiprocessing.active_children())
+                for process in seen:
+                    os.kill(process.pid, signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(3)
+                assert all(process.is_alive() for process in seen)
+
+    monkeypatch.setattr(drill, "Drill", Slow)
+    monkeypatch.setenv(DRILL, "preempt@2")
+    said = pretrain(data__root=tmp_path / "images", trainer__max_epochs=3, **long)
+    assert seen and said.status == 143 and "stopped by SIGTERM at step 2, checkpoint saved" in said.err
+    assert checkpoint(tmp_path / "run")["global_step"] == 2
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vit_suite.config import BackboneConfig
-from vit_suite.methods.base import copy_backbone
+from vit_suite.methods.start import copy_backbone
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.ema import copy_weights, ema_update
 from vit_suite.models.lora import linear_layers, merged, trained_share

@@ -1,4 +1,4 @@
-"""Says in plain words that self-distillation has stopped learning, the commonest complaint of DINO's users (dino#246,
+"""Warns in plain words when self-distillation collapses, the most common complaint of DINO's users (dino#246,
 dinov2#407)."""
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def distillation_signs(loss: Tensor, target: Tensor, features: Tensor) -> dict[s
         features: (2, B, D) the teacher's CLS tokens.
 
     Returns:
-        teacher_entropy and kl in nats; prototypes_used, the share of prototypes that are some image's first choice;
-        feature_std, of the L2-normalized features over the images, times sqrt(D): 1 is isotropic.
+        teacher_entropy and kl in nats; prototypes_used, the share of the prototypes that are the first choice of some
+        image; feature_std, the standard deviation of the L2-normalized features over the images, times sqrt(D) (1 means
+        isotropic).
     """
     entropy = -torch.special.xlogy(target, target).sum(-1).mean()
     unit = torch.stack(
@@ -38,13 +39,19 @@ def distillation_signs(loss: Tensor, target: Tensor, features: Tensor) -> dict[s
 
 
 class CollapseMonitor:
-    """Watches logged values and answers with one sentence, once per kind of collapse.
+    """Watches logged values, and gives one sentence per kind of collapse.
 
     Args:
-        prototypes: K, so that a uniform output has entropy and loss ln K.
-        patience: logged values in a row that must agree before it speaks; the first logged values of every run look
-        uniform.
+        prototypes: K. A uniform output has entropy and loss ln K.
+        patience: logged steps in a row that must show a collapse before the sentence. The first ones of every run look
+            uniform.
     """
+
+    NEAR_UNIFORM_LOSS, NEAR_UNIFORM_ENTROPY = 0.995, 0.98
+    """Shares of ln K above which loss and teacher entropy count as uniform. Healthy runs are above them only in their
+    first steps."""
+    PEAKED_ENTROPY, FEW_PROTOTYPES = 0.01, 2
+    """Share of ln K below which the teacher's entropy is near 0, and how many prototypes all images may then share."""
 
     def __init__(self, prototypes: int, patience: int = 50):
         self.uniform = math.log(prototypes)
@@ -53,13 +60,21 @@ class CollapseMonitor:
         self.said: set[str] = set()
 
     def update(self, loss: float, teacher_entropy: float, prototypes_used: int) -> str | None:
-        """Take a logged step's loss and teacher entropy (nats), and how many prototypes are some image's first choice.
+        """Take the values of one logged step.
 
-        Returns a sentence when collapse has lasted `patience` logged steps. A sharp teacher alone is none: it may be
-        sharp on many prototypes.
+        Args:
+            loss, teacher_entropy: in nats.
+            prototypes_used: number of prototypes that are the first choice of some image.
+
+        Returns:
+            A sentence when a collapse has lasted `patience` logged steps, else None. A sharp teacher that uses many
+            prototypes is no collapse.
         """
-        self.stuck = self.stuck + 1 if loss > 0.995 * self.uniform and teacher_entropy > 0.98 * self.uniform else 0
-        self.peaked = self.peaked + 1 if teacher_entropy < 0.01 * self.uniform and prototypes_used <= 2 else 0
+        flat = loss > self.NEAR_UNIFORM_LOSS * self.uniform
+        flat &= teacher_entropy > self.NEAR_UNIFORM_ENTROPY * self.uniform
+        sharp = teacher_entropy < self.PEAKED_ENTROPY * self.uniform and prototypes_used <= self.FEW_PROTOTYPES
+        self.stuck = self.stuck + 1 if flat else 0
+        self.peaked = self.peaked + 1 if sharp else 0
         if self.stuck >= self.patience and "stuck" not in self.said:
             self.said.add("stuck")
             return (
@@ -69,9 +84,9 @@ class CollapseMonitor:
             )
         if self.peaked >= self.patience and "peaked" not in self.said:
             self.said.add("peaked")
+            limit = self.PEAKED_ENTROPY * self.uniform
             return (
-                f"the teacher's entropy has stayed below {0.01 * self.uniform:.3f} for {self.patience} logged steps:"
-                " every image goes to one prototype. Raise method.teacher_temperature, lower method.center_momentum,"
-                " or lower optim.lr."
+                f"the teacher's entropy has stayed below {limit:.3f} for {self.patience} logged steps: every image goes"
+                " to one prototype. Raise method.teacher_temperature, lower method.center_momentum, or lower optim.lr."
             )
         return None

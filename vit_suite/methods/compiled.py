@@ -1,10 +1,10 @@
-"""torch.compile of the transformer blocks of a training, in place: names of weights, checkpoints and copies stay as
-they are.
+"""torch.compile of the transformer blocks of a training, in place. Names of weights, checkpoints and copies do not
+change.
 
-Blocks alone, because all blocks of a network then share their graphs: one for each size of crop, with and without
-gradient. The rest of a step, and all that is scored, drawn or exported between steps, runs as it is; so does the last
-block where it answers for the CLS token alone. Drop path gets its numbers from outside, so they are those of a training
-that is not compiled.
+Only blocks are compiled, because all blocks of a network can share their graphs: one for each size of crop, with and
+without gradient. The rest of a step is not compiled, nor is the last block where it computes only the CLS token.
+Scores, pictures and exports between steps use the blocks without compilation. Drop path gets its random numbers as an
+input, so they are the same with and without compilation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vit_suite.models.backbone import Backbone
 
 
 def check_compile(options: TrainerConfig, device: torch.device) -> None:
-    """UserError where `trainer.compile` cannot be, on this device or with the other options."""
+    """UserError where `trainer.compile` is impossible on this device or with the other options."""
     how = options.compile
     if how == "none":
         return
@@ -44,9 +44,8 @@ def check_compile(options: TrainerConfig, device: torch.device) -> None:
             " trainer.accumulate."
         )
     cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    names = (
-        [cxx] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    )  # as torch's and Triton's code generators look
+    # The names that torch's code generator (CPU) and Triton (GPU) look for.
+    names = [cxx] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
     if not any(shutil.which(name) for name in names):
         raise UserError(
             f"trainer.compile {how} needs a compiler, and there is no {' or '.join(names)} here: install one, or use"
@@ -55,25 +54,26 @@ def check_compile(options: TrainerConfig, device: torch.device) -> None:
 
 
 def compile_blocks(method: nn.Module, graphs: bool = False) -> None:
-    """Compile every block of every backbone within `method` for its training; the first steps take long.
+    """Compile every block of every backbone of `method` for its training. The first steps then take long.
 
-    graphs: record each graph's kernels as a CUDA graph, so that a GPU need not wait for the host to launch them.
+    With `graphs` the kernels of each graph are recorded as a CUDA graph, so that the GPU does not wait for the host to
+    launch them one by one.
     """
     for part in method.modules():
         if isinstance(part, Backbone):
             for block in part.vit.blocks:
                 block.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
-                # The attribute that `compile` sets, and which copies of a module leave behind.
+                # `compile` sets this attribute, and copies of a module do not have it.
                 block._compiled_call_impl = functools.partial(_while_training, block, block._compiled_call_impl)
 
 
 def _while_training(block: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Scores come in batches of other sizes, with graphs of their own: more than torch keeps."""
+    """Use the compiled block in training alone: batches of scores have other sizes, and torch keeps few graphs."""
     return (compiled if block.training else block._call_impl)(*args, **kwargs)
 
 
 class MarkSteps(pl.Callback):
-    """Tells recorded graphs where a step begins: their results of the one before may then be overwritten."""
+    """Tells CUDA graphs where a step begins, because they may then overwrite the results of the step before."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()

@@ -1,18 +1,17 @@
 """DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294; facebookresearch/dino main_dino.py).
 
-A student sees all crops, an EMA teacher the two global ones; the student matches the teacher's centered and sharpened
-output across crops. Deliberate differences from the official code:
+A student sees all crops, an EMA teacher the two global ones. The student learns to match the teacher's centered and
+sharpened output for other crops of the same image. Deliberate differences from the official code:
 
-- The center is updated once per optimizer step from the mean over its micro-batches, not once per forward pass, so that
-  gradient accumulation gives the numbers of the whole batch. Without accumulation the two agree.
-- Student and teacher heads return fp32 features to the loss; the matrix products in between may run in bf16.
+- The center is updated once per optimizer step from the mean over its micro-batches, not once per forward pass.
+  Gradient accumulation then gives the numbers of the whole batch. Without accumulation the two agree.
+- Student and teacher heads return fp32 logits to the loss; their matrix products may run in bf16.
 - The teacher temperature warms up 0.04 -> 0.07 over 30 epochs, as in the paper; the official code's default is a
   constant 0.04.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -25,23 +24,20 @@ from vit_suite.config import BackboneConfig, DINOConfig, ViewsConfig
 from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
 from vit_suite.losses.koleo import koleo_loss
-from vit_suite.methods.base import Losses, Method
+from vit_suite.methods.base import Losses
 from vit_suite.methods.collapse import CollapseMonitor, distillation_signs
+from vit_suite.methods.distillation import GLOBAL_CROPS, SelfDistillation
 from vit_suite.methods.gradients import Gradients, add_gradients, with_gradients
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size
-from vit_suite.models.ema import assert_twins, copy_weights, ema_update
+from vit_suite.models.ema import copy_weights
 from vit_suite.models.heads import DINOHead
-from vit_suite.optim.schedules import cosine, teacher_temperature
+from vit_suite.optim.schedules import teacher_temperature
 from vit_suite.views.draw import Draw, alone
-
-log = logging.getLogger("vit_suite")
-
-GLOBAL_CROPS = 2
 
 
 class Network(nn.Module):
-    """Backbone and head; the student and the teacher are one each."""
+    """Backbone and head: the student is one such network, the teacher another."""
 
     def __init__(self, backbone: BackboneConfig, method: DINOConfig, norm_last_layer: bool):
         super().__init__()
@@ -59,7 +55,7 @@ class Network(nn.Module):
     def features(self, crops: list[Tensor], kept: Tensor | None = None) -> Tensor:
         """CLS tokens of V crops (B, C, S_v, S_v) -> (V, B, D); crops of one size go through the backbone together.
 
-        `kept` (2 depth, V, B): which paths the blocks keep of each crop (`Backbone.drawn_paths`).
+        `kept` (2 depth, V, B): which paths drop path keeps in the blocks, for each crop (`Backbone.drawn_paths`).
         """
         tokens, start = [], 0
         for _, same in groupby(crops, key=lambda crop: crop.shape[-2:]):
@@ -79,8 +75,10 @@ class Network(nn.Module):
 
 
 def groups(crops: list[Tensor], at_once: int) -> Iterator[range]:
-    """Indices of consecutive crops of one size that have together at most the pixels of `at_once` global crops, the
-    first of `crops`."""
+    """Split the crops into groups of neighbours of one size, each with at most the pixels of `at_once` global crops.
+
+    Crops of 224, 224, 96 x 8 pixels and `at_once` 1 give range(0, 1), range(1, 2), range(2, 7), range(7, 10).
+    """
     start = 0
     for shape, same in groupby(crop.shape[-2:] for crop in crops):
         alike = range(start, start + len(list(same)))
@@ -89,18 +87,17 @@ def groups(crops: list[Tensor], at_once: int) -> Iterator[range]:
         yield from (alike[first : first + most] for first in range(0, len(alike), most))
 
 
-class DINO(Method):
-    """DINO as a LightningModule. The teacher is what is scored and exported.
+class DINO(SelfDistillation):
+    """DINO as a LightningModule. The teacher is scored and exported.
 
-    `center` (K,) is a buffer, so it survives a resume; schedules are set at every optimizer step; the teacher follows
-    the student once after each. Logged: loss, teacher entropy and KL(teacher || student) in nats, center norm, share of
-    prototypes that are some image's first choice, standard deviation of the L2-normalized teacher features over the
-    batch (times sqrt(D): 1 is isotropic).
+    `center` (K,) is a buffer, so it survives a resume. Logged: loss; teacher entropy and KL(teacher || student) in
+    nats; norm of the center; share of the prototypes that are the first choice of some image; standard deviation of the
+    L2-normalized teacher features over the batch, times sqrt(D) (1 means isotropic).
     """
 
     config_class = DINOConfig
     center: Tensor
-    timed_functions = Method.timed_functions | {"backward_of_group": "backward"}
+    timed_functions = SelfDistillation.timed_functions | {"backward_of_group": "backward"}
     method: DINOConfig
     views_config: ViewsConfig
 
@@ -108,32 +105,22 @@ class DINO(Method):
         method, views = self.method, self.views_config
         if method.crops_at_once and method.head_batch_norm:
             raise UserError(
-                "method.head_batch_norm takes statistics over all crops, and method.crops_at_once has some of them at a"
-                " time: leave one out; backbone.checkpointing saves memory with either."
+                "method.head_batch_norm takes statistics over all crops, and method.crops_at_once has only some of them"
+                " at a time: leave one out; backbone.checkpointing saves memory with either."
             )
         if method.crops_at_once and backbone.stem == "conv":
             raise UserError(
                 "backbone.stem conv has BatchNorm, which takes statistics over all crops of a size, and"
-                " method.crops_at_once has some of them at a time: leave one out."
+                " method.crops_at_once has only some of them at a time: leave one out."
             )
         self.student = Network(backbone, method, method.norm_last_layer)
-        # The release builds the teacher's head with a fixed gain whatever the student's, and drop path is the student's
-        # alone.
+        # As in the release, the teacher's last layer always has a fixed gain, and only the student has drop path.
         self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method, norm_last_layer=True)
         copy_weights(self.teacher, self.student)
         if views.local_crops:
             check_image_size([views.local_size], self.student.backbone.patch, "views.local_size")
         self.register_buffer("center", torch.zeros(method.out_dim))
         self.monitor = CollapseMonitor(method.out_dim)
-
-    def trained(self) -> nn.Module:
-        return self.student
-
-    def evaluation_backbone(self) -> Backbone:
-        return self.teacher.backbone
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student forward": self.student, "teacher forward": self.teacher}
 
     def gathered_parts(self) -> list[nn.Module]:
         return [self.student.head, self.teacher.head]
@@ -149,17 +136,13 @@ class DINO(Method):
             )
         super().configure_model()
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        if self.global_step == 0:  # a resumed run, whose step is restored by now, has a teacher that lags behind
-            assert_twins(self.teacher, self.student)
-
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
     ) -> Losses:
-        """DINO's loss over all crops, globals first; `sums` are what the center needs.
+        """DINO's loss over all crops, the global ones first. `sums` are for the center.
 
-        With `method.crops_at_once` its backward pass reaches the student's parameters alone, and not the crops.
+        With `method.crops_at_once` the backward pass gives gradients to the student's parameters only, not to the
+        crops.
         """
         temperature = teacher_temperature(
             self.current_epoch,
@@ -186,8 +169,14 @@ class DINO(Method):
     def student_losses(
         self, crops: list[Tensor], target: Tensor, views: range, kept: Tensor | None
     ) -> dict[str, Tensor]:
-        """What the student's `views` of the crops add to the losses; `target` (2, B, K) probabilities, `kept` (2 depth,
-        V, B) the paths of all crops."""
+        """The share of some crops in the losses.
+
+        Args:
+            crops: all V crops.
+            target: (2, B, K) the teacher's probabilities.
+            views: indices of the crops that go through the student.
+            kept: (2 depth, V, B) the paths of all crops that drop path keeps.
+        """
         own = None if kept is None else kept[:, views.start : views.stop]
         tokens = self.student.features([crops[view] for view in views], own)  # (V, B, D)
         logits = self.student.logits(tokens)
@@ -201,11 +190,12 @@ class DINO(Method):
             for view in views
             if view < GLOBAL_CROPS
         ]
-        koleo = sum(spread, start=distillation.new_zeros(()))  # the sum over both crops, as DINOv2 weighs it
+        koleo = sum(spread, start=distillation.new_zeros(()))  # a sum over both crops, as in DINOv2
         return {"loss": distillation + self.method.koleo_weight * koleo, "dino": distillation, "koleo": koleo}
 
     def losses_in_groups(self, crops: list[Tensor], target: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
-        """The losses of all crops, of which one group at a time goes through the student, forward and backward."""
+        """The losses of all crops. One group at a time goes through the student, forward and backward, so that only its
+        activations are in memory."""
         total: dict[str, Tensor] = {}
         gradients: Gradients = {}
         for views in groups(crops, self.method.crops_at_once or len(crops)):
@@ -215,31 +205,19 @@ class DINO(Method):
         return total | {"loss": with_gradients(total["loss"], gradients)}
 
     def backward_of_group(self, loss: Tensor, gradients: Gradients) -> None:
-        """Adds the gradients of a group's loss to `gradients`, and lets its activations go."""
+        """Add the gradients of a group's loss to `gradients`, and free its activations."""
         add_gradients(
             gradients, loss, [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         )
 
-    def watch(self, values: Losses) -> None:
-        used = round(float(values["prototypes_used"]) * self.method.out_dim)
-        loss = float(values.get("dino", values["loss"]).detach())
-        sentence = self.monitor.update(loss, float(values["teacher_entropy"]), used)
-        if sentence and distributed.rank() == 0:
-            log.warning("%s", sentence)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
-        # None instead of zeros: AdamW then skips the layer whole, its moments and weight decay included.
+        # None instead of zeros: AdamW then leaves the layer alone, with its moments and without weight decay.
         if self.current_epoch < self.method.freeze_last_layer_epochs:
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None
 
     def use_sums(self, sums: dict[str, Tensor]) -> None:
-        """Move the center, after the optimizer step: the loss of this step used the old one."""
+        """Move the center. This happens after the optimizer step, because the loss of the step uses the old center."""
         mean = distributed.mean_over_ranks(sums["logits"] / sums["count"])
         self.center.copy_(updated_center(self.center, mean, self.method.center_momentum))
-
-    def after_step(self, step: int) -> None:
-        """Move the teacher."""
-        momentum = cosine(step, self.max_steps, self.method.momentum_teacher, 1.0)
-        ema_update(self.teacher, self.student, momentum)

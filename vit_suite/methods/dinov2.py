@@ -2,14 +2,14 @@
 facebookresearch/dinov2 dinov2/train/ssl_meta_arch.py), with DINOv3's Gram anchoring (arXiv 2508.10104;
 facebookresearch/dinov3 dinov3/train/ssl_meta_arch.py).
 
-A student sees all crops, the global ones masked; an EMA teacher sees the global ones whole. Deliberate differences from
-the official code:
+A student sees all crops, with patches of the global ones masked. An EMA teacher sees the global crops whole. Deliberate
+differences from the official code:
 
-- Masks, Sinkhorn-Knopp, centers and KoLeo are those of the global batch, so any number of ranks trains alike. DINOv2
-  spreads masks over the images of a rank, and compares a rank's images alone in KoLeo.
-- Centers move once per optimizer step, from all its micro-batches. Without accumulation the two agree.
-- Drop path draws for every image. DINOv2 runs a part of the batch through a branch instead, which is faster.
-- Buffers of masked patches have a fixed length, as there, but a place in them that no patch fills counts for nothing.
+- Masks, Sinkhorn-Knopp, centers and KoLeo work on the global batch, so that the number of ranks does not matter. DINOv2
+  spreads masks over the images of one rank, and KoLeo compares only images of one rank.
+- Centers move once per optimizer step, from all of its micro-batches. Without accumulation the two agree.
+- Drop path draws for every image. DINOv2 instead runs a part of the batch through each branch, which is faster.
+- The buffer of masked patches has a fixed length, as in DINOv2, but unused places in it have no weight in the loss.
 
 Axes: V views (G = 2 global ones first), B images, N = h w patches, M masked patches, D width, K prototypes.
 """
@@ -32,47 +32,46 @@ from vit_suite.losses.gram import gram_loss, resize_features
 from vit_suite.losses.ibot import ibot_loss, patch_weights
 from vit_suite.losses.koleo import koleo_loss
 from vit_suite.losses.sinkhorn import sinkhorn_knopp
-from vit_suite.methods.base import Losses, Method
+from vit_suite.methods.base import Losses
 from vit_suite.methods.collapse import CollapseMonitor, distillation_signs
+from vit_suite.methods.distillation import GLOBAL_CROPS, SelfDistillation
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size
-from vit_suite.models.ema import assert_twins, copy_parameters, copy_weights, ema_update
+from vit_suite.models.ema import copy_parameters, copy_weights
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.groups import parameter_groups
-from vit_suite.optim.schedules import cosine, teacher_temperature
+from vit_suite.optim.schedules import teacher_temperature
 from vit_suite.views.draw import Draw, alone
 from vit_suite.views.masks import Masks, Spread, draw_block_masks
 from vit_suite.views.staged import StagedMultiCrop
 
 log = logging.getLogger("vit_suite")
 
-GLOBAL_CROPS = 2
-
 
 class Features(NamedTuple):
-    """What a backbone says of V views."""
+    """The features of V views."""
 
     cls: Tensor
-    """(V, B, D) representations."""
+    """(V, B, D) one vector per view: the CLS token, or the mean of the patches."""
     patches: Tensor
-    """(G B, N, D) patch tokens of the global crops, crop by crop."""
+    """(G B, N, D) patch tokens of the global crops: all images of the first crop, then all of the second."""
     grid: tuple[int, int]
-    """(h, w) of those."""
+    """(h, w) of the patches, h w = N."""
 
 
 class MaskedPatches(NamedTuple):
-    """Where the masked patches are, in a buffer of fixed length."""
+    """The places of the masked patches, in a buffer of fixed length."""
 
     places: Tensor
     """(M,) int64 places in (G B N)."""
     counted: Tensor
-    """(M,) bool: False for what only fills the buffer."""
+    """(M,) bool: False for places that only fill the buffer."""
     weights: Tensor
     """(M,) 1 / number of masked patches of the crop; 0 where not counted."""
 
 
 class Network(nn.Module):
-    """Backbone, mask token and heads; the student and the teacher are one each."""
+    """Backbone, mask token and heads: the student is one such network, the teacher another."""
 
     def __init__(self, backbone: BackboneConfig, method: DINOv2Config):
         super().__init__()
@@ -100,12 +99,12 @@ class Network(nn.Module):
         )
 
     def features(self, crops: list[Tensor], hidden: Tensor | None = None, kept: Tensor | None = None) -> Features:
-        """Features of the global crops, the first two, and of the local ones, if any.
+        """Features of the two global crops, which come first, and of the local ones, if any.
 
         Args:
             crops: V tensors (B, C, S_v, S_v).
-            hidden: (G, B, N) bool, patches of the global crops that the mask token stands for.
-            kept: (2 depth, V, B) which paths the blocks keep of each crop (`Backbone.drawn_paths`).
+            hidden: (G, B, N) bool: patches of the global crops that the mask token replaces.
+            kept: (2 depth, V, B) which paths drop path keeps in the blocks, for each crop (`Backbone.drawn_paths`).
         """
         images = torch.cat(crops[:GLOBAL_CROPS])
         tokens = self.backbone.tokens(
@@ -126,16 +125,17 @@ class Network(nn.Module):
         return self.head(cls.flatten(0, 1)).unflatten(0, cls.shape[:2])
 
     def patch_logits(self, patches: Tensor, masked: MaskedPatches) -> Tensor:
-        """(G B, N, D) -> logits (M, K) of the masked patches, from the head for patches, or the one for both."""
+        """(G B, N, D) -> logits (M, K) of the masked patches, from the head for patches or, without one, the common
+        head."""
         rows = patches.flatten(0, 1).index_select(0, masked.places)
         return (self.ibot_head or self.head)(rows)
 
 
-class DINOv2(Method):
-    """DINOv2 as a LightningModule. The teacher is what is scored and exported.
+class DINOv2(SelfDistillation):
+    """DINOv2 as a LightningModule. The teacher is scored and exported.
 
     The centers and the Gram teacher are in the checkpoint, so they survive a resume. Logged: loss; its parts `dino`,
-    `ibot`, `koleo`, `gram` without their weights; and the signs of collapse that DINO logs.
+    `ibot`, `koleo` and `gram`, each without its weight; the signs of collapse that DINO logs too.
     """
 
     config_class = DINOv2Config
@@ -171,15 +171,6 @@ class DINOv2(Method):
     def build_views(views: Any, mean: list[float], std: list[float]) -> StagedMultiCrop:
         return StagedMultiCrop(views, mean, std)
 
-    def trained(self) -> nn.Module:
-        return self.student
-
-    def evaluation_backbone(self) -> Backbone:
-        return self.teacher.backbone
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student forward": self.student, "teacher forward": self.teacher}
-
     def gathered_parts(self) -> list[nn.Module]:
         heads = [(network.head, network.ibot_head) for network in (self.student, self.teacher)]
         return [head for pair in heads for head in pair if head is not None]
@@ -191,17 +182,12 @@ class DINOv2(Method):
         }
         return super().compares_images() + [name for name in there if there[name]]
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        if self.global_step == 0:  # a resumed run, whose step is restored by now, has a teacher that lags behind
-            assert_twins(self.teacher, self.student)
-
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
     ) -> Losses:
-        """The weighted sum for global crops, local crops, and with views.gram_size the global ones at that size.
+        """The weighted sum of all losses. `sums` are for the centers.
 
-        `sums` are what the centers need.
+        `crops` are the global crops, the local crops and, with views.gram_size, the global crops again at that size.
         """
         draw = draw or alone(len(crops[0]), self.seed)
         anchors = crops[:GLOBAL_CROPS]
@@ -227,7 +213,8 @@ class DINOv2(Method):
         return Losses({"loss": total} | values | signs, sums)
 
     def masks(self, images: Tensor, draw: Draw) -> Masks | None:
-        """Which patches of the global crops, of the size of `images`, the student does not see."""
+        """The patches of the global crops that the student does not see; None without masks. `images` (B, C, H, W) is
+        one global crop."""
         if not self.method.mask_probability:
             return None
         patch = self.student.backbone.patch_size
@@ -237,7 +224,8 @@ class DINOv2(Method):
     def targets(
         self, features: Features, masked: MaskedPatches | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The teacher's probabilities (G, B, K) and (M, K2), and the sums that move the centers."""
+        """The teacher's probabilities for the crops (G, B, K) and for the masked patches (M, K2), and the sums that
+        move the centers."""
         temperature = teacher_temperature(
             self.current_epoch,
             self.method.warmup_teacher_temperature_epochs,
@@ -262,8 +250,11 @@ class DINOv2(Method):
     def parts(
         self, student: Features, target: Tensor, patch_target: Tensor | None, masked: MaskedPatches | None
     ) -> dict[str, Tensor]:
-        """The losses without their weights. DINO's is the mean over all pairs of crops. It is DINOv2's sum of a global
-        and a local part, each with its share of the pairs."""
+        """The losses without their weights.
+
+        DINO's loss is the mean over all pairs of crops. DINOv2 writes the same number as the sum of a global and a
+        local part, each times its share of the pairs.
+        """
         temperature = self.method.student_temperature
         values = {"dino": dino_loss(self.student.logits(student.cls), target, temperature)}
         if masked is not None and patch_target is not None:
@@ -279,35 +270,28 @@ class DINOv2(Method):
 
     @torch.no_grad()
     def anchor(self, crops: list[Tensor], grid: tuple[int, int]) -> Tensor:
-        """The Gram teacher's features of whole global crops at the student's patches: (G B, N, D)."""
+        """The Gram teacher's patch features of unmasked global crops, resized to the student's `grid`: (G B, N, D)."""
         assert self.gram_teacher is not None
         tokens = self.gram_teacher.tokens(torch.cat(crops))
         return resize_features(tokens.patches, tokens.grid, grid)
 
-    def watch(self, values: Losses) -> None:
-        used = round(float(values["prototypes_used"]) * self.method.out_dim)
-        sentence = self.monitor.update(float(values["dino"].detach()), float(values["teacher_entropy"]), used)
-        if sentence and distributed.rank() == 0:
-            log.warning("%s", sentence)
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.optim
-        groups = parameter_groups(
-            self.student, optim.layer_decay, optim.decay_tokens, optim.patch_embed_lr, last_layer_apart=True
-        )
-        return torch.optim.AdamW(
-            groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay, fused=True
+        return self.adamw(
+            parameter_groups(
+                self.student, optim.layer_decay, optim.decay_tokens, optim.patch_embed_lr, last_layer_apart=True
+            )
         )
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         super().set_rates(optimizer, step)
         if self.current_epoch < self.method.freeze_last_layer_epochs:
             for group in optimizer.param_groups:
-                if group["last_layer"]:  # the rate alone: AdamW's moments go on, as in DINOv2
+                if group["last_layer"]:  # only the rate is 0; AdamW's moments are updated, as in DINOv2
                     group["lr"] = 0.0
 
     def use_sums(self, sums: dict[str, Tensor]) -> None:
-        """Move the centers, after the optimizer step: the loss of this step used the old ones."""
+        """Move the centers. This happens after the optimizer step, because the loss of the step uses the old ones."""
         momentum = self.method.center_momentum
         for center, name in ((self.center, ""), (getattr(self, "patch_center", None), "patch_")):
             if center is not None:
@@ -316,8 +300,8 @@ class DINOv2(Method):
                 center.copy_(torch.where(count > 0, moved, center))  # a batch without a masked patch moves nothing
 
     def after_step(self, step: int) -> None:
-        """Move the teacher, and at its time take the Gram teacher anew."""
-        ema_update(self.teacher, self.student, cosine(step, self.max_steps, self.method.momentum_teacher, 1.0))
+        """Move the teacher, and copy it to the Gram teacher when that is due."""
+        super().after_step(step)
         if self.gram_teacher is not None and refresh_due(self.method, step + 1):
             copy_parameters(self.gram_teacher, self.teacher.backbone)
             if distributed.rank() == 0:
@@ -325,7 +309,8 @@ class DINOv2(Method):
 
 
 def refresh_due(method: DINOv2Config, done: int) -> bool:
-    """Whether the Gram teacher is copied when `done` steps are done. At step 0 it is what the run started from."""
+    """Whether the Gram teacher is copied after `done` steps. Before the first copy it has the weights that the run
+    started from."""
     since = done - method.gram_from
     if since <= 0 or not method.gram_every:
         return since == 0
@@ -334,10 +319,10 @@ def refresh_due(method: DINOv2Config, done: int) -> bool:
 
 
 def masked_patches(masks: Masks) -> MaskedPatches:
-    """The masked patches in a buffer as long as their upper bound. Their number is never read, so a GPU does not
-    wait."""
+    """The masked patches in a buffer that holds the largest possible number of them. The true number is never read, so
+    a GPU does not wait."""
     hidden = masks.hidden.flatten(0, 1)  # (G B, N)
-    length = max(1, masks.most)  # at least one, because all ranks take part in Sinkhorn-Knopp
+    length = max(1, masks.most)  # never empty, because Sinkhorn-Knopp needs all ranks
     places = (~hidden.flatten()).to(torch.uint8).argsort(stable=True)[:length]
     return MaskedPatches(
         places, hidden.flatten().index_select(0, places), patch_weights(hidden).flatten().index_select(0, places)
@@ -373,7 +358,7 @@ def check_options(method: DINOv2Config, views: DINOv2ViewsConfig) -> None:
 
 
 def check_sizes(method: DINOv2Config, views: DINOv2ViewsConfig, patch: int) -> None:
-    """UserError where patches do not tile a crop, or a mask would have no patch."""
+    """UserError where patches do not tile a crop, or the largest mask has less than one patch."""
     sizes = ["global_size", "late_global_size", "gram_size"] + ["local_size", "late_local_size"] * (
         views.local_crops > 0
     )

@@ -1,7 +1,7 @@
-"""Gradients that are taken within a training step, for Lightning's one backward pass after it.
+"""Gradients that a method computes inside its training step, before Lightning's backward pass.
 
-They cannot go into `.grad` at once: Lightning sets that to None between the two, and DDP averages what it sees in the
-backward pass.
+They cannot be written into `.grad` at once, for two reasons. Lightning sets `.grad` to None between the training step
+and its backward pass, and DDP averages only gradients that come out of the backward pass.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ Gradients = dict[nn.Parameter, Tensor]
 
 
 def add_gradients(gradients: Gradients, loss: Tensor, parameters: list[nn.Parameter]) -> None:
-    """Add those of `loss` to `gradients`, and free its graph. Parameters that it does not depend on get none.
+    """Add the gradients of `loss` to `gradients`, and free its graph. Parameters that `loss` does not use get none.
 
-    Losses under one autocast share its casts of the weights: a cast keeps nothing for its gradient that the first loss
-    could free.
+    Several losses may be computed under one autocast, which casts each weight once for all of them. Freeing the graph
+    of the first loss does not break the others, because the gradient of a cast needs no saved tensor.
     """
     with torch.autocast(loss.device.type, enabled=False):  # as in Lightning's backward pass
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, found, strict=True):
         if gradient is not None:
-            if parameter not in gradients:  # memory of its own: autograd may return one tensor for two parameters
+            if parameter not in gradients:  # a new tensor, because autograd may return one tensor for two parameters
                 gradients[parameter] = torch.zeros_like(parameter)
             gradients[parameter] += gradient
 
@@ -41,5 +41,5 @@ class _Known(torch.autograd.Function):
 
 
 def with_gradients(value: Tensor, gradients: Gradients) -> Tensor:
-    """The scalar `value`, whose backward pass gives the parameters these gradients, times what comes from behind it."""
+    """The scalar `value`. Its backward pass gives the parameters these gradients, times the gradient of `value`."""
     return _Known.apply(value, list(gradients.values()), *gradients)

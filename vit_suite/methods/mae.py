@@ -4,9 +4,10 @@ TonyLianLong/CrossMAE).
 An encoder sees a quarter of the patches, and a decoder predicts the pixels of the hidden ones. Deliberate differences
 from the official code:
 
-- The masks come from the run's counter of random numbers, an image at a time, so that any number of ranks masks alike.
-- The encoder may have registers, or no CLS token; both were not there. The decoder sees registers as it sees CLS.
-- CrossMAE's encoder has no final LayerNorm. Here it stays, as it starts, for kNN, probes and fine-tuning.
+- Masks are drawn per image from the run's own random numbers, so that the number of ranks does not matter.
+- The encoder may have registers, or no CLS token. The decoder treats registers like the CLS token.
+- CrossMAE's encoder has no final LayerNorm. Here there is one with its initial weights, for kNN, probes and
+  fine-tuning.
 
 Axes: B images, C channels, N patches, p side of a patch.
 """
@@ -45,13 +46,13 @@ class Network(nn.Module):
             method.decoder_mlp_ratio,
         )
         init_mae_(self.decoder if backbone.pretrained else self)
-        if isinstance(self.decoder, CrossDecoder):  # no part of the loss, so DDP would wait for its gradient
+        if isinstance(self.decoder, CrossDecoder):  # unused by the loss, and DDP would wait for its gradient
             self.backbone.vit.norm.requires_grad_(False)
 
     def forward(self, images: Tensor, split: Split, kept: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) -> pixels (B, N, p p C) of all patches, or of the predicted ones (cross).
 
-        `kept` (2 depth, B): which paths the encoder's blocks keep (`Backbone.drawn_paths`).
+        `kept` (2 depth, B): which paths drop path keeps in the encoder's blocks (`Backbone.drawn_paths`).
         """
         levels = encode_visible(self.backbone, images, split.visible, kept)
         if isinstance(self.decoder, CrossDecoder):
@@ -60,7 +61,7 @@ class Network(nn.Module):
 
 
 class MAE(Method):
-    """A masked autoencoder as a LightningModule. The encoder is what is scored and exported.
+    """A masked autoencoder as a LightningModule. The encoder is scored and exported.
 
     Logged: loss (mean squared error of normalized pixels), and PSNR in dB of the predicted patches.
     """
@@ -95,12 +96,12 @@ class MAE(Method):
         return self.method.sheet_every_epochs
 
     def sheet(self, clean: Tensor) -> list[Tensor]:
-        """Clean, what the encoder sees, and the picture with its predictions; under the same masks each time, so that
-        epochs compare."""
+        """Three rows: the clean images, the visible patches, and the images with the predicted patches. The masks are
+        the same each time, so that epochs can be compared."""
         return [clean, *self.reconstruct(clean, alone(len(clean), self.seed))]
 
     def split_patches(self, device: torch.device, draw: Draw, predict_ratio: float | None) -> Split:
-        """Which patches the images of `draw` show."""
+        """Which patches of each image are visible, and which are predicted."""
         noise = draw.uniform(self.grid[0] * self.grid[1], purpose="mae patches")
         return random_patches(send(noise, device), self.method.mask_ratio, predict_ratio)
 
@@ -121,8 +122,8 @@ class MAE(Method):
         return Losses(values)
 
     def psnr(self, output: Tensor, patches: Tensor, split: Split) -> Tensor:
-        """PSNR in dB of the predicted patches in the image's own colors; the patch's true mean and contrast are given
-        back where the loss took them."""
+        """PSNR in dB of the predicted patches in the image's own colors. Where the loss normalizes patches, the
+        prediction gets the true mean and contrast of its patch."""
         target = at(patches, split.asked)  # (B, m, p p C)
         if output.shape[1] == patches.shape[1]:
             output = at(output, split.asked)
@@ -135,9 +136,9 @@ class MAE(Method):
 
     @torch.no_grad()
     def reconstruct(self, clean: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
-        """What the encoder sees of views (B, C, S, S), hidden patches as 0, and the picture with their predictions.
+        """Views (B, C, S, S) with hidden patches as 0, and the same views with the hidden patches as predicted.
 
-        All hidden patches are predicted, also where a training predicts a part of them.
+        All hidden patches are predicted, even if the training predicts only a part of them (method.predict_ratio).
         """
         split = self.split_patches(clean.device, draw or alone(len(clean), self.seed), None)
         patches = patchify(clean, self.patch)
@@ -160,12 +161,13 @@ class MAE(Method):
 
     @torch.no_grad()
     def decoder_attention(self, clean: Tensor, draw: Draw | None = None, index: int = -1) -> tuple[Tensor, Split]:
-        """What hidden patches of views (B, C, S, S) look at in block `index` of the cross decoder.
+        """The attention of hidden patches to visible ones in block `index` of the cross decoder, for views
+        (B, C, S, S).
 
         Returns:
-            (B, heads, N, N) in fp32: row = patch that asks, column = visible patch that is looked at; rows of visible
-            patches and columns of hidden ones are 0. What goes to CLS and registers is left out, so a row may sum to
-            less than 1. And the masks.
+            The attention (B, heads, N, N) in fp32, and the masks. A row is the hidden patch that asks, a column the
+            visible patch that it looks at; rows of visible patches and columns of hidden ones are 0. Attention to CLS
+            and registers is left out, so a row may sum to less than 1.
 
         Raises:
             UserError: the decoder has no cross-attention.
@@ -199,7 +201,8 @@ def check_options(method: MAEConfig, backbone: BackboneConfig) -> None:
 
 
 def check_masks(method: MAEConfig, backbone: Backbone, grid: tuple[int, int]) -> None:
-    """UserError where the view has other patches than the decoder's positions, or a ratio leaves none."""
+    """UserError where the decoder has positions for another number of patches, or a ratio leaves no patch visible or
+    none to predict."""
     if grid != backbone.native_grid:
         size = [side * backbone.patch_size for side in backbone.native_grid]
         raise UserError(

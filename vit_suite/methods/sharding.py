@@ -1,15 +1,15 @@
 """Student, teacher and optimizer spread over the ranks (FSDP2: torch's `fully_shard`, after ZeRO stage 3, arXiv
 1910.02054).
 
-The attention and MLP of a block, and every large head, are gathered when they run and let go after; what is left
-(norms, embeddings, tokens, small heads, SiT's task weights) is one more group, gathered for the whole of a training
-step. Averages of weights and clipping work on each rank's part.
+Three kinds of groups are gathered. The attention and MLP of a block are gathered while the block runs, and so is every
+large head. All other parameters (norms, embeddings, tokens, small heads, SiT's task weights) form one group, which is
+gathered for the whole of a training step. Averages of weights and clipping work on each rank's part.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,19 @@ from vit_suite.models.backbone import Backbone
 
 
 class Sharded:
-    """Shards `method` over the ranks of its device mesh, once, and gathers it again for whoever needs all of it.
+    """The parts of a method that this rank holds. Gathers the method again for whoever needs all of it.
 
-    bf16: the linear layers of blocks, which autocast rounds to bf16 anyway, travel in it: half the bytes. Norms and
-    heads stay fp32.
+    Args:
+        method: is sharded over the ranks of its device mesh.
+        bf16: the linear layers of blocks travel in bf16, which autocast would round them to anyway: half the bytes.
+            Norms and heads stay fp32.
     """
 
     def __init__(self, method: pl.LightningModule, bf16: bool):
         self.method = method
         mesh: Any = method.device_mesh
-        # A sharded module cannot be copied, and each of its forward passes is collective. So a twin without parameters
-        # is kept.
+        # A sharded module cannot be copied, and each of its forward passes needs all ranks. Its twin can be copied, and
+        # has parameters without values.
         empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in method.parameters()}
         self.twin = copy.deepcopy(method, {id(mesh): mesh, **empty})
         mesh = mesh["data_parallel"]
@@ -54,22 +56,35 @@ class Sharded:
             distributed.shard(part, mesh)
         distributed.shard(method, mesh, forward="training_step")
 
-    def whole(self) -> Any:
-        """The method as one rank alone would have it, on every rank (all call this together)."""
+    def whole(self, parts: Sequence[str] = ()) -> Any:
+        """A copy of the method as one rank alone would have it, on every rank (all call this together).
+
+        Args:
+            parts: names of functions of the method that give modules, or None. Only the values of these modules are
+                gathered, so that scoring a backbone does not need the memory of student, teacher and heads. Empty:
+                everything is gathered.
+        """
         whole = copy.deepcopy(self.twin)
+        wanted = [getattr(whole, part)() for part in parts] if parts else [whole]
+        wanted = [module for module in wanted if module is not None]
+        needed = {id(tensor) for module in wanted for tensor in module.state_dict(keep_vars=True).values()}
+        names = [name for name, tensor in whole.state_dict(keep_vars=True).items() if id(tensor) in needed]
+        state = self.method.state_dict()
         whole.load_state_dict(
-            {name: distributed.gathered(tensor) for name, tensor in self.method.state_dict().items()}, assign=True
+            {name: distributed.gathered(state[name]) for name in names}, assign=True, strict=not parts
         )
-        return whole.to(self.method.device)
+        for module in wanted:
+            module.to(self.method.device)
+        return whole
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2, with checkpoints that are those of DDP: a run goes on under either, and on another number of
-    ranks.
+    """Lightning's FSDP2 with checkpoints in DDP's format, so that a run can resume under either strategy and on another
+    number of ranks.
 
-    Lightning names the optimizer's entries by all parameters of the model, the teacher's included, where DDP counts
-    those the optimizer has; its loader also gives parameters that have no state yet (DINO's frozen last layer) one that
-    has seen a step.
+    Lightning's own format differs in two ways. It numbers the optimizer's entries by all parameters of the model,
+    the teacher's included, where DDP counts only those of the optimizer. And its loader gives a state that has seen a
+    step to parameters that have none yet (DINO's frozen last layer).
     """
 
     def __init__(self, ranks: int):
@@ -85,7 +100,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.lightning_module
 
     def _on_main(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Tensors gathered on rank 0, in its CPU memory; nothing of worth elsewhere."""
+        """The entries with all tensors gathered in rank 0's CPU memory; an empty dict on the other ranks."""
         found = {}
         for name, value in state.items():
             full = distributed.gathered(value) if isinstance(value, Tensor) else value

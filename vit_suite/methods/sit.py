@@ -1,17 +1,17 @@
 """SiT: reconstruct corrupted images, tell their rotation, and tell them apart (Atito, Awais, Kittler 2021, arXiv
 2104.03602).
 
-Version 1 (with rotation; code of July 2021) by default, version 3 (December 2022) by options, and on the same heads
-masked (`corruption: mask`) and causal (`order: causal`) patch prediction. Deliberate differences from the official
+The default is version 1 (with rotation; code of July 2021). Options give version 3 (December 2022), masked patch
+prediction (`corruption: mask`) and causal patch prediction (`order: causal`). Deliberate differences from the official
 code:
 
-- The contrastive token stands where a ViT has its CLS token and the rotation token after it, as a register, so that
-  kNN, probes and attention maps of this suite look at the contrastive token. The official order is the reverse; with
-  the two rows of the position embedding swapped the numbers are the same (tests/parity/test_sit.py).
-- Negatives come from all ranks, where version 1 took a rank's own, and the mean over corrupted pixels is over those of
-  all ranks, where version 3 takes a mean for each rank. With gradient accumulation both are of one micro-batch.
-- Of two kinds of dropping the official loader replaces blocks with probability 1/2, here 1/3 (views/corruption.py).
-- Masked prediction learns by L1 on pixels, as SiT's reconstruction does, not by visual words.
+- The contrastive token is the CLS token, and the rotation token is a register after it. So kNN, probes and attention
+  maps of this suite use the contrastive token. The official order is the reverse; with two rows of the position
+  embedding swapped the numbers are the same (tests/parity/test_sit.py).
+- Negatives come from all ranks; version 1 takes them from one rank. The mean over corrupted pixels is over all ranks;
+  version 3 takes one mean per rank. With gradient accumulation both are over one micro-batch.
+- With two kinds of dropping the official loader replaces blocks with probability 1/2, here 1/3 (views/corruption.py).
+- Masked prediction uses the L1 loss on pixels, like SiT's reconstruction, and no visual words.
 
 Axes: V = 2 views, B images, C channels, S x S pixels, N patches, D width.
 """
@@ -60,13 +60,14 @@ SERVES = {
     "mask_ratio": (lambda m: m.corruption == "mask", "method.corruption mask"),
     "mask_rule": (lambda m: m.corruption == "mask", "method.corruption mask"),
 }
-"""Option -> when it has an effect, and how to say so: one that was set and has none is refused."""
+"""Option -> when it has an effect, and these conditions in words. An option that is set without effect is refused."""
 TASKS = {"rotation": 1.0, "contrastive": 1.0, "reconstruction": 0.5}
-"""The losses, and `a` of their uncertainty weights: 1 for classification, 0.5 for L1."""
+"""The losses, and the factor `a` of their uncertainty weights (losses/uncertainty.py): 1 for classification, 0.5 for
+L1."""
 
 
 class Outputs(NamedTuple):
-    """What the network says of M views."""
+    """The network's output for M views. A head that the options do not ask for gives None."""
 
     embedding: Tensor | None
     """(M, E) of the contrastive token."""
@@ -77,7 +78,7 @@ class Outputs(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone and the heads that the options ask for. Register 0 is the rotation token where there is rotation."""
+    """Backbone and the heads that the options ask for. With rotation, register 0 is the rotation token."""
 
     def __init__(self, backbone: BackboneConfig, method: SiTConfig):
         super().__init__()
@@ -88,7 +89,7 @@ class Network(nn.Module):
             self.rotation_head = nn.Linear(dim, TURNS)
             init_linear_(self.rotation_head)
             registers: Any = self.backbone.vit.reg_token
-            nn.init.trunc_normal_(registers, std=0.02)  # a token with a task starts as CLS does, not at 1e-6
+            nn.init.trunc_normal_(registers, std=0.02)  # as the CLS token; timm starts registers at 1e-6
         if method.contrastive != "none":
             self.contrastive_head = ContrastiveHead(
                 dim, method.contrastive_dim, method.contrastive_head, method.hidden_dim
@@ -99,14 +100,18 @@ class Network(nn.Module):
             self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(dim), std=0.02))
 
     def forward(self, images: Tensor, hidden: Tensor | None = None, kept: Tensor | None = None) -> Outputs:
-        """Views (M, C, S, S), the patches (M, N) that the mask token replaces, and which paths the blocks keep
-        (`Backbone.drawn_paths`, (2 depth, M))."""
+        """The outputs for views (M, C, S, S).
+
+        Args:
+            hidden: (M, N) bool: patches that the mask token replaces.
+            kept: (2 depth, M) which paths drop path keeps in the blocks (`Backbone.drawn_paths`).
+        """
         tokens = self.backbone.tokens(images, hidden=hidden, mask_token=self.mask_token, kept=kept)
         pooled = tokens.patches.mean(1) if self.backbone.cfg.pool == "mean" else tokens.cls
         pixels = None
         if self.decoder is not None:
             patches = tokens.patches
-            if self.backbone.cfg.causal:  # the token of patch i draws patch i + 1; nothing draws the first
+            if self.backbone.cfg.causal:  # the token of patch i predicts patch i + 1; nothing predicts the first
                 patches = torch.cat([torch.zeros_like(patches[:, :1]), patches[:, :-1]], dim=1)
             pixels = self.decoder(patches, tokens.grid)
         return Outputs(
@@ -117,12 +122,11 @@ class Network(nn.Module):
 
 
 class SiT(Method):
-    """SiT as a LightningModule. With `contrastive: info_nce` the EMA teacher is what is scored and exported, else the
-    network itself.
+    """SiT as a LightningModule. With `contrastive: info_nce` the EMA teacher is scored and exported, else the network
+    itself.
 
-    Logged: loss; of each task its loss; rotation and contrastive accuracy in 0..1; PSNR in dB of the whole
-    reconstruction; the factor
-    of each task where it is learned.
+    Logged: loss; the loss of each task; rotation and contrastive accuracy in 0..1; PSNR in dB of the whole
+    reconstruction; the weight of each task where it is learned.
     """
 
     config_class = SiTConfig
@@ -142,7 +146,7 @@ class SiT(Method):
         validate_corruption(method, size, size, patch)
         self.teacher: Network | None = None
         if method.contrastive == "info_nce":
-            # All heads, as in the official code, so that the two are twins; only the contrastive one is run.
+            # The teacher has all heads, as in the official code. Only its contrastive head is run.
             self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method)
             copy_weights(self.teacher, self.student)
         present = {
@@ -180,7 +184,8 @@ class SiT(Method):
         return self.method.sheet_every_epochs if self.method.reconstruct != "none" else 0
 
     def sheet(self, clean: Tensor) -> list[Tensor]:
-        """Clean, corrupted and reconstructed; under the same corruption each time, so that epochs compare."""
+        """Three rows: clean, corrupted and reconstructed images. The corruption is the same each time, so that epochs
+        can be compared."""
         return [clean, *self.reconstruct(clean, alone(len(clean), self.seed))]
 
     def compares_images(self) -> list[str]:
@@ -198,7 +203,7 @@ class SiT(Method):
     def losses(
         self, crops: list[Tensor], labels: Tensor | None = None, draw: Draw | None = None, logged: bool = False
     ) -> Losses:
-        """The weighted sum over the tasks for two clean views, which are turned and corrupted here."""
+        """The weighted sum of the tasks' losses for two clean views. They are turned and corrupted here."""
         draw = draw or alone(len(crops[0]), self.seed)
         clean = torch.stack(crops)  # (V, B, C, S, S)
         turns = None
@@ -223,7 +228,7 @@ class SiT(Method):
     def task_losses(
         self, output: Outputs, clean: Tensor, turns: Tensor | None, corrupted: Corrupted, logged: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The loss of each task, and what else is worth logging when `logged`."""
+        """The loss of each task, and further values to log; the costly ones only when `logged`."""
         values, more = {}, {}
         if turns is not None and output.turns is not None:
             label = turns.flatten()
@@ -243,7 +248,8 @@ class SiT(Method):
         return values, more
 
     def contrastive(self, embedding: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of embeddings (2, B, E) of the corrupted views."""
+        """Contrastive loss and accuracy of the embeddings (2, B, E) of the corrupted views. `clean` is for the
+        teacher."""
         temperature, offset = self.method.temperature, distributed.rank() * embedding.shape[1]
         if self.teacher is None:
             first, second = embedding
@@ -261,7 +267,7 @@ class SiT(Method):
         return sum(losses), sum(hits) / len(hits)
 
     def counted(self, corrupted: Corrupted) -> Tensor | None:
-        """(V, B, S, S) the pixels that the reconstruction counts; None for all."""
+        """(V, B, S, S) bool: the pixels in the reconstruction loss; None for all."""
         counted = corrupted.changed if self.method.reconstruct == "corrupted" else None
         if self.method.order == "causal":  # nothing predicts the first patch
             rows, columns = self.student.backbone.patch
@@ -271,8 +277,7 @@ class SiT(Method):
 
     @torch.no_grad()
     def reconstruct(self, clean: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
-        """What the network is shown of clean views (B, C, S, S), and what it makes of it; hidden patches are shown as
-        0."""
+        """Clean views (B, C, S, S) after corruption, with hidden patches as 0, and the network's reconstruction."""
         corrupted = corrupt(self.method, clean.unsqueeze(0), draw or alone(len(clean)), self.student.backbone.patch)
         training = self.student.training
         hidden = None if corrupted.hidden is None else corrupted.hidden[0]
@@ -297,9 +302,10 @@ def accuracy(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def network_config(backbone: BackboneConfig, method: SiTConfig) -> BackboneConfig:
-    """The backbone with the rotation token and the order of its patches."""
+    """The options of the backbone with the register for rotation, and with causal attention where the patches have an
+    order."""
     if method.order == "causal" and backbone.class_token and (method.contrastive == "none" or backbone.pool == "mean"):
-        # Patches do not see the prefix, so only a loss on the token itself trains it.
+        # Patches do not attend to the CLS token, so only a loss on the token itself trains it.
         raise UserError(
             "method.order causal without a contrastive loss on the CLS token trains no CLS token: set"
             " backbone.class_token false and backbone.pool mean."
@@ -309,7 +315,7 @@ def network_config(backbone: BackboneConfig, method: SiTConfig) -> BackboneConfi
         if backbone.pretrained:
             raise UserError("backbone.pretrained: timm's weights have no rotation token; set method.rotation false.")
         if registers is None and backbone.name != EXPLICIT:
-            with torch.device("meta"):  # how many the model has of its own
+            with torch.device("meta"):  # to count the registers of this model
                 probe = Backbone(backbone)
             registers = probe.prefix_tokens - int(probe.has_cls)
         registers = (registers or 0) + 1

@@ -4,11 +4,9 @@
 A linear head on the backbone's representation. Its weights start from a truncated normal of 0.02 and its bias from 0,
 as timm builds them for DeiT (Beyer et al. start both from 0).
 
-The average of the weights (EMA) has a momentum that rises to its value: min(ema, (1 + step) / (10 + step)), so that it
-spans about
-the last ninth of the steps there have been, and never the initial weights alone: DeiT's 0.99996 averages over 25,000
-steps, and a
-shorter run would be scored close to where it began. timm's plain EMA has no such rise.
+Deliberate difference from timm's EMA: the momentum of the average of the weights rises to its value, as
+min(ema, (1 + step) / (10 + step)). The average then spans about the last ninth of the steps so far. DeiT's constant
+0.99996 averages over 25,000 steps, and after a shorter run the average would still be close to the initial weights.
 
 Axes: B images, C channels, K classes, D width.
 """
@@ -33,7 +31,7 @@ from vit_suite.views.mix import mix
 from vit_suite.views.supervised import SupervisedViews
 
 IMAGENET_CLASSES = 1000
-"""Classes of a head that is built without data."""
+"""Number of classes of a head that is built without data."""
 
 
 class Classifier(nn.Module):
@@ -47,11 +45,11 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> logits (B, K); `kept` (2 depth, B): which paths the blocks keep (`Backbone.drawn_paths`)."""
+        """(B, C, H, W) -> logits (B, K). `kept` (2 depth, B): which paths drop path keeps in the blocks
+        (`Backbone.drawn_paths`)."""
         features = self.backbone(images, kept)
-        with torch.autocast(
-            features.device.type, enabled=False
-        ):  # calibration is measured on these, and bf16 has three digits
+        # In fp32, because calibration is measured on the logits, and bf16 has three digits.
+        with torch.autocast(features.device.type, enabled=False):
             return self.head(features.float())
 
 
@@ -61,7 +59,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def average_momentum(step: int, most: float) -> float:
-    """Momentum of the average after optimizer step `step` (0-based): rises as in TensorFlow's
+    """Momentum of the average after optimizer step `step` (0-based). It rises to `most`, as in TensorFlow's
     ExponentialMovingAverage."""
     return min(most, (1 + step) / (10 + step))
 
@@ -69,10 +67,9 @@ def average_momentum(step: int, most: float) -> float:
 class SupervisedViT(Method):
     """Supervised training as a LightningModule.
 
-    classes: how many, or their names; labels are their numbers. `average` is None without EMA; with it, it is what is
-    scored and
-    exported. Logged: loss, and the top-1 in percent of the training batch, against the class with the larger share
-    where images are mixed.
+    `classes` are the names of the labels, or their number; a label is an index into them. `average` is the EMA of the
+    network, or None without EMA; where there is one, it is scored and exported. Logged: loss, and top-1 in percent on
+    the training batch. The label of a mixed image is then the class with the larger share.
     """
 
     config_class = SupervisedConfig
@@ -115,7 +112,7 @@ class SupervisedViT(Method):
         return self.network
 
     def classifier(self) -> Classifier:
-        """The network that is scored: the average, where there is one."""
+        """The network that is scored: the average if there is one."""
         return self.network if self.average is None else self.average
 
     def evaluation_backbone(self) -> Backbone:
@@ -137,8 +134,8 @@ class SupervisedViT(Method):
         return Losses({"loss": loss, "top1": 100 * hits.mean()})
 
     def check_labels(self, labels: Tensor, draw: Draw) -> None:
-        """UserError for a label outside the head; on a GPU, which would have to wait, only in the first step of an
-        epoch."""
+        """UserError for a label outside the head. On a GPU, which has to wait for this, labels are tested only in the
+        first step of an epoch."""
         if labels.device.type == "cpu" or draw.step == 0:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= len(self.classes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -22,12 +23,12 @@ from vit_suite.training.snapshots import AttentionSnapshots
 def build_callbacks(
     cfg: PretrainConfig, folder: Path, parts: Parts, scores: Sequence[OnlineScore], signals: Signals
 ) -> list[pl.Callback]:
-    """Checkpoints, scores and pictures of a run that writes into `folder`. The last of the scores picks the best
+    """The callbacks of a run that writes into `folder`: checkpoints, scores, pictures. The last score picks the best
     checkpoint."""
     data, method, size, precision = parts.data, parts.method, cfg.views.global_size, parts.precision
     monitor = scores[-1].metric if scores else None
-    meta = {"method": cfg.method.name, "data": data.name, "seed": cfg.run.seed, **parts.origin}
-    keeper = Keeper(folder, cfg.saving, monitor, signals, **meta)
+    meta: dict[str, Any] = {"method": cfg.method.name, "data": data.name, "seed": cfg.run.seed, **parts.origin}
+    keeper = Keeper(folder, cfg.saving, monitor, signals, cfg.trainer.max_minutes, **meta)
     callbacks: list[pl.Callback] = [keeper, *scores]
     if every := method.sheet_every_epochs:
         shown = images_to_show(data, COLUMNS)
@@ -39,7 +40,7 @@ def build_callbacks(
 
 
 def images_to_show(data: ImageDataModule, count: int) -> ImageSource:
-    """Test images for pictures of the training; training images where the set has no other split."""
+    """Test images for pictures of the training; training images if the data has no other split."""
     try:
         return data.test(count)
     except UserError:

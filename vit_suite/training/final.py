@@ -1,4 +1,4 @@
-"""What a training that learned a classifier leaves at its end: scores of the whole test set, and the confusion."""
+"""The end of a training that learned a classifier: its scores on the whole test set, and its confusion matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("vit_suite")
 
 
 def has_test(data: ImageDataModule) -> bool:
-    """Whether there is a labeled split besides the one that is trained on."""
+    """Whether the data has a labeled split other than the training split."""
     try:
         labels = data.test_source.labels
     except UserError:
@@ -27,18 +27,21 @@ def has_test(data: ImageDataModule) -> bool:
 
 
 def score_test(cfg: PretrainConfig, parts: Parts, folder: Path) -> dict[str, float]:
-    """Scores of the whole test split, for results.json; writes `confusion.png` and `confusion.csv` into `folder`. Empty
-    for a method without a classifier, or data without a labeled test split."""
+    """The scores of the whole test split, for results.json. All ranks share the work and get the scores.
+
+    The first rank writes `confusion.png` and `confusion.csv` into `folder`. A method without a classifier, or data
+    without a labeled test split, gives an empty dict.
+    """
     data, method = parts.data, parts.method
     classifier = method.classifier()
     if classifier is None or not has_test(data):
         return {}
     size = [cfg.views.global_size] * 2
-    with distributed.apart():  # the run is over, and the other ranks have left
-        scores = classify(method, data.test(), size, cfg.evaluate.batch_size, parts.precision)
-    title = f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images"
-    save_confusion(folder, scores.confusion, method.classes or [], title)
-    log.info("%s", sentence(scores))
+    scores = classify(method, data.test(), size, cfg.evaluate.batch_size, parts.precision)
+    if distributed.rank() == 0:
+        title = f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images"
+        save_confusion(folder, scores.confusion, method.classes or [], title)
+        log.info("%s", sentence(scores))
     return {
         "top1": scores.top1,
         "top5": scores.top5,
@@ -49,7 +52,7 @@ def score_test(cfg: PretrainConfig, parts: Parts, folder: Path) -> dict[str, flo
 
 
 def test_protocol(cfg: PretrainConfig, parts: Parts) -> dict[str, object]:
-    """What decides the scores of `score_test` besides the weights."""
+    """The protocol of `score_test`: everything but the weights that its scores depend on."""
     average = parts.method.classifier() is not parts.method.trained()
     return {
         "split": parts.data.test_source.split,

@@ -1,5 +1,4 @@
-"""What a run shows of itself while it trains: status.json, a line in the log now and then, and a progress bar on a
-terminal."""
+"""How a run shows its progress: status.json, lines in the log, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -14,20 +13,21 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.profilers import Profiler
 
 from vit_suite.training.scores import OnlineScore
-from vit_suite.training.status import Status, progress_text, write_status
+from vit_suite.training.status import Status, progress_text, read_status, write_status
 
 log = logging.getLogger("vit_suite")
 
 EVERY = 2.0
-"""Seconds between two writings of status.json, which takes a millisecond."""
+"""Seconds between two writes of status.json; a write takes a millisecond."""
 STALLED = 1 / 3
-"""Share of the time that a training may wait for images before it warns."""
+"""Share of its time that a training may wait for images without a warning."""
 PATIENCE = 60.0
-"""Seconds of training before that warning: the first batches of an epoch are always waited for."""
+"""Seconds of training before that warning, because the first batches of an epoch always make it wait."""
 
 
 class LoaderClock(Profiler):
-    """Adds up the seconds in which the training loop waits for its next batch, by Lightning's own marks around that."""
+    """Adds up the seconds in which the training loop waits for its next batch. Lightning marks this time for its
+    profilers."""
 
     ACTION = "[_TrainingEpochLoop].train_dataloader_next"
 
@@ -49,7 +49,7 @@ class Length(NamedTuple):
     """How long a training is."""
 
     batch_size: int
-    """Images of an optimizer step, over all ranks."""
+    """Images per optimizer step, over all ranks."""
     steps_per_epoch: int
     max_steps: int
 
@@ -61,13 +61,13 @@ class _Moment(NamedTuple):
 
 
 class Progress(pl.Callback):
-    """Writes `FOLDER/status.json` (main process): at the start, every few seconds, after each score, and when the run
-    says how it ended. Warns once when the training mostly waits for images.
+    """Writes `FOLDER/status.json` on the main process: at the start, every few seconds, after each score, and at the
+    end. Warns once when the training waits a lot for images.
 
     Args:
         step: optimizer steps done before.
-        knn: has the kNN scores, where there are any.
-        line_every: seconds between two lines of the log that say the same; None for no lines.
+        knn: the callback with the kNN scores, if there is one.
+        line_every: seconds between two lines with the progress in the log; None for no lines.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Progress(pl.Callback):
         self.waiting: float | None = None
         self._written_at = 0.0
         self._said_at = time.monotonic()
-        self._timed_from = _Moment(self._said_at, step, 0.0)  # since when speed and waiting are measured
-        self._trained = self._waited = 0.0  # seconds in all
+        self._timed_from = _Moment(self._said_at, step, 0.0)  # where the current measurement began
+        self._trained = self._waited = 0.0  # seconds since the start of the run
         self._warned = False
 
     def write(self, state: Literal["running", "stopped", "done", "failed"], reason: str | None = None) -> Status:
-        """Replace status.json; what it says."""
+        """Replace status.json, and return its content. A run that goes on does not overwrite the failure of a rank."""
         left = (self.length.max_steps - self.step) * self.length.batch_size
         status = Status(
             state,
@@ -102,7 +102,9 @@ class Progress(pl.Callback):
             waiting=None if self.waiting is None else round(self.waiting, 3),
             reason=reason,
         )
-        write_status(self.folder, status)
+        failed = self._written_at and (before := read_status(self.folder)) and before.state == "failed"
+        if not (failed and state == "running"):
+            write_status(self.folder, status)
         self._written_at = time.monotonic()
         return status
 
@@ -113,7 +115,7 @@ class Progress(pl.Callback):
             self.write("running")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._restart(trainer)  # scores and checkpoints between epochs are no training
+        self._restart(trainer)  # scores and checkpoints between epochs do not count as training
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         self.step = trainer.global_step
@@ -134,7 +136,7 @@ class Progress(pl.Callback):
         self._timed_from = _Moment(time.monotonic(), trainer.global_step, self.clock.seconds)
 
     def _measure(self, trainer: pl.Trainer) -> None:
-        """Speed and share of waiting since the last measurement."""
+        """Measure speed and share of waiting since the last measurement."""
         now, before = time.monotonic(), self._timed_from
         if self.step == before.step:
             return
@@ -160,8 +162,8 @@ def line(status: Status, loss: Any = None) -> str:
 
 
 class PatientBar(TQDMProgressBar):
-    """The progress bar of a GPU: reads the loss when it is drawn, once in `refresh_rate` batches. Lightning's own would
-    read it after every batch, and have the GPU waited for."""
+    """The progress bar of a training on a GPU. It reads the loss only when it is drawn, once in `refresh_rate` batches.
+    Lightning's own bar reads it after every batch, and makes the GPU wait each time."""
 
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         loss = trainer.logged_metrics.get("train/loss")
@@ -169,5 +171,5 @@ class PatientBar(TQDMProgressBar):
 
 
 def on_terminal() -> bool:
-    """Whether a progress bar can be drawn: standard output is a terminal, and no log file."""
+    """Whether a progress bar can be drawn: standard output is a terminal, not a log file."""
     return sys.stdout is not None and sys.stdout.isatty()

@@ -18,7 +18,6 @@ import pytorch_lightning as pl
 from vit_suite import distributed
 from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
-from vit_suite.errors import UserError
 from vit_suite.logs import main_process
 from vit_suite.models.lora import merged, trained_share
 from vit_suite.reports.about import write_about
@@ -37,6 +36,7 @@ from vit_suite.training.progress import Length, Progress, on_terminal
 from vit_suite.training.scores import OnlineScore, build_scores
 from vit_suite.training.start import adopt, check_start, origin_of, take_weights
 from vit_suite.training.stop import answer, requeued
+from vit_suite.training.together import NO_FAILURE, FailTogether
 from vit_suite.training.trainer import build_trainer
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone, weights_sha256
 from vit_suite.weights.heads import take_heads
@@ -44,7 +44,7 @@ from vit_suite.weights.heads import take_heads
 log = logging.getLogger("vit_suite")
 
 REPORTED = 300
-"""Test images on the map of the report that a training ends with; `vit-suite report` shows more."""
+"""Test images on the map in the report of a finished training. `vit-suite report` shows more."""
 
 
 class Run(NamedTuple):
@@ -56,40 +56,46 @@ class Run(NamedTuple):
     trainer: pl.Trainer
     scores: list[OnlineScore]
     progress: Progress
+    together: FailTogether
     start: LoadedBackbone | None
     """The checkpoint that `cfg.start` names, as it was before training."""
     checkpoint: Path | None
-    """What it resumes from."""
+    """The checkpoint of this run that it resumes from."""
     steps_before: int
-    """Optimizer steps behind that."""
+    """Optimizer steps done at that checkpoint."""
 
 
 def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | None:
     """Train, or resume, the run of `cfg`.
 
-    start: the checkpoint that `cfg.start` names, where the caller has read it already.
+    Args:
+        start: the checkpoint that `cfg.start` names, if the caller has read it already.
 
     Returns:
         The run directory, on the process that writes it (rank 0); None on the other ranks.
 
     Raises:
-        UserError: the config contradicts itself, the data, the machine or what run.output holds; nothing is written.
-        Stopped: a signal asked for it, and the checkpoint is saved (on rank 0; the other ranks return).
+        UserError: the config contradicts itself, the data, the machine or the content of run.output. Nothing is
+            written.
+        Stopped: a signal ended the training, and the checkpoint is saved (on rank 0; the other ranks return).
     """
     if cfg.run.overwrite and requeued():
         cfg = replace(cfg, run=replace(cfg.run, overwrite=False))
     with Signals() as signals, ExitStack() as stack:
         fresh = [path for path in (Path(cfg.run.output), *Path(cfg.run.output).parents) if not path.exists()]
         for path in reversed(fresh) if main_process() else []:
-            stack.callback(_remove_empty, path)  # a user's fault leaves nothing behind
+            stack.callback(_remove_empty, path)  # a user's error leaves nothing behind
         run = prepare(cfg, start, signals, stack)
         started = time.perf_counter()
         finished = fit(run)
         if finished is None:
             return None
-        record(finished, time.perf_counter() - started)
-        finished.progress.write("done")
-        return finished.folder
+        run, scores = finished
+        if not run.trainer.is_global_zero:
+            return None
+        record(run, scores, time.perf_counter() - started)
+        run.progress.write("done")
+        return run.folder
 
 
 def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals, stack: ExitStack) -> Run:
@@ -113,13 +119,14 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
     scores = build_scores(cfg, parts)
     progress = build_progress(cfg, folder, parts.data, scores, steps_before)
     callbacks = build_callbacks(cfg, folder, parts, scores, signals)
+    together = FailTogether(progress, fresh=checkpoint is None)
     # The progress comes after the scores, which status.json shows.
-    callbacks += [progress, *drill_callbacks(steps_before, progress.length.max_steps)]
+    callbacks += [progress, together, *drill_callbacks(steps_before, progress.length.max_steps)]
     if cfg.trainer.progress and checkpoint is None:
         limits = cfg.trainer.accumulate, cfg.trainer.max_minutes
         callbacks.append(Forecast(parts.data.train_source, progress.length, *limits))
     trainer = build_trainer(cfg, folder, callbacks, parts.precision, steps_before)
-    lightning: Any = trainer  # which takes a profiler when it is built, or here
+    lightning: Any = trainer
     lightning.profiler = progress.clock
     parts.data.trainer = trainer
     parts.data.plan()  # says now whether the global batch splits over the ranks
@@ -138,13 +145,13 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
         remember(trainer.loggers, folder)
         parts.data.quarantine.list_again()
         progress.write("running")
-    return Run(cfg, folder, parts, trainer, scores, progress, start, checkpoint, steps_before)
+    return Run(cfg, folder, parts, trainer, scores, progress, together, start, checkpoint, steps_before)
 
 
 def build_progress(
     cfg: PretrainConfig, folder: Path, data: ImageDataModule, scores: Sequence[OnlineScore], steps_before: int
 ) -> Progress:
-    """What keeps status.json, and writes lines into the log where there is no terminal to draw a bar on."""
+    """The callback that writes status.json, and lines into the log where there is no terminal for a progress bar."""
     per_epoch = len(data.plan()) // cfg.trainer.accumulate
     planned = per_epoch * cfg.trainer.max_epochs
     most = planned if cfg.trainer.max_steps == -1 else min(planned, cfg.trainer.max_steps)
@@ -153,40 +160,40 @@ def build_progress(
     return Progress(folder, length, steps_before, scores[0] if scores else None, lines)
 
 
-def fit(run: Run) -> Run | None:
-    """Train to the end. Returns, on rank 0, the run with all weights in one place where ranks shared them; None on the
-    others.
+def fit(run: Run) -> tuple[Run, dict[str, float]] | None:
+    """Train to the end, and score a classifier on the whole test set. All ranks do both.
+
+    Returns:
+        The run, with all weights of the evaluated networks where ranks shared them, and the scores. None on other ranks
+        than the first when a signal stopped the run.
 
     Raises:
-        Stopped: a signal ended it before (rank 0); status.json says so.
+        Stopped: a signal ended the run before (on rank 0); status.json says so.
     """
     if run.checkpoint:
         log.info("resuming %s, %d steps done", run.checkpoint, run.steps_before)
     main, method = run.trainer.is_global_zero, run.parts.method
     try:
         run.trainer.fit(method, run.parts.data, ckpt_path=run.checkpoint, weights_only=True)
+        whole = method.whole("evaluation_backbone", "classifier", "evaluation_head")
+        whole = whole.to(run.parts.device) if whole is method else whole  # Lightning left it on the CPU
+        run = run._replace(parts=run.parts._replace(method=whole))
+        return run, score_test(run.cfg, run.parts, run.folder)
     except Stopped as stop:
-        if not main:  # one rank speaks for all; a launcher that sees another fail first would end it before that
+        if not main:  # rank 0 speaks for all; a launcher that saw another rank fail first would end it before that
             return None
         run.progress.write("stopped", stop.signal.name)
         if bar := run.trainer.progress_bar_callback:
-            bar.on_train_end(run.trainer, method)  # ends its line, which the message would go on
+            bar.on_train_end(run.trainer, method)  # ends the line of the bar before the message
         raise answer(stop, run.cfg.run.overwrite) from None
     except BaseException as error:
-        if main:
-            with suppress(OSError):  # on a full disk the error itself is what to tell
-                _note_failure(run, error)
+        if distributed.active() and not isinstance(error, NO_FAILURE):
+            run.together.end_all(run.trainer, error)
+        elif main:
+            run.together.note(run.trainer, error)
+        if (explained := run.together.explained(error)) is not error:
+            raise explained from error
         raise
-    method = method.whole()
-    return run._replace(parts=run.parts._replace(method=method)) if main else None
-
-
-def _note_failure(run: Run, error: BaseException) -> None:
-    """Say in status.json that the run failed. A user's fault before the first step leaves nothing of a fresh run."""
-    if isinstance(error, UserError) and run.checkpoint is None and run.trainer.global_step == 0:
-        rundir.take_back(run.folder)
-    else:
-        run.progress.write("failed", " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def _remove_empty(folder: Path) -> None:
@@ -194,27 +201,28 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def record(run: Run, seconds: float) -> None:
-    """Leave the results of a finished run. Of one that was complete before, leave what a process that was killed at the
-    end did not."""
+def record(run: Run, scores: dict[str, float], seconds: float) -> None:
+    """Write the results of a finished run. `scores` are those of its classifier on the test set.
+
+    For a run that was complete before it started, write only what is missing because a process was killed at the end.
+    """
     complete = run.checkpoint is not None and run.trainer.global_step == run.steps_before
-    method = run.parts.method.to(run.parts.device)
+    method = run.parts.method
     if complete and rundir.recorded(run.folder, weights_sha256(merged(method.evaluation_backbone()).vit.state_dict())):
         log.info("%s is complete: %d steps, nothing left to train.", run.folder, run.steps_before)
         log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
-        score_test(run.cfg, run.parts, run.folder)
         return
     if complete:
         keeper: Any = run.trainer.checkpoint_callback
         keeper.export(run.trainer, method)
-    summarize(run, seconds)
+    summarize(run, scores, seconds)
     if run.cfg.run.report:
         run.progress.write("done")  # which the report shows
         report(run.folder)
 
 
 def report(folder: Path) -> None:
-    """Write `folder/report.html`. A training is done whatever becomes of its report, so a failure is only said."""
+    """Write `folder/report.html`. A failure is only logged, because the training itself is done."""
     try:
         with distributed.apart():
             path = write_report(folder, images=REPORTED, further=False)
@@ -224,7 +232,7 @@ def report(folder: Path) -> None:
         log.info("report: %s", path)
 
 
-def summarize(run: Run, seconds: float) -> None:
+def summarize(run: Run, scores: dict[str, float], seconds: float) -> None:
     """Append the run to results.json."""
     cfg, trainer, data, method = run.cfg, run.trainer, run.parts.data, run.parts.method
     steps, images = trainer.global_step, trainer.global_step * cfg.data.batch_size
@@ -246,7 +254,7 @@ def summarize(run: Run, seconds: float) -> None:
     }
     if run.start:
         protocol |= {"start": cfg.start, "start_sha256": run.start.sha256}
-    if scores := score_test(cfg, run.parts, run.folder):
+    if scores:
         metrics |= scores
         protocol["test"] = test_protocol(cfg, run.parts)
     task = "finetune" if run.start and method.classifier() else "pretrain"

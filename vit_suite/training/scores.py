@@ -27,10 +27,10 @@ log = logging.getLogger("vit_suite")
 
 
 class OnlineScore(pl.Callback):
-    """Scores the module every `every_epochs` epochs and after the last one, on clean test images that are drawn once,
-    class by class, so that the scores of a run compare; logs what `score` returns, in percent.
+    """Scores the module every `every_epochs` epochs and after the last one, and logs the values of `score`, in percent.
 
-    Ranks share the work and all get the same score, so that they agree on the best checkpoint, which `metric` decides.
+    The test images are clean. They are drawn once, class by class, so that the scores of a run can be compared. Ranks
+    share the work and get the same score, so that they agree on the best checkpoint, which has the highest `metric`.
     """
 
     metric: str
@@ -64,7 +64,7 @@ class OnlineScore(pl.Callback):
 
 
 class OnlineKNN(OnlineScore):
-    """Weighted kNN of the method's evaluation backbone, `knn/top1`; the bank is clean and drawn once too."""
+    """Weighted kNN of the method's evaluation backbone, `knn/top1`. The bank has clean training images, drawn once."""
 
     metric = "knn/top1"
 
@@ -77,7 +77,7 @@ class OnlineKNN(OnlineScore):
     def score(self, module: Method) -> dict[str, float]:
         options = FeatureOptions(self.cfg.batch_size, module.device, self.precision)
         view = self.image_size, module.mean, module.std
-        backbone = module.whole().evaluation_backbone()
+        backbone = module.whole("evaluation_backbone").evaluation_backbone()
         bank = extract_features(backbone, self.bank, *view, replace(options, shared=True))
         test = extract_features(backbone, self.test, *view, options)
         vote = KNNOptions(ks=[self.cfg.k], temperature=self.cfg.temperature, device=module.device)
@@ -105,7 +105,7 @@ class OnlineAccuracy(OnlineScore):
         super().__init__(cfg, data, image_size, precision)
 
     def score(self, module: Method) -> dict[str, float]:
-        found = classify(module.whole(), self.test, self.image_size, self.cfg.batch_size, self.precision)
+        found = classify(module.whole("classifier"), self.test, self.image_size, self.cfg.batch_size, self.precision)
         return {self.metric: found.top1, "val/top5": found.top5}
 
 
@@ -114,8 +114,8 @@ SCORES: dict[str, type[OnlineScore]] = {"knn": OnlineKNN, "accuracy": OnlineAccu
 
 
 def build_scores(cfg: PretrainConfig, parts: Parts) -> list[OnlineScore]:
-    """The scores that the method has, where they are wanted and the data has labels. The last one decides which
-    checkpoint is the best."""
+    """The scores that the method names, if the options ask for scores and the data has labels. The last one picks the
+    best checkpoint."""
     data = parts.data
     if not cfg.evaluate.every_epochs:
         return []
@@ -136,14 +136,14 @@ def build_scores(cfg: PretrainConfig, parts: Parts) -> list[OnlineScore]:
 
 
 def due(trainer: pl.Trainer, every_epochs: int) -> bool:
-    """Whether the epoch that ends is to be scored: one of every so many, and the last."""
+    """Whether the epoch that just ended is scored: every `every_epochs`-th, and the last."""
     done = trainer.current_epoch + 1
     last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
     return not done % every_epochs or last
 
 
 def show(trainer: pl.Trainer, name: str, picture: Image.Image) -> None:
-    """Give a picture to the loggers that take some (W&B)."""
+    """Give a picture to the loggers that take pictures (W&B, TensorBoard)."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(name, [picture], step=trainer.global_step)

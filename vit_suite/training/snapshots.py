@@ -1,4 +1,5 @@
-"""Attention during training: the same images every few epochs, and all epochs side by side at the end.
+"""Pictures of the attention during training: of the same images every few epochs, and at the end all epochs side by
+side.
 
 Axes: n images, h heads, S side of a tile in pixels.
 """
@@ -26,25 +27,25 @@ from vit_suite.views.evaluate import eval_view
 log = logging.getLogger("vit_suite")
 
 SIDE = 96
-"""Least side in pixels of a tile; smaller views are enlarged by a whole factor, pixel by pixel."""
+"""Smallest side of a tile in pixels. Smaller views are enlarged by a whole factor, pixel by pixel."""
 GAP, HEADER = 2, 14
+"""Pixels between two tiles, and above the tiles for the titles (one line of PIL's font)."""
 THRESHOLD = 0.6
-"""Share of the mass inside an outline."""
+"""Share of the attention mass inside an outline (DINO's `visualize_attention.py`)."""
 BRIGHTEST = 4.0
-"""Times the mean of a map that have the brightest color. Each map stretched to its own range, even the noise of an
-untrained network would look like something."""
+"""The brightest color stands for this many times the mean of a map. If each map were stretched to its own range, the
+noise of an untrained network would look like structure."""
 COLUMNS = 16
-"""Most epochs in the strip; of more, evenly spaced ones."""
+"""Most epochs in the strip. Of a longer run it shows evenly spaced epochs."""
 STRIP = "epochs.png"
 
 
 class AttentionSnapshots(pl.Callback):
-    """Writes `FOLDER/epoch_NNNN.png`, before training as epoch 0, and at the end `FOLDER/epochs.png`; loggers get both.
+    """Writes `FOLDER/epoch_NNNN.png` (epoch 0 is before training), and at the end `FOLDER/epochs.png`; for loggers too.
 
-    A row for each image: the image, overlays of the mean over heads and of each head. The strip has the image and the
-    mean of each
-    epoch, of runs that were resumed too. Drawn are the images of `source` that decode, as the evaluation view shows
-    them. A backbone without a CLS token is said once, and nothing is drawn.
+    Each image of `source` that decodes has a row: the image, and overlays of the mean over heads and of each head. The
+    strip `epochs.png` shows the image and the mean map of each epoch, also of a run that was resumed. For a backbone
+    without a CLS token a message is logged once, and nothing is drawn.
     """
 
     def __init__(
@@ -82,8 +83,8 @@ class AttentionSnapshots(pl.Callback):
             log.info("attention of %d images over %d epochs: %s", len(self.images), max(found), self.folder / STRIP)
 
     def drawn(self, last: int) -> dict[int, Path]:
-        """Epoch -> its picture, up to epoch `last`: a run that is resumed from an earlier one leaves later ones
-        behind."""
+        """Epoch -> its picture, up to epoch `last`. Pictures of later epochs may be there, if the run was resumed from
+        an earlier epoch."""
         named = (
             (re.fullmatch(r"epoch_(\d+)\.png", path.name), path) for path in sorted(self.folder.glob("epoch_*.png"))
         )
@@ -93,7 +94,7 @@ class AttentionSnapshots(pl.Callback):
     def _draw(self, trainer: pl.Trainer, module: Any, epoch: int) -> None:
         if self.blind:
             return
-        module = module.whole()
+        module = module.whole("evaluation_backbone")
         if not trainer.is_global_zero:
             return
         sheet = self.sheet(module)
@@ -102,7 +103,7 @@ class AttentionSnapshots(pl.Callback):
 
     @torch.no_grad()
     def sheet(self, module: Any) -> Image.Image:
-        """Rows of image, mean, head 0, head 1, ..."""
+        """A row for each image: the image, the mean over heads, head 0, head 1, ..."""
         images = [image.to(module.device) for image in self.images]
         with autocast(self.precision, module.device):
             views = eval_view(images, self.image_size, module.mean, module.std)
@@ -124,14 +125,14 @@ class AttentionSnapshots(pl.Callback):
 
 
 def tiled(rows: list[list[np.ndarray]], titles: list[str]) -> Image.Image:
-    """Pictures uint8 (S, S, 3) in rows and columns, the titles of the columns above."""
+    """Tiles, uint8 (S, S, 3), in rows and columns, with a title above each column."""
     side = len(rows[0][0])
     framed = [[np.pad(tile, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for tile in row] for row in rows]
     return titled(np.concatenate([np.concatenate(row, axis=1) for row in framed]), titles, side + GAP)
 
 
 def titled(body: np.ndarray, titles: list[str], step: int) -> Image.Image:
-    """Columns of `step` pixels with a title above each."""
+    """The picture `body`, uint8 (H, W, 3), with a title above each of its columns of `step` pixels."""
     image = Image.fromarray(np.pad(body, ((HEADER, 0), (0, 0), (0, 0)), constant_values=255))
     pen = ImageDraw.Draw(image)
     for place, title in enumerate(titles):
@@ -140,8 +141,13 @@ def titled(body: np.ndarray, titles: list[str], step: int) -> Image.Image:
 
 
 def side_by_side(pictures: dict[int, Path], step: int) -> Image.Image:
-    """The images and, epoch by epoch, the mean maps of sheets whose columns are `step` pixels wide; sheets of another
-    size than the last (of other options) are left out."""
+    """The strip: the column of images, then the column of mean maps of each epoch.
+
+    Args:
+        pictures: epoch -> the file of its sheet. Sheets of another size than the last one, which come from other
+            options, are left out.
+        step: width of a column in pixels.
+    """
     sheets = {epoch: np.asarray(Image.open(path).convert("RGB"))[HEADER:] for epoch, path in pictures.items()}
     sheets = {epoch: sheet for epoch, sheet in sheets.items() if sheet.shape == sheets[max(sheets)].shape}
     epochs = [sorted(sheets)[round(place)] for place in np.linspace(0, len(sheets) - 1, min(COLUMNS, len(sheets)))]

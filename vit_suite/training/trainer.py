@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from vit_suite.config import PretrainConfig, TrainerConfig
 from vit_suite.errors import UserError
 from vit_suite.hardware import pick_device
 from vit_suite.methods.compiled import MarkSteps
-from vit_suite.methods.ddp import OrderedDDP
+from vit_suite.methods.ddp import OrderedDDP, QuietDDP
 from vit_suite.methods.sharding import ShardedStrategy
 from vit_suite.training.loggers import build_loggers
 from vit_suite.training.progress import PatientBar, on_terminal
@@ -45,13 +44,12 @@ def build_trainer(
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_epochs=options.max_epochs,
         max_steps=options.max_steps,
-        max_time=None if options.max_minutes is None else timedelta(minutes=options.max_minutes),
         accumulate_grad_batches=options.accumulate,
         log_every_n_steps=options.log_every,
         enable_progress_bar=bar,
         enable_model_summary=False,
         plugins=[*cluster_environment()],
-        use_distributed_sampler=False,  # the data module slices the global batch itself
+        use_distributed_sampler=False,  # the data module divides the global batch itself
         num_sanity_val_steps=0,
         logger=build_loggers(cfg, folder, steps_done),
         callbacks=callbacks,
@@ -63,12 +61,17 @@ def pick_strategy(options: TrainerConfig, ranks: int, cuda: bool) -> pl.strategi
     """How the ranks share a step."""
     if options.strategy == "fsdp2":
         return ShardedStrategy(ranks)
-    return "auto" if cuda or ranks == 1 else OrderedDDP()
+    if ranks == 1:
+        return "auto"
+    return QuietDDP() if cuda else OrderedDDP()
 
 
 def layout(options: TrainerConfig) -> dict[str, int]:
-    """`nodes` and `devices` where torchrun or srun started the processes: theirs. UserError where the options were
-    given and differ."""
+    """`nodes` and `devices` as torchrun or srun started the processes; empty without them.
+
+    Raises:
+        UserError: the options ask for other numbers.
+    """
     found = distributed.started()
     if found is None:
         return {}
