@@ -79,9 +79,10 @@ COMMANDS = {
         "vit_suite.commands.profile:run",
     ),
     "launch": Command(
-        "Submit a training to SLURM, or say how it is",
+        "Submit a training or another command to SLURM, or say how it is",
         "vit_suite.config:LaunchConfig",
         "vit_suite.commands.launch:run",
+        "command",
     ),
     "doctor": Command(
         "Look at a training, a folder or a checkpoint before it waits in a queue",
@@ -145,6 +146,8 @@ def _run(argv: list[str]) -> int:
         config_class, words = _load(command.config), argv[1:]
         if command.words and words and not words[0].startswith("-"):
             words = [f"--{command.words}", *words]
+        if choose := getattr(config_class, "for_words", None):  # `launch COMMAND` has the options of COMMAND too
+            config_class = choose(words)
         if "--help" in words or "-h" in words:
             return _say(command_help(argv[0], config_class, [word for word in words if word not in ("--help", "-h")]))
         from vit_suite.environment import check_environment, choose_waiting
@@ -196,7 +199,8 @@ def _unused(command: str, config: Any, key: str) -> bool:
     if command == "profile":
         return key == "run.output"
     if command == "launch":  # data and weights may lie where the nodes alone see them
-        used = ["status"] if config.status is not None else ["sweep"] if config.dry_run else ["sweep", "run.output"]
+        used = ["status"] if config.status is not None else ["sweep"]
+        used += [] if config.dry_run or config.status is not None else ["run.output", "folder"]
         return key not in used
     return False
 

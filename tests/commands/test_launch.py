@@ -12,7 +12,9 @@ import pytest
 
 from tests.commands.conftest import words
 from vit_suite.cluster.script import seconds
-from vit_suite.config import PretrainConfig
+from vit_suite.config import FinetuneConfig, KNNConfig, LinearConfig, PretrainConfig
+from vit_suite.config.attention import AttentionConfig
+from vit_suite.config.embed import EmbedConfig
 from vit_suite.parsing import load_config
 
 CPU = ("--gpus-per-node", 0)
@@ -145,6 +147,111 @@ def test_modules_setup_and_container(launch):
     at = lines.index("module load cuda/12.4")
     assert lines[at + 1 : at + 4] == ["export A=1", "source env.sh", "set -u"]  # which scripts of others do not stand
     assert "apptainer exec --nv 'my image.sif' python -m vit_suite pretrain" in said.out and bash_accepts(said.out)
+
+
+@pytest.mark.parametrize(
+    ("asked", "directive"),
+    [
+        (["--gpu-type", "a100"], "gpus-per-node=a100:2"),
+        (["--gpu-type", "a100", "--gres"], "gres=gpu:a100:2"),
+        (["--gres"], "gres=gpu:2"),
+    ],
+)
+def test_kinds_of_gpu(launch, asked, directive):
+    said = launch("--gpus-per-node", 2, *asked, "--dry-run", trainer__accelerator="auto")
+    given = [word for word in directives(said.out) if word.startswith("g")]
+    assert given == [directive] and bash_accepts(said.out), said.err
+
+
+ONCE = """\
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+# Nothing starts the job again.
+#SBATCH --no-requeue
+
+set -eo pipefail
+module load cuda/12.4
+eval "$(conda shell.bash hook)"
+conda activate 'my env'
+export A=1
+set -u
+run={folder}
+# `sbatch --export=NONE`, a default on some clusters, would reach srun and take PATH away from the tasks.
+unset SLURM_EXPORT_ENV
+# Where the ranks meet on the first machine: a port for each job, below those that the kernel hands out.
+export MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
+# Threads of a rank: its own cores.
+export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}
+
+status=0
+srun --kill-on-bad-exit=1 --wait=0 \\
+  python -m vit_suite knn --config "$run/launch.yaml" || status=$?
+exit $status
+"""
+
+
+def test_a_command_that_runs_once(vit_suite, slurm, tmp_path, monkeypatch):
+    """Every line from the machines on: no signal, no requeue, no status.json of a training."""
+    monkeypatch.chdir(tmp_path)
+    running = squeue(("17", "RUNNING", 0, "1:00", "N/A", "None"))
+    slurm(sbatch="echo 17", squeue=running, cat='exec /bin/cat "$@"')
+    more = ["--modules", "cuda/12.4", "--conda", "my env", "--setup", "export A=1"]
+    said = vit_suite("launch", "knn", *CPU, *more, "--checkpoint", "builtin:shapes", "--k", 3, "--folder", "scores")
+    assert said.status == 0, said.err
+    script = (tmp_path / "scores" / "launch.sbatch").read_text()
+    assert script.endswith(ONCE.format(folder=tmp_path / "scores")) and bash_accepts(script), script
+    assert load_config(tmp_path / "scores" / "launch.yaml", cls=KNNConfig).k == [3]
+    assert vit_suite("launch", "--status", "scores").out == "scores: running (job 17)\n"
+
+
+@pytest.mark.parametrize("command", ["linear", "embed", "attention", "finetune"])
+def test_every_command_reads_its_options_back(vit_suite, slurm, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    slurm(sbatch="echo 17")
+    folder = ["--run.output", "job"] if command == "finetune" else ["--folder", "job"]
+    said = vit_suite("launch", command, *CPU, "--checkpoint", "builtin:shapes", *folder)
+    assert said.status == 0, said.err
+    kinds = {"linear": LinearConfig, "embed": EmbedConfig, "attention": AttentionConfig, "finetune": FinetuneConfig}
+    again = load_config(tmp_path / "job" / "launch.yaml", cls=kinds[command])
+    assert again.checkpoint == "builtin:shapes"
+    assert f"-m vit_suite {command} --config" in (tmp_path / "job" / "launch.sbatch").read_text()
+    if command == "finetune":
+        assert (again.trainer.devices, again.run.output) == (1, str(tmp_path / "job"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lineer"], "unknown command for a job 'lineer'. Did you mean 'linear'?"),
+        (["knn", "--seeds", "1", "2"], "seeds is for trainings (pretrain, finetune): launch knn runs once"),
+        (["knn", "--accelerator", "cpu"], "accelerator is cpu, but gpus_per_node is 1"),
+        (["knn", "--gpu-type", "a100:2"], "gpu_type: expected a word such as a100, got 'a100:2'"),
+        (["knn", "--gpu-type", "a100", *map(str, CPU)], "gpus_per_node is 0"),
+        (["knn", "--conda", "e", "--container", "apptainer exec x"], "conda 'e' does not reach into the container"),
+        (["knn", "--time", "soon"], "time: expected minutes"),
+    ],
+)
+def test_a_command_that_cannot_be_launched(vit_suite, slurm, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    slurm(sbatch="echo 17")
+    said = vit_suite("launch", *words, "--checkpoint", "builtin:shapes", "--folder", "job")
+    assert said.status == 2 and message in said.err and said.err.count("\n") == 1, said
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize("method", ["dinov2", "mae"])
+def test_every_method_is_launched(launch, slurm, tmp_path, method):
+    """With the options of its own, which the job reads back."""
+    slurm(sbatch="echo 17")
+    own = {"dinov2": ["--method.koleo_weight", 0.2], "mae": ["--method.mask_ratio", 0.5]}[method]
+    words = ["--method.name", method, *own, "--views.global_size", 32, "--backbone.patch_size", 8]
+    words += ["--views.local_size", 16] if method == "dinov2" else []
+    words += ["--data.name", "shapes", "--data.batch_size", 16, "--run.output", tmp_path / "run"]
+    from vit_suite import cli
+
+    assert cli.main(["launch", *map(str, [*CPU, *words])]) == 0
+    again = load_config(tmp_path / "run" / "launch.yaml", cls=PretrainConfig)
+    assert getattr(again.method, own[0].partition(".")[2]) == own[1] and again.method.name == method
 
 
 def test_names_that_a_shell_would_take_apart(launch, tmp_path):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vit_suite.errors import UserError
 
 COLUMNS = {"JobArrayID": 32, "State": 24, "RestartCnt": 12, "TimeLeft": 24, "StartTime": 24, "Reason": 80}
-"""Fields of squeue and their widths; a separator between fields is newer than many clusters."""
+"""Fields of squeue and their widths in characters. (Many clusters' squeue cannot separate fields by a character.)"""
 OVER = (
     "COMPLETED",
     "CANCELLED",
@@ -23,7 +23,7 @@ OVER = (
     "PREEMPTED",
     "REVOKED",
 )
-"""States that a job does not leave."""
+"""Final states of a job."""
 
 
 class Entry(NamedTuple):
@@ -50,7 +50,7 @@ def require_slurm() -> None:
 
 
 def submit(script: Path) -> str:
-    """The job id that sbatch gives the script. UserError with its own words where it refuses."""
+    """Submit the script; the id of its job. UserError with sbatch's own words if it refuses."""
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch refuses {script}: {done.stderr.strip()}")
@@ -58,8 +58,8 @@ def submit(script: Path) -> str:
 
 
 def queue(job: str) -> list[Entry] | None:
-    """The job and every run of its array while SLURM remembers them (some minutes after the end); None where SLURM does
-    not answer."""
+    """The job, or every run of its array. SLURM remembers them for some minutes after the end. None if SLURM does not
+    answer."""
     if shutil.which("squeue") is None:
         return None
     fields = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())

@@ -1,4 +1,4 @@
-"""What became of a job: what SLURM says of it, and what the training in it last said of itself (status.json)."""
+"""The state of a job: what SLURM says of it, and what its training last wrote into status.json."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from vit_suite.training.status import Status, duration, progress_text, read_stat
 
 
 def report(folder: Path) -> str:
-    """A line on the run in `folder`, or on each run of its array. UserError where nothing was launched or trained
-    there."""
+    """A line on the job in `folder`, or on each run of its array. UserError if nothing was launched there."""
     record = read_record(folder)
     names = record.get("runs") or [""]
     if not record and read_status(folder) is None:
@@ -24,15 +23,17 @@ def report(folder: Path) -> str:
     jobs = [f"{job}_{index}" for index in range(len(names))] if record.get("runs") else [job or ""]
     found = {entry.job: entry for entry in entries or []}
     lines = []
+    once = "command" in record  # a job without a run: only SLURM knows how it is
     for name, number in zip(names, jobs, strict=True):
-        text = describe(read_status(folder / name), found.get(number), asked=entries is not None)
+        entry = found.get(number)
+        text = describe_once(entry) if once else describe(read_status(folder / name), entry, asked=entries is not None)
         lines.append(f"{folder / name}: {text}" + (f" (job {number})" if job else ""))
     return "\n".join(lines)
 
 
 def read_record(folder: Path) -> dict:
-    """launch.json of a run directory: `job`, and of an array the names of its `runs`; empty where nothing was
-    launched."""
+    """launch.json of a folder: `job`; for an array the names of its `runs`; for a command that is no training its
+    `command`. Empty if nothing was launched."""
     try:
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -40,7 +41,13 @@ def read_record(folder: Path) -> dict:
 
 
 def describe(status: Status | None, entry: Entry | None, asked: bool) -> str:
-    """The state of one run in words. `asked`: SLURM answered; without an `entry` it no longer knows the job."""
+    """The state of one run in words.
+
+    Args:
+        status: status.json of the run.
+        entry: SLURM's entry for its job; None if SLURM does not know the job, or was not asked.
+        asked: whether SLURM answered.
+    """
     if entry is None:
         return _without_slurm(status, asked)
     if entry.state == "PENDING":
@@ -69,8 +76,18 @@ def describe(status: Status | None, entry: Entry | None, asked: bool) -> str:
     return (f"running: {progress_text(status)}" if status else "running, no step yet") + limit
 
 
+def describe_once(entry: Entry | None) -> str:
+    """The state of a job that runs once and writes no status.json."""
+    if entry is None:
+        return "SLURM no longer knows the job; its log says how it ended"
+    if entry.state in ("PENDING", "PREEMPTED"):
+        return describe(None, entry, asked=True)
+    words = entry.state.lower().replace("_", " ")
+    return {"COMPLETED": "done", "RUNNING": "running"}.get(entry.state, f"failed ({words})" if entry.over else words)
+
+
 def _without_slurm(status: Status | None, asked: bool) -> str:
-    """What status.json alone tells."""
+    """The state as far as status.json tells it."""
     if status is None:
         return "ended before its first step" if asked else "no step yet"
     if status.state != "running":

@@ -1,4 +1,4 @@
-"""`vit-suite launch`: a training as a SLURM job. What can be is checked here, not after hours in the queue."""
+"""`vit-suite launch`: a command as a SLURM job. What can be checked is checked here, not after hours in the queue."""
 
 from __future__ import annotations
 
@@ -7,37 +7,43 @@ import shlex
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vit_suite.cluster.script import OPTIONS, RECORD, SCRIPT, ranks_per_node, sbatch_script
 from vit_suite.cluster.slurm import queue, require_slurm, submit
 from vit_suite.cluster.state import read_record, report
-from vit_suite.config import LaunchConfig, PretrainConfig
+from vit_suite.config import PretrainConfig
+from vit_suite.config.launch import TRAININGS, JobOptions
 from vit_suite.errors import UserError
 from vit_suite.files import write_atomically
 from vit_suite.parsing import Given, dump_config, read_mapping, read_yaml_list, resolve
 
 
-def run(cfg: LaunchConfig) -> None:
-    """Submit the job, or print its script, or say how it is."""
+def run(cfg: Any) -> None:
+    """Submit the job, or print its script, or say how it is. `cfg` is one of the classes of config/launch.py."""
     if cfg.status is not None:
         print(report(Path(cfg.status)))
         return
-    folder = Path(cfg.run.output).absolute()
-    runs = plan_runs(cfg, folder)
+    training = cfg.command in TRAININGS
+    if training and cfg.folder is not None:
+        raise UserError("folder is for commands without a run directory: a training has run.output.")
+    folder = Path(cfg.run.output if training else cfg.folder or f"jobs/{cfg.command}").absolute()
+    runs = plan_runs(cfg, folder) if training else plan_once(cfg)
     script = sbatch_script(cfg, folder, [name for name in runs if name], shlex.join(["vit-suite", *sys.argv[1:]]))
     if not cfg.dry_run:
         refuse_second_job(folder)  # names the job, which the lock of its run directory would not
-    check(runs)
+    if training:
+        check(runs)
     if cfg.dry_run:
         print(script, end="")
         return
     require_slurm()
-    for name, training in runs.items():
-        _write(folder / name / OPTIONS, dump_config(training))
+    for name, options in runs.items():
+        _write(folder / name / OPTIONS, dump_config(options))
     _write(folder / SCRIPT, script)
     job = submit(folder / SCRIPT)
-    _write(folder / RECORD, json.dumps({"job": job, "runs": [name for name in runs if name]}) + "\n")
+    record = {"job": job, "runs": [name for name in runs if name]} | ({} if training else {"command": cfg.command})
+    _write(folder / RECORD, json.dumps(record) + "\n")
     print(
         f"job {job}: {cfg.nodes} nodes x {ranks_per_node(cfg)} ranks" + (f", {len(runs)} runs" if len(runs) > 1 else "")
     )
@@ -48,14 +54,32 @@ def run(cfg: LaunchConfig) -> None:
     )
 
 
-def plan_runs(cfg: LaunchConfig, folder: Path) -> dict[str, PretrainConfig]:
+def command_options(cfg: Any) -> Any:
+    """The options of the command alone, without those of the job."""
+    (kind,) = (base for base in type(cfg).__bases__ if base is not JobOptions)
+    return kind(**{field.name: getattr(cfg, field.name) for field in fields(kind)})
+
+
+def plan_once(cfg: Any) -> dict[str, Any]:
+    """The options of a command that is no training. UserError for options of the job that only a training has."""
+    for name in ("seeds", "sweep", "at_once"):
+        if getattr(cfg, name) is not None:
+            raise UserError(f"{name} is for trainings (pretrain, finetune): launch {cfg.command} runs once.")
+    if cfg.gpus_per_node and cfg.accelerator == "cpu":
+        raise UserError(f"accelerator is cpu, but gpus_per_node is {cfg.gpus_per_node}: give --gpus-per-node 0.")
+    if not cfg.gpus_per_node and cfg.accelerator == "gpu":
+        raise UserError("accelerator is gpu, but gpus_per_node is 0.")
+    return {"": command_options(cfg)}
+
+
+def plan_runs(cfg: Any, folder: Path) -> dict[str, Any]:
     """Name of the run's directory in `folder` ("": the folder itself) -> its training, with the nodes and devices of
     the job.
 
     Raises:
         UserError: an entry of the sweep is wrong, or the training contradicts the job.
     """
-    base = PretrainConfig(**{field.name: getattr(cfg, field.name) for field in fields(PretrainConfig)})
+    base = command_options(cfg)
     if cfg.at_once and cfg.seeds is None and cfg.sweep is None:
         raise UserError("at_once is for job arrays: give seeds or sweep too, or leave it out.")
     entries = sweep_entries(base, cfg.sweep) if cfg.sweep else {"": base}
@@ -74,7 +98,7 @@ def plan_runs(cfg: LaunchConfig, folder: Path) -> dict[str, PretrainConfig]:
     return {name: on_nodes(cfg, training, folder / name) for name, training in runs.items()}
 
 
-def sweep_entries(base: PretrainConfig, path: str) -> dict[str, PretrainConfig]:
+def sweep_entries(base: Any, path: str) -> dict[str, Any]:
     """000, 001, ... -> `base` with the options of each entry of a YAML list. UserError with file and line where one is
     wrong."""
     common = read_mapping(asdict(base))
@@ -82,11 +106,11 @@ def sweep_entries(base: PretrainConfig, path: str) -> dict[str, PretrainConfig]:
     for number, entry in enumerate(read_yaml_list(path)):
         for key, item in entry.items():
             _refuse_in_sweep(base, key, item)
-        runs[f"{number:03d}"] = resolve(PretrainConfig, common | entry)
+        runs[f"{number:03d}"] = resolve(type(base), common | entry)
     return runs
 
 
-def _refuse_in_sweep(base: PretrainConfig, key: str, item: Given) -> None:
+def _refuse_in_sweep(base: Any, key: str, item: Given) -> None:
     """The method has options of its own, and the directory and the machines are the launcher's business."""
     if key == "method.name" and item.value != base.method.name:
         raise UserError(f"{item.where}: a sweep keeps to one method ({base.method.name}); launch another by itself.")
@@ -94,7 +118,7 @@ def _refuse_in_sweep(base: PretrainConfig, key: str, item: Given) -> None:
         raise UserError(f"{item.where}: is the same for all runs of a sweep; give it to launch itself.")
 
 
-def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> PretrainConfig:
+def on_nodes(cfg: Any, training: Any, output: Path) -> Any:
     """`training` as it runs in the job: its nodes, devices and directory."""
     ranks, trainer = ranks_per_node(cfg), training.trainer
     if cfg.gpus_per_node and cfg.tasks_per_node not in (None, ranks):
@@ -117,16 +141,17 @@ def on_nodes(cfg: LaunchConfig, training: PretrainConfig, output: Path) -> Pretr
         raise UserError(
             "run.overwrite would delete the run whenever its job starts again: delete the directory, or name another."
         )
-    if training.drill:
+    if getattr(training, "drill", None):
         raise UserError("drill needs no cluster: `vit-suite pretrain` does it.")
     trainer = replace(trainer, nodes=cfg.nodes, devices=ranks, accelerator=accelerator)
     return replace(training, trainer=trainer, run=replace(training.run, output=str(output)))
 
 
-def check(runs: dict[str, PretrainConfig]) -> None:
-    """What a training would refuse when it starts, but for its data, which this machine may not see: its directory, a
-    batch that does not split over the ranks, a network or a method that cannot be."""
-    import torch  # for which --status need not wait
+def check(runs: dict[str, Any]) -> None:
+    """Check what a training would refuse at its start: a batch that does not split over the ranks, its directory, and
+    a network or a method that is impossible. Not its data, which only the nodes may see, and of a fine-tuning not the
+    network, which is in its checkpoint."""
+    import torch  # not at the top of the file: --status need not wait for it
 
     from vit_suite.data.order import EpochPlan
     from vit_suite.data.registry import statistics
@@ -137,6 +162,8 @@ def check(runs: dict[str, PretrainConfig]) -> None:
         size, trainer = training.data.batch_size, training.trainer
         ranks = trainer.devices if isinstance(trainer.devices, int) else 1
         EpochPlan(size, size, world=trainer.nodes * ranks, accumulate=trainer.accumulate)
+        if not isinstance(training, PretrainConfig):
+            continue
         rundir.check(training)
         backbone = replace(training.backbone, channels=training.data.channels, pretrained=False)
         with torch.device("meta"):  # shapes alone

@@ -1,24 +1,32 @@
-"""`vit-suite launch`: what SLURM is asked for, beside the options of the training it starts."""
+"""`vit-suite launch`: what SLURM is asked for, beside the options of the command that the job runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from vit_suite.config.limits import ConfigFile, Count, Input, Nodes, Processes, Range, Seed
+from vit_suite.config.attention import AttentionConfig
+from vit_suite.config.embed import EmbedConfig
+from vit_suite.config.evaluate import KNNConfig, LinearConfig
+from vit_suite.config.finetune import FinetuneConfig
+from vit_suite.config.limits import ConfigFile, Count, Input, Nodes, OutputFolder, Processes, Range, Seed
 from vit_suite.config.pretrain import PretrainConfig
+from vit_suite.errors import unknown_name
 
 
-@dataclass
-class LaunchConfig(PretrainConfig):
-    """Write a SLURM script for a training and submit it. The options of `pretrain` mean what they mean there, those of
-    the launcher have no group; both may stand in YAML, also in two files (`--config recipe.yaml cluster.yaml`). The job
-    saves and queues again before its time is up and when it is pre-empted, and goes on where it was."""
+@dataclass(kw_only=True)
+class JobOptions:
+    """What SLURM is asked for."""
 
     nodes: Nodes = 1
     """Machines; becomes trainer.nodes."""
     gpus_per_node: Annotated[int, Range(0, ceiling=1024)] = 1
-    """GPUs of a machine, a process each; becomes trainer.devices. 0 = train on CPUs."""
+    """GPUs of a machine, a process each; becomes trainer.devices. 0 = CPUs only."""
+    gpu_type: str | None = None
+    """Kind of GPU as the cluster calls it (a100, h100): the job asks for --gpus-per-node=TYPE:N."""
+    gres: bool = False
+    """Ask for GPUs by --gres=gpu:TYPE:N, on clusters that do not know --gpus-per-node."""
     tasks_per_node: Processes | None = None
     """Processes on a machine when gpus_per_node is 0; 1 when not given."""
     cpus_per_task: Processes | None = None
@@ -46,11 +54,14 @@ class LaunchConfig(PretrainConfig):
     modules: list[str] | None = None
     """Environment modules to load."""
     setup: list[str] | None = None
-    """Lines of bash before the training: `export NAME=VALUE`, `source FILE`."""
+    """Lines of bash before the command: `export NAME=VALUE`, `source FILE`."""
+    conda: str | None = None
+    """Conda environment to activate: its name, or its folder. Its `python` then runs the command."""
     container: str | None = None
-    """Words before the training's command that run it in a container: `apptainer exec --nv IMAGE`."""
+    """Words before the command that run it in a container: `apptainer exec --nv IMAGE`."""
     python: str | None = None
-    """Python interpreter of the job; the one that runs this command when not given, in a container `python`."""
+    """Python interpreter of the job. When not given: the one that runs this command; `python` in a container or conda
+    environment."""
     seeds: list[Seed] | None = None
     """A job array with a run for each run.seed of the list, in OUTPUT/seedN."""
     sweep: ConfigFile | None = None
@@ -61,5 +72,80 @@ class LaunchConfig(PretrainConfig):
     dry_run: bool = False
     """Check the options and print the script; write and submit nothing."""
     status: Input | None = None
-    """Say how the run in this directory is: queued, running (where it is), pre-empted, done or failed. Every other
+    """Say how the job in this directory is: queued, running (and how far), pre-empted, done or failed. Every other
     option is ignored."""
+    folder: OutputFolder | None = None
+    """Where the script and the log go. For a training this is run.output; for other commands jobs/COMMAND when not
+    given."""
+
+    @classmethod
+    def for_words(cls, words: Sequence[str]) -> type:
+        """The options of `launch COMMAND`: these and those of the command. UserError for a command that no job runs."""
+        command = words[1] if words[:1] == ["--command"] and len(words) > 1 else "pretrain"
+        if command not in LAUNCHED:
+            raise unknown_name("command for a job", command, LAUNCHED)
+        return LAUNCHED[command]
+
+
+@dataclass
+class LaunchConfig(PretrainConfig, JobOptions):
+    """Write a SLURM script for a training and submit it. The options of `pretrain` mean what they mean there, those of
+    the launcher have no group; both may stand in YAML, also in two files (`--config recipe.yaml cluster.yaml`). The job
+    saves and queues again before its time is up and when it is pre-empted, and goes on where it was. `launch COMMAND`
+    does the same for finetune, and submits knn, linear, embed or attention as a job that runs once."""
+
+    command: Literal["pretrain"] = "pretrain"
+    """What the job runs: the first word after `launch`."""
+
+
+@dataclass
+class LaunchFinetuneConfig(FinetuneConfig, JobOptions):
+    """Write a SLURM script for a fine-tuning and submit it. Its options are those of `finetune` and of `launch`."""
+
+    command: Literal["finetune"] = "finetune"
+    """What the job runs: the first word after `launch`."""
+
+
+@dataclass
+class LaunchKNNConfig(KNNConfig, JobOptions):
+    """Submit `knn` as a SLURM job. Its options are those of `knn` and of `launch`."""
+
+    command: Literal["knn"] = "knn"
+    """What the job runs: the first word after `launch`."""
+
+
+@dataclass
+class LaunchLinearConfig(LinearConfig, JobOptions):
+    """Submit `linear` as a SLURM job. Its options are those of `linear` and of `launch`."""
+
+    command: Literal["linear"] = "linear"
+    """What the job runs: the first word after `launch`."""
+
+
+@dataclass
+class LaunchEmbedConfig(EmbedConfig, JobOptions):
+    """Submit `embed` as a SLURM job. Its options are those of `embed` and of `launch`."""
+
+    command: Literal["embed"] = "embed"
+    """What the job runs: the first word after `launch`."""
+
+
+@dataclass
+class LaunchAttentionConfig(AttentionConfig, JobOptions):
+    """Submit `attention` as a SLURM job. Its options are those of `attention` and of `launch`."""
+
+    command: Literal["attention"] = "attention"
+    """What the job runs: the first word after `launch`."""
+
+
+LAUNCHED: dict[str, type] = {
+    "pretrain": LaunchConfig,
+    "finetune": LaunchFinetuneConfig,
+    "knn": LaunchKNNConfig,
+    "linear": LaunchLinearConfig,
+    "embed": LaunchEmbedConfig,
+    "attention": LaunchAttentionConfig,
+}
+"""Command -> the options of the job that runs it."""
+TRAININGS = ("pretrain", "finetune")
+"""Commands with a run directory: their jobs save, queue again and go on."""

@@ -102,14 +102,15 @@ class Keeper(Checkpoint):
         self.saved_at = self.started = time.monotonic()
         self.saved_step, self.seen_step = -1, trainer.global_step
         step = trainer.global_step
-        most, least, over = distributed.largest([step, -step, self._out_of_time()], module.device)()
-        if over:  # a complete run is started again
-            trainer.should_stop = True
+        most, least = distributed.largest([step, -step], module.device)()
         if most != -least:
             raise RuntimeError(
                 f"ranks resume from different steps, {-least} to {most}: is run.output on a file system that all"
                 " machines share?"
             )
+        if self.max_minutes is not None:
+            first_is_over = distributed.rank() == 0 and self._out_of_time()
+            trainer.should_stop |= bool(distributed.largest([int(first_is_over)], module.device)()[0])
         if self.signals:
             self.signals.listen()  # here, because Lightning installs its own handlers just before
             stop_asking_for_sigterm(trainer)
