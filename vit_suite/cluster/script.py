@@ -89,7 +89,7 @@ def sbatch_script(cfg: JobOptions, folder: Path, names: Sequence[str], command: 
         names: the runs of the array in order; empty for a single run.
         command: the command line that wrote the script, for its head.
     """
-    array, training = bool(names), cfg.command in TRAININGS
+    array, training = bool(names), cfg.runs() in TRAININGS
     log = str(folder).replace("%", "%%") + ("/slurm-%A_%a.log" if array else "/slurm-%j.log")
     requeue = cfg.requeue and training
     reason = "Nothing starts the job again."
@@ -162,7 +162,7 @@ def seconds(time: str) -> int:
 
 def _size(cfg: JobOptions, runs: int) -> list[str]:
     """Options of sbatch about machines, time and place."""
-    late = cfg.signal_seconds + 60 if cfg.command in TRAININGS else 0  # SLURM warns up to half a minute early
+    late = cfg.signal_seconds + 60 if cfg.runs() in TRAININGS else 0  # SLURM warns up to half a minute early
     if cfg.time is not None and seconds(cfg.time) < late:
         raise UserError(
             f"time {cfg.time} leaves no time to train before the warning of signal_seconds {cfg.signal_seconds}."
@@ -214,6 +214,6 @@ def _srun(cfg: JobOptions) -> str:
     if cfg.cpus_per_task:  # since SLURM 22.05 srun does not take this over from sbatch
         words.append(f"--cpus-per-task={cfg.cpus_per_task}")
     python = cfg.python or ("python" if cfg.container or cfg.conda else sys.executable)
-    command = [*shlex.split(cfg.container or ""), python, "-m", "vit_suite", cfg.command]
-    shield = """ bash -c 'trap "" USR1 TERM; exec "$@"' rank""" if cfg.command in TRAININGS else ""
+    command = [*shlex.split(cfg.container or ""), python, "-m", "vit_suite", cfg.runs()]
+    shield = """ bash -c 'trap "" USR1 TERM; exec "$@"' rank""" if cfg.runs() in TRAININGS else ""
     return f'{shlex.join(words)}{shield} \\\n  {shlex.join(command)} --config "$run/{OPTIONS}"'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from vit_suite.config.attention import AttentionConfig
 from vit_suite.config.embed import EmbedConfig
@@ -77,6 +77,11 @@ class JobOptions:
     folder: OutputFolder | None = None
     """Where the script and the log go. For a training this is run.output; for other commands jobs/COMMAND when not
     given."""
+
+    def runs(self) -> str:
+        """The command of the job: the `command` of each class below."""
+        typed: Any = self
+        return typed.command
 
     @classmethod
     def for_words(cls, words: Sequence[str]) -> type:
