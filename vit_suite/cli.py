@@ -11,6 +11,7 @@ command, and with it torch, is imported after its options and paths have been ch
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections import namedtuple
 from typing import Any
