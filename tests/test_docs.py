@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_the_api_page_has_every_public_name():
     for path in named:
         module, _, name = path.rpartition(".")
         assert getattr(importlib.import_module(module), name) is getattr(vit_suite, name)
+
+
+def test_the_container_file_copies_what_is_there_and_installs_extras_that_exist():
+    text = (ROOT / "Containerfile").read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"(?m)^COPY (.*)$", text) for word in line.split()[:-1]]
+    assert "vit_suite" in copied and "configs" in copied and all((ROOT / word).exists() for word in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (extras,) = re.findall(r"/src\[([\w,]+)\]", text)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    (python,) = re.findall(r"python:(3\.\d+)", text)
+    assert f"Programming Language :: Python :: {python}" in project["classifiers"]
 
 
 @pytest.mark.slow

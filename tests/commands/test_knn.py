@@ -221,7 +221,9 @@ def test_unlabeled_data(knn, photographs):
 
 def test_a_set_that_would_be_scored_on_itself(knn, photographs):
     data = ["--data.name", "folder", "--data.root", photographs / "train"]
-    refused(knn(data=data), "train would be scored on the images that it learns from", "split 'all'", "data.test_split")
+    refused(
+        knn(data=data), "train would be scored on the images that it learns from", "split 'all'", "--data.holdout 0.2"
+    )
     refused(knn("--data.test_split", "train"), "scored on the images that it learns from, split 'train'")
 
 

@@ -145,3 +145,8 @@ def test_checkpointing_changes_memory_and_nothing_else(causal):
 def test_wrong_image_size_at_the_call():
     with pytest.raises(UserError, match="not divisible by the patch size 4"):
         tiny()(torch.randn(1, 3, 18, 16))
+
+
+def test_pixels_are_refused_in_words():
+    with pytest.raises(UserError, match="takes normalized float images, got torch.uint8: .*transform"):
+        tiny()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))

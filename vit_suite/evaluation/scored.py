@@ -38,8 +38,8 @@ def open_scored(cfg: ScoreConfig, loaded: LoadedBackbone, task: str) -> ImageDat
     if test.split == data.train_source.split:
         raise UserError(
             f"{data.name} would be scored on the images that it learns from, split '{test.split}': each would find"
-            " itself. Choose another split with data.train_split or data.test_split, or sort a folder into ROOT/train"
-            " and ROOT/test."
+            " itself. Hold a share of each class out with --data.holdout 0.2, sort a folder into ROOT/train and"
+            " ROOT/test, or choose another split with data.train_split or data.test_split."
         )
     if not _labeled(test):
         raise UserError(f"{test.title} has no labels to score against: choose another split with data.test_split.")

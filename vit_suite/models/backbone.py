@@ -137,6 +137,11 @@ class Backbone(nn.Module):
         `mask_token` (D,) replaces the content of the `hidden` (B, N) bool patches; they keep their positions.
         """
         vit = self.vit
+        if not images.is_floating_point():
+            raise UserError(
+                f"a backbone takes normalized float images, got {images.dtype}: `load_backbone(...).transform(images)`"
+                " makes them of pixels."
+            )
         check_image_size(images.shape[-2:], self.patch)
         x = vit.patch_embed(images)  # (B, h, w, D)
         grid = (x.shape[1], x.shape[2])
