@@ -1,4 +1,5 @@
-"""Feed wrong values to everything a stranger can write: options, YAML, weights' metadata, shards, masks and boxes.
+"""Feed wrong values to everything a stranger can write: options, YAML, weights' metadata, shards, masks and boxes; and
+start trainings with values that the schema allows.
 
     python scripts/fuzz.py --cases 3000            # the kinds in turn
     python scripts/fuzz.py --cases 300 --kind options --seed 7
@@ -126,8 +127,7 @@ class Finding(NamedTuple):
     said: str
 
 
-# Options
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Options -----------------------------------------------------------------------------------------------------------
 
 
 def commands() -> dict[str, type]:
@@ -266,8 +266,84 @@ def read_text(cls: type, text: str, folder: Path) -> str | None:
     return "a tag" if "!!python" in text else None
 
 
-# Weights
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Starts ------------------------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "backbone.patch_size": 8,
+    "backbone.dim": 24,
+    "backbone.depth": 2,
+    "backbone.heads": 3,
+    "data.name": "shapes",
+    "data.image_size": 32,
+    "data.length": 64,
+    "data.test_length": 40,
+    "data.batch_size": 16,
+    "views.global_size": 32,
+    "trainer.max_epochs": 2,
+    "trainer.progress": False,
+    "trainer.accelerator": "cpu",
+    "trainer.threads": 1,
+    "run.report": False,
+}
+"""A training that a CPU prepares in a moment."""
+LARGE = {"method.out_dim": 64, "method.hidden_dim": 32, "method.bottleneck_dim": 16, "method.decoder_dim": 32}
+"""The same for options that some methods have."""
+OF_THE_MACHINE = ("run.output", "run.overwrite", "start", "drill", "data.root", "data.download", "backbone.pretrained",
+                  "backbone.name", "trainer.threads", "trainer.devices", "trainer.nodes", "logger.wandb")  # fmt: skip
+"""Options that download, start processes, or name files."""
+MOST = 512
+"""Largest number that is tried: larger ones take memory, and are refused or not by the memory there is."""
+
+
+def start_cases(rng: random.Random, folder: Path) -> Iterator[Case]:
+    """A training with one option at a value that its type and limits allow: everything is built, nothing is trained."""
+    import vit_suite.training.run  # noqa: F401 (here, so that no case pays for importing torch)
+    from vit_suite.config import PretrainConfig
+
+    schemas = {method: Schema(PretrainConfig, {"method.name": method}) for method in METHODS}
+    for number in range(10**9):
+        method, schema = rng.choice(list(schemas.items()))
+        base = SMALL | {key: value for key, value in LARGE.items() if key in schema.options} | {"method.name": method}
+        option = rng.choice([one for key, one in schema.options.items() if key not in (*OF_THE_MACHINE, "method.name")])
+        value = allowed_value(rng, option)
+        yield Case(
+            f"start {method} {option.key}={value!r:.60}",
+            lambda base=base, key=option.key, value=value, place=folder / f"run{number}": try_start(
+                {**base, key: value}, place
+            ),
+        )
+
+
+def allowed_value(rng: random.Random, option: Option) -> Any:
+    """A choice, a switch, or a number (as many as a list takes) at or near a limit."""
+    edges = [edge + step for limit in option.limits for edge in (limit.least, limit.most, limit.above, limit.below)
+             for step in (-1, -0.5, 0, 1e-6, 0.5, 1)]  # fmt: skip
+    pool: list[Any] = [edge for edge in edges if abs(edge) <= MOST] + [0, 1, 2, 3, 7, 8, 16, 33, 0.25, 1e-8, None]
+    pool += option.choices * 4 + ([True, False] * 20 if option.is_switch else [])
+    if not option.is_list:
+        return rng.choice(pool)
+    length = next((limit.length for limit in option.limits if limit.length), rng.randrange(1, 4))
+    values = [rng.choice([item for item in pool if item is not None]) for _ in range(length)]
+    return sorted(values, key=lambda item: (str(type(item)), item)) if rng.random() < 0.7 else values
+
+
+def try_start(given: dict[str, Any], place: Path) -> str | None:
+    from vit_suite.config import PretrainConfig
+    from vit_suite.signals import Signals
+    from vit_suite.training.run import prepare
+
+    cfg = load_config(None, {**given, "run.output": str(place)}, PretrainConfig)
+    try:
+        with contextlib.ExitStack() as stack, Signals() as signals:
+            prepare(cfg, None, signals, stack)
+    except UserError:
+        if place.exists():
+            raise RuntimeError(f"a run directory is left: {sorted(path.name for path in place.iterdir())}") from None
+        raise
+    return None if (place / "config.yaml").is_file() else "no run directory"
+
+
+# -- Weights -----------------------------------------------------------------------------------------------------------
 
 HOSTILE: list[Any] = [
     None,
@@ -351,8 +427,7 @@ def try_weights(path: Path, content: bytes, odd: bool) -> str | None:
     return "it does not fit the tensors" if odd else None
 
 
-# Shards, masks and boxes
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Shards, masks and boxes -------------------------------------------------------------------------------------------
 
 
 def picture(side: int = 8) -> bytes:
@@ -504,26 +579,24 @@ def try_truth(images: Path, place: Path, files: dict[str, bytes]) -> str | None:
             found = truths.load(index)
         except DecodeError:  # one mask that is listed; the command goes on
             continue
-        if truths.kind == "boxes" and not (
-            found.isfinite().all() and found.abs().max(initial=0) if False else found.isfinite().all()
-        ):
+        if truths.kind == "boxes" and not found.isfinite().all():
             return "a box that is not finite"
     return None
 
 
 KINDS: dict[str, Callable[[random.Random, Path], Iterator[Case]]] = {
     "options": option_cases,
+    "start": start_cases,
     "weights": weight_cases,
     "shards": shard_cases,
     "truth": truth_cases,
 }
 
-SHARE = {"options": 2, "weights": 6, "shards": 6, "truth": 6}
-"""Part of the cases that each kind gets: half are options."""
+SHARE = {"options": 2, "start": 15, "weights": 6, "shards": 6, "truth": 6}
+"""The cases divided by this number are of a kind: half are options, and starts come on top."""
 
 
-# Running
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Running -----------------------------------------------------------------------------------------------------------
 
 
 class TooLong(BaseException):

@@ -28,6 +28,12 @@ def test_no_case_is_wrong(script, kind, cases):
     assert counts.total() == cases and counts["refused"] > cases / 3
 
 
+def test_trainings_with_odd_values_start_or_are_refused(script):
+    counts, findings = script.fuzz("start", 15, seed=1)
+    assert not findings, "\n".join(map(str, findings))
+    assert counts.total() == 15 and counts["accepted"] >= 3
+
+
 def test_it_finds_what_is_wrong(script, tmp_path):
     def fail(error):
         raise error

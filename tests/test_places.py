@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from vit_suite.config import AttentionConfig, DataConfig, KNNConfig, PretrainConfig, RunOptions
+from vit_suite.config import (
+    AttentionConfig,
+    DataConfig,
+    EmbedConfig,
+    KNNConfig,
+    NeighboursConfig,
+    PretrainConfig,
+    RunOptions,
+)
 from vit_suite.errors import UserError
+from vit_suite.parsing import load_config
 from vit_suite.places import check_file, check_folder, check_places
 
 NOBODY = 65534
@@ -125,3 +134,17 @@ def test_output_that_cannot_be_written_loses_no_result(tmp_path, target):
     assert done.returncode == full
     assert done.stderr == ("vit-suite: error: the output could not be shown: No space left on device\n" if full else "")
     assert done.stdout.count("\n") == {"| head -1": 1, "2>&-": 20000}.get(target, 0)
+
+
+def test_a_pipe_is_no_input(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="images '.*pipe' is a pipe, a socket or a device; expected a file or a folder"):
+        check_places(load_config(None, {"checkpoint": "timm:x", "images": str(tmp_path / "pipe")}, AttentionConfig))
+
+
+@pytest.mark.parametrize("cls", [EmbedConfig, NeighboursConfig])
+def test_features_are_checked_before_torch_too(tmp_path, cls):
+    given = {"checkpoint": str(tmp_path / "none.pth")} | ({"embeddings": "x"} if cls is NeighboursConfig else {})
+    with pytest.raises(UserError, match="does not exist"):
+        check_places(load_config(None, given, cls))
+    assert load_config(None, given | {"output": "~/x.npz"}, cls).output == os.path.expanduser("~/x.npz")

@@ -23,6 +23,9 @@ Command = namedtuple("Command", "help config run words", defaults=[""])
 """One line of help; "module:Class" of the options; "module:function" that takes an object of that class; the option
 that bare words before the first `--` belong to (`recipes show NAME`), if the command takes such."""
 
+LONGEST_CAUSE = 300
+"""Most characters of an unexpected error that are shown; the log has all of it."""
+
 COMMANDS = {
     "demo": Command(
         "A tour without downloads: generated images, DINO, kNN, attention masks",
@@ -173,9 +176,8 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C with sys.exit(1)
             return _complain("interrupted", 130)
-        if (
-            type(stop).__name__ == "SIGTERMException"
-        ):  # Lightning's answer to SIGTERM before the first step, which would exit with 0
+        # Lightning answers a SIGTERM before the first step with this exception, which would exit with 0.
+        if type(stop).__name__ == "SIGTERMException":
             return _complain("terminated before the end", 143)
         raise
     except Exception as error:
@@ -213,8 +215,7 @@ def _load(place: str):
     return getattr(import_module(module), name)
 
 
-# What goes wrong
-# --------------------------------------------------------------------------------------------------------------
+# -- What goes wrong ---------------------------------------------------------------------------------------------------
 
 
 def _say(text: str) -> int:
@@ -228,7 +229,7 @@ def _complain(text: str, status: int) -> int:
 
 
 def _refusal(error: OSError) -> str | None:
-    """The sentence for a file that the system did not let us have; None for another fault."""
+    """The sentence for a file that the system refused to open or write; None for any other fault."""
     from vit_suite.places import reason
 
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG) or error.filename is None:
@@ -238,8 +239,8 @@ def _refusal(error: OSError) -> str | None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message without line breaks; of an error that a loader's worker process passed on, only what the worker
-    said."""
+    """The message without line breaks. torch wraps an error of a loader's worker in a traceback: only the worker's own
+    message is kept."""
     message = str(error).strip()
     if "Original Traceback" in message:
         message = message.splitlines()[-1].partition(": ")[2] or message.splitlines()[-1]
@@ -248,13 +249,21 @@ def _one_line(error: BaseException) -> str:
 
 def _cause(error: Exception) -> str:
     message = _one_line(error)
-    message = message if len(message) <= 300 else message[:297] + "..."
+    message = message if len(message) <= LONGEST_CAUSE else message[: LONGEST_CAUSE - 3] + "..."
     cause = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _disk_full(error):
         cause += " Make room and give the same command again; a training goes on from its last checkpoint."
     if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's, without importing torch to ask
         cause += " Use a smaller batch_size or image size; pretrain keeps its batch with a larger trainer.accumulate."
     return cause
+
+
+def _disk_full(error: Exception) -> bool:
+    """Whether a disk had no room. Libraries that write files themselves (safetensors, onnx) say it in words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    words = str(error)
+    return os.strerror(errno.ENOSPC) in words or os.strerror(errno.EDQUOT) in words
 
 
 def _write_log(argv: list[str], config) -> str:
@@ -281,8 +290,7 @@ def _write_log(argv: list[str], config) -> str:
     return "above"
 
 
-# Help
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Help --------------------------------------------------------------------------------------------------------------
 
 
 def overview() -> str:

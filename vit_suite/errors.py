@@ -21,12 +21,12 @@ QUOTED = 80
 
 
 def short(text: str) -> str:
-    """A name or a word as a message shows it: at most 80 characters of it."""
+    """A name or a word as a message shows it: its first 80 characters."""
     return text if len(text) <= QUOTED else text[: QUOTED - 3] + "..."
 
 
 def quote(value: object) -> str:
-    """`repr(value)`, of a long one the first characters and how many there are."""
+    """`repr(value)`; for a long value its first characters and its length."""
     if isinstance(value, str):
         return repr(value) if len(value) <= QUOTED else f"{value[:60]!r}... ({len(value):,} characters)"
     if isinstance(value, int) and abs(value) >= 10**QUOTED:  # Python refuses to spell one of 4,300 digits

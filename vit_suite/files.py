@@ -32,8 +32,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], sync: bo
 
 
 def put_in_place(partial: Path, path: Path, sync: bool = True) -> None:
-    """Rename a file that is written to its final name, in one step; with `sync` its content reaches the disk first,
-    since otherwise a power cut may leave the new name with nothing behind it."""
+    """Rename a finished file to its final name in one step. With `sync` its content reaches the disk first: without it,
+    a power cut may leave the new name with an empty file."""
     if sync:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
@@ -41,15 +41,14 @@ def put_in_place(partial: Path, path: Path, sync: bool = True) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a process that was killed in the middle of writing left in `folder` and below."""
+    """Delete the unfinished files in `folder` and below, which a killed process left."""
     for path in folder.rglob(f"*{PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
 def lock(handle) -> None:
-    """Exclusive until the file is closed, for threads, processes and, where the file system passes locks on, machines.
-
-    Where it has none, nothing is locked.
+    """Lock an open file until it is closed, against other threads and processes; against other machines too where the
+    file system supports that. Where the file system has no locks, nothing is locked.
     """
     try:
         import fcntl
@@ -61,7 +60,8 @@ def lock(handle) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """One at a time: whoever comes second waits here. `path` is an empty file that is there meanwhile."""
+    """Only one process or thread at a time runs the block; others wait. `path` is an empty file that exists
+    meanwhile."""
     while True:
         handle = open(path, "a")
         lock(handle)
@@ -78,8 +78,15 @@ def locked(path: str | Path) -> Iterator[None]:
             Path(path).unlink(missing_ok=True)
 
 
+def printable(name: str) -> str:
+    """A file name as text that any file or terminal takes: bytes that are not UTF-8 and control characters are escaped
+    (`caf\\xe9`, `a\\nb`)."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() or char == " " else repr(char)[1:-1] for char in text)
+
+
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
-"""How a cell begins that a spreadsheet runs, or takes for one that it should not."""
+"""The beginning of a cell that a spreadsheet would run as a formula, with apostrophes before it or not."""
 
 
 def safe_cell(value: object) -> object:
@@ -88,5 +95,5 @@ def safe_cell(value: object) -> object:
 
 
 def plain_cell(text: str) -> str:
-    """What `safe_cell` was given."""
+    """The text from which `safe_cell` made `text`."""
     return text[1:] if text.startswith("'") and FORMULA.match(text) else text

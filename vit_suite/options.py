@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 REQUIRED = dataclasses.MISSING
 
+ALIKE = 0.65
+"""Likeness from which on a known key is suggested for a wrong one; 1 is equality."""
 SHOWN = 14
 """Names that a message about an unknown one lists."""
 
@@ -46,6 +48,7 @@ class Option(NamedTuple):
 
     @property
     def is_list(self) -> bool:
+        """Whether the option takes several values."""
         return self.item_hint is not None
 
     @property
@@ -55,6 +58,7 @@ class Option(NamedTuple):
 
     @property
     def choices(self) -> list[str]:
+        """The words that the option, or an item of its list, may be."""
         return _choices(self.hint)
 
     @property
@@ -70,8 +74,8 @@ class Option(NamedTuple):
         return self._type_name()
 
     def expected(self, wrong: Any) -> str:
-        """The same for the message about a wrong value, or a wrong item of a list: of too large a number the largest
-        that is allowed, too."""
+        """`type_name` for the message about a wrong value or list item. If the value is too large a number, the largest
+        allowed one is named too."""
         if self.is_list and wrong in ([], ()):
             return f"at least one {_spell(self.item_hint)}".replace("one one", "one")
         return self._type_name(ceiling=any(_exceeds(wrong, limit.ceiling) for limit in self.limits))
@@ -93,7 +97,7 @@ class Option(NamedTuple):
         return value
 
     def culprit(self, value: Any) -> Any:
-        """What to show of a value that does not convert: of a list its first item that is wrong in itself."""
+        """The part of a wrong value that a message shows: of a list, the first item that is wrong by itself."""
         if self.is_list:
             try:
                 value = _items(value)
@@ -134,13 +138,12 @@ class Schema:
             key, hint = join(group, field.name), hints[field.name]
             default = _default(field) if template is None else getattr(template, field.name)
             if variants := field.metadata.get("variants"):
-                # A name that no variant has keeps the default class; converting the name then tells the user the valid
-                # ones.
+                # An unknown name keeps the default class here. Its conversion fails later, with the valid names.
                 selector = field.metadata.get("selector", own := f"{key}.name")
                 word = chosen.get(selector)
                 variant = variants.get(word, type(default)) if isinstance(word, str) else type(default)
                 self._add(key, variant, default if variant is type(default) else None, chosen)
-                if selector == own:  # not another group's, whose choice this group follows
+                if selector == own:  # else the group follows the choice of another one
                     self.options[selector] = self.options[selector]._replace(hint=Literal[tuple(variants)])
                     self.selectors.append(selector)
             elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -181,7 +184,7 @@ class Schema:
         best = self.synonyms.get(key.rpartition(".")[2])
         if best not in self.options:
             best = max(self.options, key=likeness, default=None)
-            if best is None or likeness(best) < 0.65:
+            if best is None or likeness(best) < ALIKE:
                 known = list(dict.fromkeys(prefix + option.partition(".")[0] for option in self.options))
                 more = f" ... ({len(known)} in all)" if len(known) > SHOWN else ""
                 return f" Known: {', '.join(known[:SHOWN])}{more}."
@@ -329,8 +332,8 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 @functools.cache
 def _module_docs(module: str) -> dict[str, dict[str, str]]:
-    """Class -> field -> docstring; read once a module, because inspect.getsource(cls) parses the whole file for each
-    class."""
+    """Class -> field -> docstring. A module is read once, because inspect.getsource(cls) parses the whole file for each
+    of its classes."""
     import ast
     import inspect
     import itertools

@@ -71,9 +71,8 @@ def resolve(cls: type, given: Mapping[str, Given]) -> Any:
             )
     schema = Schema(cls, chosen(given))
     values = {}
-    for key in sorted(
-        given, key=lambda key: key not in schema.selectors
-    ):  # a wrong method first, then what it may not have
+    # The method first: a wrong one is the cause of wrong options, not one more of them.
+    for key in sorted(given, key=lambda key: key not in schema.selectors):
         item = given[key]
         if key in schema.options:
             values[key] = _convert(schema.options[key], item)
@@ -89,7 +88,7 @@ def resolve(cls: type, given: Mapping[str, Given]) -> Any:
 
 
 def chosen(given: Mapping[str, Given]) -> dict[str, Any]:
-    """Key -> value, for `Schema` to choose the class of a group by its name."""
+    """Key -> value of all options; `Schema` picks the class of a group by the value of its selector."""
     return {key: (item.value or [None])[0] if item.argument else item.value for key, item in given.items()}
 
 
@@ -105,8 +104,8 @@ def _convert(option: Option, item: Given) -> Any:
 
 
 def _join(option: Option, item: Given) -> Any:
-    """The words behind an option as one value: a list for a list, true for a switch without a word, else exactly one
-    word."""
+    """The words behind an option as one value: a list for a list option, `true` for a switch without a word, else
+    exactly one word."""
     words = item.value
     if not words and option.is_switch:
         return "true"
@@ -121,8 +120,8 @@ def _join(option: Option, item: Given) -> Any:
 
 
 def read_arguments(words: Sequence[str]) -> tuple[list[str], dict[str, Given]]:
-    """(files behind --config, the other options). `--a b c`, `--a=b`, and `-` for `_` in a name; the last of two equals
-    wins."""
+    """(files behind --config, the other options) of a command line. It may have `--a b c`, `--a=b`, and `-` for `_` in
+    a name. Of an option that stands twice the last one wins."""
     configs: list[list[str]] = []
     given: dict[str, Given] = {}
     values: list[str] | None = None
@@ -173,7 +172,8 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Given]:
 
 
 def read_yaml_list(path: str | os.PathLike) -> list[dict[str, Given]]:
-    """The same of each entry of a YAML file that holds a list of options, at least one entry."""
+    """One dictionary like that of `read_yaml` for each entry of a YAML file that holds a list; UserError for an empty
+    list."""
     path = Path(path)
     root = _read_file(path)
     if root is None or root.kind != "sequence" or not root.items:

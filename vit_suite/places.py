@@ -20,8 +20,12 @@ from vit_suite.errors import UserError, nearest, short
 
 LONGEST_NAME = 255
 """Bytes of a file's name that Linux file systems take."""
+LONGEST_PATH = 4000
+"""Bytes of a path; Linux takes 4,096, and a command adds names of its own files."""
 SUFFIX_ROOM = 24
 """Bytes that `write_atomically` adds to a name while the file is being written."""
+COMPARED = 1000
+"""Names in a folder that are compared with a mistyped one."""
 SCHEME = re.compile(r"[a-z][a-z0-9_-]+:")
 """How a checkpoint begins that is no path: `timm:vit_small_patch16_224`."""
 PATTERN = re.compile(r"[*?\[{]")
@@ -36,8 +40,10 @@ def check_places(config: Any, skip: Callable[[str], bool] = lambda key: False) -
         _check_names(key, value)
         if place.kind == "folder":
             check_folder(key, Path(value))
-        elif place.kind == "file":
+        elif place.kind == "file" or place.kind == "output" and not Path(value).is_dir():
             check_file(key, Path(value))
+        elif place.kind == "output":
+            check_folder(key, Path(value).parent)
         elif place.kind == "data":
             if not (PATTERN.search(value) or getattr(owner, "download", False) or owner.name == "shapes"):
                 check_input(key, value)
@@ -49,6 +55,8 @@ def check_input(key: str, value: str) -> None:
     """UserError unless `value` is a file or folder, with the nearest name beside it."""
     path = Path(value)
     try:
+        if not (path.is_file() or path.is_dir()) and path.exists():  # opening a pipe would wait for a writer
+            raise UserError(f"{key} '{value}' is a pipe, a socket or a device; expected a file or a folder.")
         path.stat()
     except FileNotFoundError:
         raise UserError(f"{key} '{value}' does not exist.{_neighbour(path)}") from None
@@ -105,8 +113,8 @@ FULL = (REASONS[errno.ENOSPC], REASONS[errno.EDQUOT])
 def why_not_written(folder: Path) -> str | None:
     """Why no file can be written in `folder`, which is there; None when one can.
 
-    A file without a name is written and thrown away again: permissions, quotas and read-only disks cannot be told in
-    another way on every file system.
+    A file without a name is written and thrown away again. Only this tells permissions, quotas and read-only disks on
+    every file system.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -147,14 +155,17 @@ def _check_names(key: str, value: str) -> None:
                 f"{key}: the name '{short(name)}' has {len(os.fsencode(name)):,} bytes;"
                 f" at most {LONGEST_NAME - SUFFIX_ROOM} are possible."
             )
-    if len(os.fsencode(value)) > 4000:
-        raise UserError(f"{key}: the path '{short(value)}' has {len(os.fsencode(value)):,} bytes; 4,000 are possible.")
+    if len(os.fsencode(value)) > LONGEST_PATH:
+        raise UserError(
+            f"{key}: the path '{short(value)}' has {len(os.fsencode(value)):,} bytes; at most {LONGEST_PATH:,} are"
+            " possible."
+        )
 
 
 def _neighbour(path: Path) -> str:
     """`" Did you mean 'DIR/name'?"`, looked for in the folder that would hold the path."""
     try:
-        names = sorted(os.listdir(path.parent))[:1000]
+        names = sorted(os.listdir(path.parent))[:COMPARED]
     except OSError:
         return ""
     return nearest(path.name, names)

@@ -58,7 +58,7 @@ def config_file(word: str) -> Path:
         return find(word)
     except UserError:
         if path.suffix:
-            return path  # a mistyped file of the user's own; the reader names its neighbours
+            return path  # the name of a file that does not exist: its reader suggests the nearest one
         raise
 
 

@@ -14,7 +14,7 @@ MOST_BYTES = 1_000_000
 MOST_DEPTH = 10
 """Deepest nesting. Options are nested two deep, and a list in them makes three."""
 MOST_NODES = 10_000
-"""Most values, those counted again that an alias repeats. A config has about 200."""
+"""Most values; what an alias repeats counts each time. A config has about 200."""
 CORE_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 )
@@ -109,7 +109,7 @@ def _read(events: Any) -> Node | None:
 
 
 def _attach(node: Node, open_nodes: list[tuple[Node, str | None]], line: int) -> Node | None:
-    """Put a finished node into the one that is open; give it back when none is, for then it is the root."""
+    """Put a finished node into the innermost open node. Without an open node it is the root, and is returned."""
     if not open_nodes:
         return node
     parent = open_nodes[-1][0]
@@ -121,7 +121,7 @@ def _attach(node: Node, open_nodes: list[tuple[Node, str | None]], line: int) ->
 
 
 def _named(anchor: str, anchors: dict[str, Node], open_nodes: list[tuple[Node, str | None]], line: int) -> Node:
-    """What an alias stands for."""
+    """The node that an alias repeats."""
     if any(name == anchor for _, name in open_nodes):
         raise YAMLProblem(f"nested too deep: *{anchor[:40]} stands inside of what it repeats", line)
     if anchor not in anchors:

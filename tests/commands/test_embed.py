@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from tests.commands.conftest import picture, save_pictures
@@ -175,7 +176,7 @@ def test_what_embed_refuses(run, vit_suite, tiny_run, folder, tmp_path):
     refused(run("out.txt"), "expected the ending .parquet, .npz, .npy or .csv, not '.txt'")
     refused(run("out.npz", "--features", "patches"), "patch tokens go into a folder")
     refused(run("out.npz", "--features", "clss"), "Did you mean 'cls'?")
-    refused(run("images/000.jpg/out.npz"), "cannot be written", "000.jpg' is a file")
+    refused(run("images/000.jpg/out.npz"), "000.jpg' is a file")
     refused(run("out.npz", "--image_size", 33), "image_size 33x33 is not divisible by the patch size 8")
     refused(run("out.npz", images=tmp_path / "none"), "does not exist")
     refused(vit_suite("embed", "--checkpoint", tiny_run, "--output", tmp_path / "out.npz"), "no images to embed")
@@ -281,3 +282,30 @@ def test_what_neighbours_refuses(vit_suite, tiny_run, embedded, tmp_path):
     refused(neighbours("--clusters", 26), "clusters 26 is more than", "25")
     refused(neighbours("--output", tmp_path / "animals"), "is not empty")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_query_from_outside_is_read_as_the_set_was(vit_suite, tiny_run, tmp_path):
+    """12-bit pictures in 16-bit files: read alone, a dark one would be taken for 8 bits and come out bright."""
+    root = tmp_path / "twelve"
+    root.mkdir()
+    for number, most in enumerate((4000, 200)):
+        picture = np.linspace(0, most, 32 * 32).reshape(32, 32).astype(np.uint16)
+        Image.fromarray(picture).save(root / f"{number}.png")
+    words = ["--checkpoint", tiny_run, "--precision", "fp32"]
+    output = tmp_path / "set.npz"
+    assert vit_suite("embed", *words, "--images", root, "--output", output).status == 0
+    (tmp_path / "away").mkdir()
+    dark = shutil.copy(root / "1.png", tmp_path / "away" / "dark.png")
+    asked = ["--embeddings", output, "--query", dark, "--checkpoint", tiny_run, "--output", tmp_path / "said"]
+    assert vit_suite("neighbours", *asked).status == 0
+    near = rows(tmp_path / "said" / "neighbours.csv")
+    assert near[0]["path"].endswith("1.png") and float(near[0]["cosine"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_too_many_files_that_do_not_decode(run, vit_suite, tiny_run, folder, tmp_path):
+    """Under data.max_corrupt, for embed and attention: everything is written, and the status says it."""
+    said = run("out.npz", "--data.max_corrupt", 0.01)
+    assert said.status == 2 and "data.max_corrupt allows 1.0%" in said.err
+    words = ["--checkpoint", tiny_run, "--images", folder, "--output", tmp_path / "maps", "--data.max_corrupt", 0.01]
+    said = vit_suite("attention", *words)
+    assert said.status == 2 and "005b.jpg" in said.err and (tmp_path / "maps" / "manifest.csv").is_file()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from vit_suite.config import BackboneConfig
 from vit_suite.models.backbone import Backbone
@@ -138,6 +140,23 @@ def test_positions_in_a_graph_are_those_of_interpolate():
             torch.testing.assert_close(matrix @ row[0, 0], wanted[0, 0], atol=2e-5, rtol=1e-5)
 
 
+def test_a_graph_of_few_patches(export, tmp_path):
+    """The check does not ask it for images of one patch, which no graph takes."""
+    said = export(random_backbone(image_size=[8, 8]), "--format", "torch")
+    assert said.status == 0, said.err
+
+
+def test_a_full_disk_says_what_to_do_and_leaves_nothing(export, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setitem(FORMATS, "safetensors", replace(FORMATS["safetensors"], write=full))
+    monkeypatch.chdir(tmp_path)
+    said = export(random_backbone())
+    assert said.status == 1 and "Make room and give the same command again" in said.err, said.err
+    assert leftovers(tmp_path) == {"vit-suite-error.log"}
+
+
 def test_a_folder_that_differs_is_not_kept(export, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "TOLERANCE", -1.0)
     said = export(random_backbone(), "--format", "timm")
@@ -154,7 +173,8 @@ def test_a_folder_that_differs_is_not_kept(export, tmp_path, monkeypatch):
         ({"class_token": False, "pool": "mean"}, ["--format", "torch", "--outputs", "attention"], "needs a CLS token"),
         ({}, ["--format", "timm", "--outputs", "attention"], "--outputs attention is for onnx, torch and safetensors"),
         ({}, ["--format", "onnx", "--opset", "11"], "ONNX operator sets 18 to"),
-        (ROPE, ["--format", "onnx"], "blocks of the type RopeBlock cannot be exported as a graph"),
+        (ROPE, ["--format", "onnx"], "blocks of the type RopeBlock cannot be exported as a graph: rotary positions"),
+        ({"image_size": [4, 16]}, ["--format", "torch"], "a network of 1 x 4 patches cannot be exported as a graph"),
         ({"mlp": "swiglu"}, ["--format", "timm"], "cannot name a SwiGLU"),
         ({}, ["--format", "onxn"], "Did you mean 'onnx'?"),
         ({}, ["--checkpoint_family", "dinov2"], "was written by vit-suite"),

@@ -10,10 +10,13 @@ from PIL import Image
 from tests.data.make import config, fails, picture
 from vit_suite.data import listing
 from vit_suite.data.decode import DecodeError
-from vit_suite.data.listing import Listing, is_output, printable, undecodable
+from vit_suite.data.listing import Listing, is_output, undecodable
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.registry import open_split, open_test, open_train
+from vit_suite.data.source import FileSource
+from vit_suite.data.truth import open_truths
 from vit_suite.errors import UserError
+from vit_suite.files import printable
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +36,13 @@ def test_endings_that_are_read_and_those_that_are_left_out(tmp_path, said):
     kinds = {"a.jpg": "JPEG", "b.jfif": "JPEG", "c.mpo": "JPEG", "d.tga": "TGA", "e.j2k": "JPEG2000"}
     for name, kind in (kinds | {"noending": "PNG", "f.jpg_large": "JPEG"}).items():
         image.save(tmp_path / name, kind)
-    for name in ("g.heic", "h.HEIC", "notes.txt", "table.csv"):
+    for name in ("g.jxl", "h.JXL", "notes.txt", "table.csv"):
         (tmp_path / name).write_bytes(b"\0")
     source = open_train(config("flat", tmp_path))
     assert names(source) == sorted(kinds)
     assert all(source.load(i).shape == (3, 32, 32) for i in range(len(source)))
     line = said()
-    assert "2 .heic (convert them to JPEG or PNG)" in line and "1 .jpg_large (looks like JPEG;" in line
+    assert "2 .jxl" in line and "1 .jpg_large (looks like JPEG;" in line
     assert "1 without an ending (looks like PNG;" in line and "txt" not in line and "csv" not in line
     open_train(config("flat", tmp_path))
     assert said() == line  # once
@@ -130,9 +133,9 @@ def test_a_class_without_a_readable_image_is_named(tmp_path, said):
         picture(tmp_path / split / "a" / "1.png")
     picture(tmp_path / "test" / "b" / "1.png")
     (tmp_path / "train" / "b").mkdir()
-    (tmp_path / "train" / "b" / "1.heic").write_bytes(b"x")
+    (tmp_path / "train" / "b" / "1.jxl").write_bytes(b"x")
     assert open_train(config("folder", tmp_path)).classes == ["a"]
-    assert "1 folders hold no image that is read, and are no classes: b" in said() and "1 .heic" in said()
+    assert "1 folders hold no image that is read, and are no classes: b" in said() and "1 .jxl" in said()
     fails(config("folder", tmp_path), "train split lacks: b", "hold no image that is read", split="test")
 
 
@@ -225,3 +228,27 @@ def test_walk_gives_failures_not_tracebacks(tmp_path):
         list(Listing(tmp_path / "nowhere").walk())
     one = Listing(tmp_path)
     assert list(one.walk("nowhere")) == [] and isinstance(one.failures[0], DecodeError)
+
+
+@pytest.mark.parametrize("name", ["pipe", "manifest.csv"])
+def test_a_pipe_of_any_name_in_a_folder_hangs_nothing(tmp_path, name):
+    """The listing looks into files with other endings, and into manifests."""
+    picture(tmp_path / "set" / "in" / "1.png")
+    os.mkfifo(tmp_path / "set" / "in" / name)
+    assert len(open_train(config("flat", tmp_path / "set"))) == 1
+
+
+def test_pipes_in_place_of_lists_shards_truths_and_masks(tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    for place in ("shards/train-0.tar", "masks/a.png", "boxes/a.xml", "text/boxes.txt", "list.txt"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / place)
+    fails(config("shards", tmp_path / "shards"), "train-0.tar' is no regular file")
+    fails(config("list", tmp_path / "list.txt"), "list.txt' is no regular file")
+    _, truths = open_truths(tmp_path / "images", tmp_path / "masks")
+    with pytest.raises(DecodeError, match="is no regular file"):
+        truths.load(0)
+    for folder in ("boxes", "text"):
+        with pytest.raises(UserError, match="expected a folder of masks or VOC XML"):
+            open_truths(tmp_path / "images", tmp_path / folder)
+    assert FileSource("x", "all", tmp_path, ["masks/a.png"], 3).content(0) is None

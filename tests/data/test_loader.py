@@ -140,7 +140,7 @@ def test_subset_of_a_resident_set_is_resident(tmp_path):
 
 
 def test_workers(monkeypatch):
-    assert auto_workers("auto", True) == 0 and auto_workers(3, False) == 3 and 1 <= auto_workers("auto", False) <= 8
+    assert auto_workers("auto", True) == 0 and auto_workers(3, False) == 3 and 1 <= auto_workers("auto", False) <= 32
     cores = len(os.sched_getaffinity(0))
     assert auto_workers("auto", False, 2 * cores) == 1
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")

@@ -131,3 +131,9 @@ def test_micro_batches_may_change_between_epochs_alone(tmp_path, before, now):
     list(iterator)
     other.load_state_dict(loader.state_dict())
     assert other.epoch == 1 and other.position == 0
+
+
+def test_a_batch_does_not_take_the_order_of_the_epoch_along():
+    """Its indices go to a worker with all of the memory that they lie in."""
+    batch = next(EpochPlan(10_000, 20).batches(0))
+    assert batch.indices.untyped_storage().nbytes() == 20 * 8

@@ -1,11 +1,18 @@
 """TIFF of every kind through tifffile, DICOM through pydicom; the right value of each."""
 
+import struct
+import sys
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from vit_suite.config import DataConfig
 from vit_suite.data import science
-from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.decode import DecodeError, decode, image_size
+from vit_suite.data.listing import undecodable
 from vit_suite.data.pixels import parse_range
+from vit_suite.data.registry import open_train
 
 tifffile = pytest.importorskip("tifffile")
 pydicom = pytest.importorskip("pydicom")
@@ -175,3 +182,39 @@ def test_dicom_that_is_none(tmp_path):
     with pytest.raises(DecodeError, match="data.max_pixels"):
         decode(path, max_pixels=100)
     assert science.DICOM == (".dcm", ".dicom")
+
+
+def test_logluv_is_refused_with_a_way_out(tmp_path):
+    """A TIFF that says it holds logarithms of luminance."""
+    path = tmp_path / "sky.tif"
+    tifffile.imwrite(path, RGB.astype(np.float32), photometric="rgb")
+    whole = bytearray(path.read_bytes())
+    place = whole.index(struct.pack("<HHIH", 262, 3, 1, 2))  # PhotometricInterpretation, one short, RGB
+    whole[place + 8 : place + 10] = struct.pack("<H", 32845)
+    path.write_bytes(whole)
+    with pytest.raises(DecodeError, match="a LogLuv TIFF .* is not read: save it as a TIFF of 32-bit floats"):
+        decode(path)
+
+
+def test_that_only_the_first_frame_is_read_is_said(tmp_path, caplog):
+    dicom(tmp_path / "scan.dcm", np.stack([RAMP] * 5).astype(np.uint8))
+    pages = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    Image.fromarray(RGB).save(tmp_path / "one.tif")
+    open_train(DataConfig(name="flat", root=str(tmp_path)), 0)
+    said = [line for line in caplog.messages if "frames" in line]
+    assert len(said) == 1 and "2 of the 3 files looked at hold several pages or frames" in said[0]
+    assert "pages.tif has 2" in said[0] or "scan.dcm has 5" in said[0]
+
+
+def test_heic(tmp_path, monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="writes a file (extra: heif)")
+    pillow_heif.register_heif_opener()
+    path = tmp_path / "phone.heic"
+    Image.new("RGB", (24, 16), (200, 40, 90)).save(path, quality=95)
+    pixels = decode(path).astype(int)
+    assert pixels.shape == (3, 16, 24) and np.abs(pixels - np.array([200, 40, 90])[:, None, None]).max() <= 6
+    assert image_size(path) == (16, 24) and undecodable(".heic") is None
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DecodeError, match=r"HEIC is read by pillow-heif: pip install 'vit-suite\[heif\]'"):
+        decode(path)

@@ -10,6 +10,7 @@ from vit_suite.attention.export import ExportSummary, export_attention
 from vit_suite.attention.export_options import ExportOptions
 from vit_suite.attention.maps import require_cls
 from vit_suite.config import AttentionConfig
+from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
@@ -36,6 +37,8 @@ def run(cfg: AttentionConfig) -> None:
         summary = export_attention(loaded.backbone.to(device), images, cfg.output, loaded.mean, loaded.std, options)
         if distributed.rank() == 0:
             print(sentence(summary, cfg.clip_artifacts))
+            total = summary.images + len(summary.failures)
+            Quarantine(limit=cfg.data.max_corrupt).report(summary.failures, "the images", total)
             if cfg.gallery:
                 print(f"gallery: {write_gallery(cfg.output, images if isinstance(images, ImageSource) else None)}")
 

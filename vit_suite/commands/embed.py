@@ -21,14 +21,16 @@ def run(cfg: EmbedConfig) -> None:
     with distributed.launched():
         if output.suffix.lower() == ".parquet":
             need_pyarrow()
-        loaded = load_backbone(cfg.checkpoint)
+        loaded = load_backbone(cfg.checkpoint, cfg)
         embedder = make_embedder(cfg, loaded)
         check_output(output, embedder.options.kind, cfg.overwrite)
         source = open_images(cfg.images, cfg.data, output, loaded.backbone.cfg.channels, cfg.seed)
         distributed.barrier()  # every rank has checked the output before one writes it
-        summary = embed(embedder, source, output, protocol_of(embedder, loaded.sha256, cfg.checkpoint), progress=True)
+        protocol = protocol_of(embedder, source, loaded.sha256, cfg.checkpoint)
+        summary = embed(embedder, source, output, protocol, progress=True)
         if distributed.rank() == 0:
             print(sentence(summary, len(source)))
+            Quarantine(limit=cfg.data.max_corrupt).report(summary.failures, "the images", len(source))
 
 
 def sentence(summary: EmbedSummary, total: int) -> str:

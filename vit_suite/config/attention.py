@@ -77,7 +77,7 @@ class AttentionConfig(ReadingConfig):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; auto = bf16 where the hardware multiplies it natively. The softmax is fp32."""
+    """Precision of the forward pass; auto = bf16 where the hardware multiplies it natively. The softmax is fp32."""
     workers: Processes | None = None
     """Threads that decode, compute, draw and write, each its own images; the process's cores, at most 8, when not
     given."""
@@ -85,7 +85,7 @@ class AttentionConfig(ReadingConfig):
     """Also write index.html: all images in one page that works from disk, with a slider for the threshold (adds npz to
     the formats)."""
     seed: Seed = 0
-    """Of generated data, and of the draw behind data.test_length."""
+    """Seed of generated data, and of the draw behind data.test_length."""
     overwrite: bool = False
     """Replace files that stand in `output`."""
 

@@ -33,12 +33,14 @@ class ImagesConfig:
     """Share of a set without splits of its own (class folders, one list) that is held out, class by class, as its test
     split; the rest is its train split. The same images in every command."""
     holdout_seed: Seed = 0
-    """Of that choice."""
+    """Seed of that choice."""
     value_range: Limits | Literal["auto", "minmax"] = "auto"
     """What becomes black and white in files of more than 8 bits: auto = integers by the bits that the set uses (10, 12,
     14, 16), floats 0..1, DICOM by its window; minmax = each image's own least and largest value; or two numbers."""
     max_pixels: Count = 178_956_970
     """Files whose header claims more pixels are not read: they count as files that do not decode."""
+    max_corrupt: Share = 1.0
+    """Share of files that may fail to decode (they are listed) before the command fails."""
     download: bool = False
     """Let torchvision download the set where it can."""
 
@@ -68,7 +70,7 @@ class ScoreDataConfig(LocalizeDataConfig):
     generated."""
     workers: Annotated[int, Range(0, ceiling=1024)] | Literal["auto"] = "auto"
     """Images decoded at a time on a rank: by threads for scores, by processes in training. auto = 0 for images held in
-    memory, else the cores of this rank, at most 8."""
+    memory, else the cores of this rank (of a training at most 32, for scores at most 8)."""
     resident: bool | Literal["auto"] = "auto"
     """Hold the decoded set in memory as uint8; auto = when all images have one size and fit in data.memory_gb."""
     memory_gb: Gigabytes = 4.0

@@ -44,8 +44,8 @@ class ScoreConfig(ReadingConfig):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the backbone's forward pass; auto = bf16 where the hardware multiplies it natively. What follows it is
-    fp32."""
+    """Precision of the backbone's forward pass; auto = bf16 where the hardware multiplies it natively. What follows it
+    is fp32."""
     baselines: bool = False
     """Also score the same backbone untrained, and raw pixels: what the number is read beside."""
     output: OutputFile | None = None

@@ -33,4 +33,4 @@ class ExportConfig(ReadingConfig):
     ones."""
     data: ImagesConfig = field(default_factory=lambda: ImagesConfig(name=""))
     seed: Seed = 0
-    """Of the draw behind data.test_length, and of generated data."""
+    """Seed of the draw behind data.test_length, and of generated data."""

@@ -21,13 +21,13 @@ class Range:
     above: float = -math.inf
     below: float = math.inf
     ceiling: float = math.inf
-    """A largest value against slips. Help leaves it out; the message about a larger number shows it."""
+    """A largest value that only catches slips. Help does not show it; the message about a larger number does."""
     length: int | None = None
     rising: bool = False
     """Whether a number of the list may not be below the one before it."""
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` is within; what is neither a number nor a list (None, "auto") always is."""
+        """Whether `value` is within the limits. What is neither a number nor a list (None, "auto") always is."""
         if self.length is not None and isinstance(value, list) and len(value) != self.length:
             return False
         numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
@@ -60,10 +60,11 @@ class Place:
     """What an option names on the disk: `~` is expanded in it, and it is checked before anything is imported.
 
     checkpoint: a file, a folder, or a name such as `timm:NAME`; input: a file or folder that must exist; data: the
-    same, or a pattern; folder and file: where a command writes; config: a YAML file, which its reader checks.
+    same, or a pattern; folder and file: where a command writes; output: a file, or a folder in its place, by the
+    command's other options; config: a YAML file, which its reader checks.
     """
 
-    kind: Literal["checkpoint", "input", "data", "folder", "file", "config"]
+    kind: Literal["checkpoint", "input", "data", "folder", "file", "output", "config"]
 
 
 Count = Annotated[int, Range(1, ceiling=1_000_000_000)]
@@ -91,8 +92,6 @@ Nodes = Annotated[int, Range(1, ceiling=100_000)]
 Minutes = Annotated[float, Range(above=0, ceiling=10_000_000)]
 """19 years."""
 Gigabytes = Annotated[float, Range(0, ceiling=1_000_000)]
-Positive = Annotated[float, Range(above=0, ceiling=1_000_000)]
-NotNegative = Annotated[float, Range(least=0, ceiling=1_000_000)]
 Norm = Annotated[float, Range(least=0)]
 """Of a gradient; the only number without a largest value."""
 Share = Annotated[float, Range(0, 1)]
@@ -112,6 +111,7 @@ DataRoot = Annotated[str, Place("data")]
 ConfigFile = Annotated[str, Place("config")]
 OutputFolder = Annotated[str, Place("folder")]
 OutputFile = Annotated[str, Place("file")]
+Output = Annotated[str, Place("output")]
 
 
 def pair(size: int | Iterable[int]) -> tuple[int, int]:

@@ -45,12 +45,12 @@ class LocalizeConfig(ReadingConfig):
     batch_size: Batch = 64
     """Images in a forward pass; only images of one size share one."""
     seed: Seed = 0
-    """Of the halves (one chooses thresholds and heads, the other is scored), the untrained backbone, and generated
+    """Seed of the halves (one chooses thresholds and heads, the other is scored), the untrained backbone, and generated
     data."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; auto = bf16 where the hardware multiplies it natively."""
+    """Precision of the forward pass; auto = bf16 where the hardware multiplies it natively."""
     output: OutputFile | None = None
     """File the scores are appended to; results.json in the run directory when the checkpoint is one, else in this
     folder."""

@@ -9,7 +9,8 @@ Axes: C channels, H height, W width. What a file may be, and what becomes of it:
 - EXIF orientation is applied; a damaged EXIF block is ignored, and so is an orientation in XMP, as in OpenCV and
   libvips.
 - N channels (not 1 or 3): bands as they are; N must match. An array is (H, W), (H, W, N) or (N, H, W).
-- Several pages or frames: the first, or all of them where they are as many gray ones as there are channels.
+- Several pages or frames: the first, or all of them where they are as many gray ones as there are channels. That the
+  first is taken is logged once a set (`ranges.py`).
 
 The size is read from the header first: one limit of pixels holds for every format, before memory is taken.
 """
@@ -26,24 +27,33 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_suite.data.messages import Listening
 from vit_suite.data.pixels import AUTO, Unfit, ValueRange, Wide, convert_channels, finish
-from vit_suite.data.science import DICOM, INSTALL, is_plain, read_array, read_dicom, read_tiff
+from vit_suite.data.science import DICOM, INSTALL, frames_of_dicom, is_plain, read_array, read_dicom, read_tiff
 from vit_suite.errors import UserError
 
 EXTENSIONS = frozenset(
     (
         ".jpg .jpeg .jpe .jfif .jif .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga"
-        " .jp2 .j2k .j2c .jpx .jpf .avif .npy .npz .dcm .dicom"
+        " .jp2 .j2k .j2c .jpx .jpf .avif .heic .heif .hif .npy .npz .dcm .dicom"
     ).split()
 )
 ARRAYS = (".npy", ".npz")
 JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif")
 ROOTS = (".tif", ".tiff")
+HEIF = (".heic", ".heif", ".hif")
+INSTALL_HEIF = "pip install 'vit-suite[heif]'"
+FRAMES = (*ROOTS, *DICOM, *HEIF, ".gif", ".apng", ".webp", ".avif")
+"""Endings of files that may hold several pages or frames."""
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is read when `data.max_pixels` is not given: Pillow's own limit for a decompression
 bomb. As RGB it takes 0.5 GiB."""
 ORIENTATION = 0x0112
-"""EXIF tag."""
+"""EXIF and TIFF tag: how the image is turned, 1 to 8."""
+PHOTOMETRIC, SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 262, 277, 339
+"""TIFF tags."""
+SIGNED = 2
+"""Value of the TIFF tag SampleFormat."""
 
 
 class DecodeError(Exception):
@@ -85,7 +95,34 @@ def decode(
 
 def may_be_wide(path: str) -> bool:
     """Whether a file of this name can hold values wider than 8 bits."""
-    return os.path.splitext(path)[1].lower() not in (*JPEG, ".gif", ".webp", ".bmp", ".avif", ".tga", ".pbm")
+    return os.path.splitext(path)[1].lower() not in (*JPEG, *HEIF, ".gif", ".webp", ".bmp", ".avif", ".tga", ".pbm")
+
+
+def count_frames(path: str, content: bytes | None) -> int:
+    """Pages or frames of a file, from its header; 1 when nothing says so."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in FRAMES:
+        return 1
+    try:
+        _check_file(path, content)
+        if suffix in DICOM:
+            return frames_of_dicom(_file(path, content))
+        _need_heif(suffix)
+        with Image.open(_file(path, content)) as image:
+            return int(getattr(image, "n_frames", 1))
+    except Exception:  # the decoder says what is wrong with the file
+        return 1
+
+
+def _need_heif(suffix: str) -> None:
+    """Teach Pillow to read HEIC, where the file is one. Unfit without the package that does it."""
+    if suffix not in HEIF:
+        return
+    try:
+        import pillow_heif
+    except ImportError:
+        raise Unfit(f"HEIC is read by pillow-heif: {INSTALL_HEIF}") from None
+    pillow_heif.register_heif_opener()
 
 
 def read_wide(path: str, content: bytes | None, channels: int, max_pixels: int) -> Wide | None:
@@ -100,8 +137,9 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
     if path.lower().endswith((*ARRAYS, *DICOM)):
         return None
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not os.path.isfile(path):
             return None
+        _need_heif(os.path.splitext(path)[1].lower())
         with Image.open(path) as image:
             turned = _orientation(image) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
@@ -110,9 +148,10 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def _guarded(path: str, work: Callable[[], Any]) -> Any:
-    """`work()`, whatever it raises for a bad file turned into a DecodeError of one line."""
+    """`work()`. Whatever it raises for a bad file becomes a DecodeError of one line."""
     try:
-        return work()
+        with Listening(path):
+            return work()
     except DecodeError:
         raise
     except (Unfit, UserError) as error:
@@ -129,9 +168,9 @@ def _guarded(path: str, work: Callable[[], Any]) -> Any:
 def read_raw(
     path: str, channels: int, content: bytes | None, max_pixels: int, only_wide: bool = False
 ) -> np.ndarray | Wide | None:
-    """uint8 (C, H, W), or what the file holds where that is wider than 8 bits.
+    """uint8 (C, H, W), or a `Wide` for values of more than 8 bits.
 
-    only_wide: give None as soon as the header says 8 bits. Raises whatever the readers raise.
+    only_wide: return None as soon as the header says 8 bits. Raises whatever the readers raise.
     """
     _check_file(path, content)
 
@@ -142,6 +181,7 @@ def read_raw(
             )
 
     suffix = os.path.splitext(path)[1].lower()
+    _need_heif(suffix)
     if suffix in ARRAYS:
         return read_array(_file(path, content), channels, check)
     if suffix in DICOM:
@@ -169,7 +209,7 @@ def read_raw(
             return read_tiff(_file(path, content), channels, check)
         except Unfit:  # it understood the file, and says more
             raise
-        except Exception:  # neither reads it: Pillow's reason is the shorter one
+        except Exception:  # neither Pillow nor tifffile reads it: Pillow's reason is the shorter one
             raise error from None
 
 
@@ -189,13 +229,12 @@ def _file(path: str, content: bytes | None) -> str | io.BytesIO:
     return path if content is None else io.BytesIO(content)
 
 
-# JPEG
-# ----------------------------------------------------------------------------------------------------------------------
+# -- JPEG --------------------------------------------------------------------------------------------------------------
 
 
 def _jpeg(content: bytes, check: Callable[[int, int], None]) -> np.ndarray | None:
-    """Plain JPEG through torchvision; None for whatever it does not take (damaged, CMYK, not a JPEG), which Pillow then
-    settles.
+    """A plain JPEG through torchvision; None for a file that torchvision does not take (damaged, CMYK, not a JPEG):
+    the caller then tries Pillow.
 
     Twice as fast as Pillow on 32 px files, and it releases the GIL. Over 900 cut and 900 corrupted files and all EXIF
     orientations it gave Pillow's pixels to the bit, and accepted one damaged file that Pillow refused.
@@ -238,8 +277,7 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
     return None
 
 
-# What Pillow opens
-# ----------------------------------------------------------------------------------------------------------------------
+# -- What Pillow opens -------------------------------------------------------------------------------------------------
 
 
 def _pixels(
@@ -271,7 +309,7 @@ def _pixels(
         image = image.convert("RGB")  # writers leave the fourth byte 0 and mean no transparency
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info or frame:
         image = image.convert("RGBA")
-        if frame:  # what lies outside of the first frame of a GIF is transparent
+        if frame:  # pixels of a GIF outside of its first frame are transparent
             inner = Image.new("RGBA", image.size)
             inner.paste(image.crop(frame), frame)
             image = inner
@@ -326,7 +364,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """Where the first frame of a GIF lies, if it does not fill the canvas."""
+    """(left, upper, right, lower) of a GIF's first frame, if it does not fill the canvas."""
     tile: Any = getattr(image, "tile", None)
     if image.format != "GIF" or not tile:
         return None
@@ -349,7 +387,7 @@ def _is_16_bit(image: Image.Image) -> bool:
 
 
 def _png16(image: Image.Image, path: str, content: bytes | None) -> Wide:
-    """All 16 bits of a PNG, which Pillow keeps for gray alone."""
+    """All 16 bits of a PNG. Pillow keeps them for gray images only."""
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
@@ -366,29 +404,29 @@ def _png16(image: Image.Image, path: str, content: bytes | None) -> Wide:
     return Wide(values, (values != np.array(clear).reshape(1, 1, -1)).any(-1).astype(np.float32))
 
 
-# TIFF
-# ----------------------------------------------------------------------------------------------------------------------
+# -- TIFF --------------------------------------------------------------------------------------------------------------
 
 
 def _tags(image: Any) -> Any:
-    """The tags of a TIFF; Pillow's type of an open file does not have them."""
+    """The tags of a TIFF. (The type that Pillow declares for an open file does not have them.)"""
     return image.tag_v2
 
 
 def _needs_bands(image: Image.Image, pages: int) -> bool:
-    """Whether Pillow would not give the bands of an N-channel TIFF as they are."""
-    bands = int(_tags(image).get(277, 1))  # SamplesPerPixel
+    """Whether Pillow would change the bands of an N-channel TIFF."""
+    bands = int(_tags(image).get(SAMPLES_PER_PIXEL, 1))
     return pages > 1 or bands > 4 or len(image.getbands()) != bands
 
 
 def _wide_tiff(
     image: Image.Image, path: str, channels: int, content: bytes | None, check: Callable[[int, int], None]
 ) -> Wide:
-    """Through tifffile; without it what Pillow reads rightly: gray values of 16 and 32 bits, and gray pages."""
+    """A TIFF through tifffile. Without tifffile, what Pillow reads correctly: gray values of 16 and 32 bits, and gray
+    pages."""
     try:
         return read_tiff(_file(path, content), channels, check)
     except Unfit as error:
-        bands = int(_tags(image).get(277, 1))
+        bands = int(_tags(image).get(SAMPLES_PER_PIXEL, 1))
         if INSTALL not in str(error) or bands != 1:
             raise
     if channels not in (1, 3) and (pages := getattr(image, "n_frames", 1)) > 1:
@@ -400,8 +438,9 @@ def _wide_tiff(
             found.append(np.array(image))
         return Wide(np.stack(found, -1))
     values = np.asarray(upright(image))
-    if _tags(image).get(339, (1,))[0] == 2 and values.dtype == np.uint8:  # Pillow takes signed bytes for unsigned ones
+    # Pillow takes signed bytes for unsigned ones.
+    if _tags(image).get(SAMPLE_FORMAT, (1,))[0] == SIGNED and values.dtype == np.uint8:
         values = values.view(np.int8)
-    if _tags(image).get(262) == 0 and image.mode == "I;16":  # white is zero
+    if _tags(image).get(PHOTOMETRIC) == 0 and image.mode == "I;16":  # white is zero
         values = 65535 - values
     return Wide(values[..., None])

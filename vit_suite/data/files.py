@@ -16,10 +16,11 @@ import torch
 
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import is_image
-from vit_suite.data.listing import Listing, found_in, printable, say_once, subfolders, walk_images
+from vit_suite.data.listing import Listing, found_in, say_once, subfolders, walk_images
 from vit_suite.data.lists import read_list
 from vit_suite.data.source import FileSource
 from vit_suite.errors import UserError, nearest
+from vit_suite.files import printable
 
 SPLITS = ("train", "val", "test")
 ALIASES = {"validation": "val", "valid": "val", "training": "train", "testing": "test"}
@@ -38,7 +39,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Canonical split name -> folder, for the folders of `root` that are named like splits."""
+    """Split (train, val, test) -> its folder, for the folders of `root` that have the name of a split."""
     found: dict[str, Path] = {}
     for name in subfolders(root):
         split = ALIASES.get(name.lower(), name.lower())
@@ -48,7 +49,8 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def choose_split(split: str | None, available: Iterable[str], where: str, key: str = "data.test_split") -> str:
-    """The split itself if it is there; for None the one to score. UserError names those that are."""
+    """`split` if it is among `available`; for None the one to score. UserError, with those available, if there is
+    none."""
     available = list(available)
     if split is None:
         for candidate in ("test", "val"):
@@ -136,8 +138,8 @@ def few(names: list[str]) -> str:
 
 
 def open_folder(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
-    """`folder`: ROOT/{train,val,test}/CLASS/image, or ROOT/CLASS/image, which is one split, `all`, used for both
-    ends."""
+    """`folder`: ROOT/{train,val,test}/CLASS/image; or ROOT/CLASS/image, one split `all` that is trained on and
+    scored."""
     _need_folder(root, "folder", "ROOT/train/CLASS/image.jpg, or ROOT/CLASS/image.jpg")
     name = root.resolve().name
     splits = split_folders(root)
@@ -202,7 +204,7 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
         return FileSource(file.stem, chosen, base, paths, cfg.channels)
     if chosen != "train" and "train" in lists:
         trained = {word for word in read_list(lists["train"])[1] if word is not None}
-        if trained and known - trained:  # they would shift the numbers of the others
+        if trained and known - trained:  # new classes would shift the numbers of the others
             raise UserError(
                 f"'{file}' has {len(known - trained)} classes that {lists['train'].name} lacks:"
                 f" {', '.join(sorted(known - trained)[:5])}."
@@ -218,11 +220,9 @@ def open_tiny_imagenet(cfg: DataConfig, root: Path, split: str | None) -> FileSo
     """Tiny-ImageNet as distributed: train/WNID/images with WNID_boxes.txt, val/images with val_annotations.txt,
     wnids.txt.
 
-    ROOT is the set itself or a folder that holds one in `tiny-imagenet-*`. The test split has no public labels and is
-    not
-    offered: val is scored. Boxes in the files name the first and last pixel; here the last is exclusive. Class names
-    come from
-    words.txt.
+    ROOT is the set itself, or a folder that holds it in `tiny-imagenet-*`. The test split has no public labels and is
+    left out: val is scored. Boxes in the files name the first and the last pixel; here the end is exclusive. Class
+    names come from words.txt.
     """
     expected = (
         "wnids.txt, train/WNID/images/*.JPEG and val/val_annotations.txt in ROOT or in a tiny-imagenet-* folder in ROOT"

@@ -1,8 +1,8 @@
 """What lies in a folder: its images in order, and what was left out and why, said once.
 
-A walk goes through a tree of any size without opening a file. What cannot be listed (a folder without permission, a
-link to itself) is no reason to stop: it becomes a failure that is reported like a file that does not decode. What looks
-like an image by its ending is listed, be it broken or not; the decoder says what is wrong with it.
+A walk goes through a tree of any size without opening a file. A folder that cannot be listed (no permission, a link to
+itself) does not stop it: it becomes a failure, reported like a file that does not decode. Every file with the ending of
+an image is listed, even a broken one; the decoder says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ from pathlib import Path
 
 from PIL import Image, features
 
-from vit_suite.data.decode import DecodeError, is_image
+from vit_suite.data.decode import HEIF, INSTALL_HEIF, DecodeError, is_image
 from vit_suite.data.science import DICOM, INSTALL
+from vit_suite.files import printable
 
 log = logging.getLogger("vit_suite")
 
 PICTURES = frozenset(
-    ".heic .heif .hif .jxl .exr .hdr .psd .svg .eps .ico .icns .raw .cr2 .cr3 .nef .arw .dng .orf .rw2 .raf .pcx .sgi"
+    ".jxl .exr .hdr .psd .svg .eps .ico .icns .raw .cr2 .cr3 .nef .arw .dng .orf .rw2 .raf .pcx .sgi"
     " .nii .mha .nrrd .czi .nd2 .lif .svs .fits".split()
 )
-"""Endings of pictures that are not read; others are named where Pillow recognizes a file of theirs."""
-ADVICE = {
-    ".heic": "convert them to JPEG or PNG",
-    ".heif": "convert them to JPEG or PNG",
-}
+"""Endings of pictures that are not read. Another ending is named only if Pillow recognizes one of its files."""
 MANIFEST = "image,height,width,kind,head,file,threshold,status"
 """First line of the manifest.csv of an attention export."""
 SHOWN = 5
@@ -39,21 +36,14 @@ _said: set[str] = set()
 
 
 def say_once(text: str) -> None:
-    """Log a warning the first time that this process would: a set is opened by several parts of a command."""
+    """Log a warning unless this process has logged the same text already: several parts of a command open a set."""
     if text not in _said:
         _said.add(text)
         log.warning("%s", text)
 
 
-def printable(name: str) -> str:
-    """A file name as text that any file or terminal takes: what is no UTF-8, and control characters, are escaped
-    (`caf\\xe9`, `a\\nb`)."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() or char == " " else repr(char)[1:-1] for char in text)
-
-
 class Listing:
-    """Walks below `root`, and what they met besides images."""
+    """Finds the images below `root`, and counts what else lies there."""
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = os.fspath(root)
@@ -78,7 +68,7 @@ class Listing:
         here = os.path.join(self.root, below)
         try:
             status = os.stat(here)
-            if (status.st_dev, status.st_ino) in self.seen:  # a link that leads back up, or to a folder that was seen
+            if (status.st_dev, status.st_ino) in self.seen:  # a link to a parent, or to a folder that was seen
                 self.twice.append(below)
                 return
             self.seen.add((status.st_dev, status.st_ino))
@@ -141,9 +131,11 @@ class Listing:
             say_once(f"{title}: {len(self.failures)} folders cannot be listed: {_few([f.path for f in self.failures])}")
 
     def _hint(self, ending: str) -> str | None:
-        """What to say of an ending that is not listed; None where it is no picture's."""
+        """What to say of an ending that is not listed; None if its files are no pictures."""
         if ending in PICTURES:
-            return f" ({ADVICE[ending]})" if ending in ADVICE else ""
+            return ""
+        if not os.path.isfile(self.example[ending]):  # opening a pipe would wait for a writer
+            return None
         try:
             with Image.open(self.example[ending]) as image:
                 return f" (looks like {image.format}; give such files an ending that is read)"
@@ -159,6 +151,8 @@ def undecodable(ending: str) -> str | None:
     """Why files of a listed ending cannot be decoded on this machine; None where they can."""
     if ending in DICOM and importlib.util.find_spec("pydicom") is None:
         return INSTALL
+    if ending in HEIF and importlib.util.find_spec("pillow_heif") is None:
+        return INSTALL_HEIF
     feature = {".webp": "webp", ".avif": "avif", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}.get(ending)
     if feature is not None and not features.check(feature):
         return f"this Pillow was built without {feature}"
@@ -169,17 +163,18 @@ def is_output(folder: str, names: set[str]) -> bool:
     """Whether `folder`, which holds `names`, is a run directory or an attention export of this suite."""
     if "config.yaml" in names and names & {"checkpoints", "metrics.csv", "status.json", "backbone.safetensors"}:
         return True
-    if "manifest.csv" not in names:
+    manifest = os.path.join(folder, "manifest.csv")
+    if "manifest.csv" not in names or not os.path.isfile(manifest):
         return False
     try:
-        with open(os.path.join(folder, "manifest.csv"), encoding="utf-8", errors="replace") as file:
+        with open(manifest, encoding="utf-8", errors="replace") as file:
             return file.readline().strip() == MANIFEST
     except OSError:
         return False
 
 
 def walk_images(root: str | os.PathLike, below: str = "") -> Iterator[str]:
-    """`Listing.walk` where nobody asks what was left out."""
+    """`Listing(root).walk(below)`, for callers that do not report what was left out."""
     return Listing(root).walk(below)
 
 

@@ -12,7 +12,8 @@ from vit_suite.errors import UserError
 
 FILES = ("filename", "file_name", "filepath", "file_path", "path", "image_path", "file", "image", "img", "image_name")
 LABELS = ("label", "class", "species", "category", "target", "class_name", "label_name", "y", "id", "class_id")
-"""Names of columns, in this order, in any case; with two columns the other one is the label whatever its name."""
+"""Names of the columns of paths and of labels, the first that occurs counts; upper and lower case are equal. In a file
+of two columns, the one that holds no paths is the label, whatever its name."""
 
 Rows = tuple[list[str], list[str | None]]
 """(paths, labels as words or None)."""
@@ -20,6 +21,8 @@ Rows = tuple[list[str], list[str | None]]
 
 def read_list(file: Path) -> Rows:
     """The images that a list names. UserError when it is no text in UTF-8, or names none."""
+    if file.exists() and not file.is_file():  # opening a pipe would wait for a writer
+        raise UserError(f"the list '{file}' is no regular file.")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +56,7 @@ def _read_lines(text: str) -> Rows:
 
 
 def _read_csv(file: Path, text: str) -> Rows:
-    """Rows below a first line of names; a file without such a line is `path` or `path,label`."""
+    """The rows of a CSV. Its first line names the columns; a file without such a line has `path` or `path,label`."""
     first = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first.count)
     table = [row for row in csv.reader(text.split("\n"), delimiter=delimiter) if any(cell.strip() for cell in row)]
@@ -73,7 +76,8 @@ def _read_csv(file: Path, text: str) -> Rows:
 
 
 def _columns(header: Sequence[str], file: Path) -> tuple[int, int | None]:
-    """Places of the path and of the label. UserError that names the columns there are."""
+    """(number of the column of paths, number of the column of labels or None). UserError, with the names of the
+    columns, when they do not tell."""
     names = [name.lower() for name in header]
     place = next((names.index(name) for name in FILES if name in names), None)
     if place is None:

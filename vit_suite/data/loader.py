@@ -25,17 +25,22 @@ from vit_suite.data.decode import DecodeError
 from vit_suite.data.gpu_decode import decode_jpegs, read_file
 from vit_suite.data.order import Batch, EpochLoader, EpochPlan
 from vit_suite.data.quarantine import Quarantine
-from vit_suite.data.reading import MOST_THREADS, try_load
+from vit_suite.data.reading import try_load
 from vit_suite.data.source import ImageSource, ResidentSource, stable_seed
 from vit_suite.errors import UserError
 from vit_suite.hardware import cores, send
 from vit_suite.signals import outlive
 
 Images = Tensor | list[Tensor]
-ATTEMPTS = 20  # replacements tried for one image before giving up
+MOST_WORKERS = 32
+"""Most decoding processes of a rank by default; each keeps two batches ready in shared memory. A core decodes 690 JPEGs
+of ImageNet's size a second, and the fastest training takes 15,278 images a second on an H100 (docs/scaling.md): 23
+cores."""
+ATTEMPTS = 20
+"""Replacements that are tried for one image before the training stops."""
 SHM = "/dev/shm"
 SHM_ATTEMPTS, SHM_PAUSE = 40, 0.5
-"""A worker waits 20 s for room in shared memory."""
+"""Attempts and seconds between two: a worker waits 20 s for room in shared memory."""
 
 
 class ResidentLoader(EpochLoader):
@@ -109,8 +114,8 @@ class FileLoader(EpochLoader):
             raise
 
     def _decoded(self, images: Images, labels: Tensor, indices: Tensor) -> Images:
-        """The images of a batch on `decode_on`, those that came as files decoded; labels and indices follow where one
-        is replaced."""
+        """The images of a batch, decoded and moved to `decode_on`. Where a file does not decode, another image takes
+        its place, and `labels` and `indices` are changed to match."""
         assert self.decode_on is not None
         if isinstance(images, Tensor):
             return send(images, self.decode_on)
@@ -135,8 +140,8 @@ class FileLoader(EpochLoader):
 
 
 def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> int:
-    """The number of decoding processes `data.workers` stands for: auto = 0 in memory, else this rank's cores, at most
-    8."""
+    """The number of decoding processes that `data.workers` stands for: auto = 0 for images in memory, else the cores of
+    this rank, at most `MOST_WORKERS`."""
     if workers != "auto":
         if not isinstance(workers, int) or workers < 0:
             raise UserError(f"data.workers is {workers!r}; expected 'auto' or a number from 0.")
@@ -144,12 +149,12 @@ def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> in
     own = cores()
     if "SLURM_STEP_ID" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:  # what srun gave to this rank alone
         own, local_world = int(os.environ["SLURM_CPUS_PER_TASK"]), 1
-    return 0 if resident else max(1, min(MOST_THREADS, own // max(1, local_world)))
+    return 0 if resident else max(1, min(MOST_WORKERS, own // max(1, local_world)))
 
 
 class _Feed:
-    """The batch sampler of a DataLoader that lives for all epochs; yields whole `Batch` objects: workers know the
-    step."""
+    """The batch sampler of a DataLoader that lives for all epochs. It yields `Batch` objects, so that workers know the
+    step too."""
 
     def __init__(self, plan: EpochPlan) -> None:
         self.plan, self.epoch, self.start = plan, 0, 0
@@ -202,7 +207,7 @@ class _Decoder:
         return result, given, chosen, failures, None
 
     def load(self, index: int, failures: list[DecodeError]) -> tuple[Tensor, int]:
-        """Image `index`, or the one that takes its place, and the index of that one."""
+        """(image `index`, `index`); if it does not decode, another image and its index. Appends to `failures`."""
         place = index
         for attempt in range(ATTEMPTS):
             found = try_load(self.read, index)
@@ -215,15 +220,15 @@ class _Decoder:
 
 
 class SharedMemoryFull(RuntimeError):
-    """The machine's shared memory does not take what a worker has decoded."""
+    """The machine's shared memory has no room for a batch that a worker has decoded."""
 
 
 def _share(result: Any) -> None:
     """Move every tensor of a worker's result to shared memory, through which the main process gets it.
 
-    torch would do it in the thread that feeds the queue between them. When shared memory is full there, the batch is
-    dropped without a word, and the main process waits for it for ever. Here it is waited until the main process has
-    taken other batches, and said when that does not help.
+    torch would do it in the thread that feeds the queue between them. If shared memory is full at that point, torch
+    drops the batch without a message, and the main process waits for it forever. This function waits until the main
+    process has taken other batches, and raises SharedMemoryFull if that does not help.
     """
     if isinstance(result, (list, tuple)):
         for part in result:
@@ -259,8 +264,8 @@ def _labels(source: ImageSource) -> Tensor:
 
 
 class _Packed(NamedTuple):
-    """Images of different sizes in one tensor. A worker's tensors hold a file open each, and a process often has no
-    more than 1,024."""
+    """Images of different sizes in one tensor. Each tensor that a worker passes on holds a file open, and a process may
+    often open only 1,024."""
 
     pixels: Tensor
     shapes: list[torch.Size]
@@ -271,7 +276,8 @@ class _Packed(NamedTuple):
 
 
 def _stack(images: list[Tensor]) -> Tensor | list[Tensor] | _Packed:
-    """One tensor (pages shared with the main process once, not per image), packed when the sizes differ."""
+    """All images in one tensor, so that memory is shared with the main process once, not once an image; `_Packed` when
+    the sizes differ."""
     if not images:
         return images
     if images[0].ndim == 3 and all(image.shape == images[0].shape for image in images):

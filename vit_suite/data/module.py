@@ -35,11 +35,11 @@ class ImageDataModule(pl.LightningDataModule):
     Args:
         cfg: which images (`DataConfig`); a dict is taken too.
         seed: of the order, of `length` samples, and of generated images.
-        quarantine: where files that do not decode are listed: a `Quarantine`, a path of `quarantine.txt`, or None (only
-            counted).
+        quarantine: where files that do not decode are listed: a `Quarantine`, a path of `quarantine.txt`, or None (they
+            are only counted).
         accumulate: micro-batches an optimizer step is split into; the trainer's accumulate_grad_batches when None.
-        transform: `(images, batch) -> views`, run in workers on the list of images of a micro-batch (see `FileLoader`).
-            For files only.
+        transform: `(images, batch) -> views`, run in the workers on the images of a micro-batch (see `FileLoader`);
+            only for images in files.
 
     The sets are opened on first use, so every attribute works without `setup()`. Raises UserError for whatever is wrong
     with the input: names, roots, layouts, batch size, too many bad files.
@@ -114,8 +114,7 @@ class ImageDataModule(pl.LightningDataModule):
             raise UserError(f"data.order shards needs data.name shards; {self.cfg.name} lies in other files.")
         return EpochPlan(len(source), self.cfg.batch_size, self.seed, rank, world, accumulate, window, source.shards)
 
-    # -- sources
-    # ------------------------------------------------------------------------------------------------------------------
+    # -- sources ------------------------------------------------------------------------------------------------------
 
     @property
     def train_source(self) -> ImageSource:
@@ -171,16 +170,16 @@ class ImageDataModule(pl.LightningDataModule):
         return self.test_source.split == self.train_source.split
 
     def bank(self, size: int | None = None, seed: int | None = None) -> ImageSource:
-        """`size` training images that have a label (None or 0: all), class by class, un-augmented: what kNN votes
-        with."""
+        """The images that vote in kNN: `size` training images with a label (None or 0: all of them), drawn class by
+        class, un-augmented."""
         return self._sample(self.train_source, size, seed)
 
     def test(self, size: int | None = None, seed: int | None = None) -> ImageSource:
-        """`size` scored images that have a label (None or 0: all), class by class."""
+        """`size` images of the scored split that have a label (None or 0: all of them), drawn class by class."""
         return self._sample(self.test_source, size, seed)
 
     def usable(self, source: ImageSource) -> int:
-        """Images of `source` without those that were found not to decode: what a score was measured on."""
+        """Number of images of `source` that decode, as far as is known: a score was measured on these."""
         bad = self.quarantine.failures.get(source.title)
         return sum(source.path(index) not in bad for index in range(len(source))) if bad else len(source)
 

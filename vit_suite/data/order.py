@@ -41,9 +41,8 @@ def shard_order(shards: Tensor, window: int, seed: int, epoch: int) -> Tensor:
     `epoch_order`.
     """
     count = int(shards.max()) + 1
-    place = torch.randperm(
-        count, generator=torch.Generator().manual_seed(stable_seed("shards", seed, epoch))
-    )  # of each shard
+    generator = torch.Generator().manual_seed(stable_seed("shards", seed, epoch))
+    place = torch.randperm(count, generator=generator)  # (shards,): the place of each shard in the epoch
     mixed = epoch_order(len(shards), seed, epoch)
     return mixed[torch.argsort(place[shards[mixed]] // window, stable=True)]
 
@@ -108,7 +107,9 @@ class EpochPlan:
         for number in range(start, len(self)):
             step, micro = divmod(number, self.accumulate)
             rows = self.rows(micro)
-            indices = order[step * self.batch_size + rows.start : step * self.batch_size + rows.stop]
+            start_row = step * self.batch_size
+            # A copy: a slice would keep the whole order, and take it along to the worker that decodes the batch.
+            indices = order[start_row + rows.start : start_row + rows.stop].clone()
             yield Batch(epoch, step, micro, rows, indices)
 
 
@@ -123,7 +124,7 @@ class EpochLoader:
 
     def __init__(self, plan: EpochPlan) -> None:
         self.plan = plan
-        self.batch_size = plan.local  # what others, Lightning included, read as the size of one batch of this rank
+        self.batch_size = plan.local  # images of a batch of this rank; Lightning reads this name
         self.epoch = 0
         self.position = 0  # micro-batches of the epoch already handed out
         self._placed = True  # epoch and position are where the next iteration starts
@@ -174,8 +175,8 @@ class EpochLoader:
             )
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing moves before the first batch is asked for, because Lightning makes iterators that it then
-        # drops.
+        # A generator: the position does not move before the first batch is asked for. Lightning makes iterators that it
+        # never uses.
         if not self._placed:
             self.epoch, self.position = self.epoch + 1, 0
         self._placed = False

@@ -9,9 +9,9 @@ get the set.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,78 +24,112 @@ from vit_suite.errors import UserError
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def open_cifar10(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """CIFAR-10: the pickled batches (torchvision), or class folders."""
-    return _open_cifar(cfg, root, split, "CIFAR10", "CIFAR-10", "cifar-10-batches-py", 10)
+class Published(NamedTuple):
+    """A set that torchvision reads from a folder of ROOT."""
+
+    title: str
+    folder: str
+    """Name of the folder."""
+    holds: str
+    """What is in it, for messages."""
+    classes: int
+    splits: tuple[str, ...]
+    read: Callable[[Any, Path, str, bool], Any]
+    """(torchvision.datasets, ROOT, split, download) -> torchvision's data set."""
+    images: str
+    """Attribute of torchvision's data set that holds the images: a uint8 array, or the paths of files."""
+    labels: str
+    names: list[str] | None = None
+    """Class names that class folders must have to be taken for this set."""
+    aliases: Mapping[str, str] = {}
+    """Other names of splits."""
 
 
-def open_cifar100(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """CIFAR-100 with its 100 fine labels."""
-    return _open_cifar(cfg, root, split, "CIFAR100", "CIFAR-100", "cifar-100-python", 100)
+CIFAR10 = Published(
+    "CIFAR-10",
+    "cifar-10-batches-py",
+    "(the pickled batches)",
+    10,
+    ("train", "test"),
+    lambda tv, root, split, download: tv.CIFAR10(root, train=split == "train", download=download),
+    "data",
+    "targets",
+    CIFAR10_CLASSES,
+)
+CIFAR100 = CIFAR10._replace(
+    title="CIFAR-100",
+    folder="cifar-100-python",
+    classes=100,
+    read=lambda tv, root, split, download: tv.CIFAR100(root, train=split == "train", download=download),
+    names=None,
+)
+"""With its 100 fine labels."""
+STL10 = Published(
+    "STL-10",
+    "stl10_binary",
+    "*.bin",
+    10,
+    ("train", "test", "unlabeled", "train+unlabeled"),
+    lambda tv, root, split, download: tv.STL10(root, split=split, download=download),
+    "data",
+    "labels",
+)
+"""5,000, 8,000, 100,000 and 105,000 images; the label is -1 where there is none."""
+FLOWERS102 = Published(
+    "Flowers-102",
+    "flowers-102",
+    "with jpg/, imagelabels.mat and setid.mat",
+    102,
+    ("train", "val", "test"),
+    lambda tv, root, split, download: tv.Flowers102(root, split=split, download=download),
+    "_image_files",
+    "_labels",
+)
+"""1,020, 1,020 and 6,149 images. torchvision reads its .mat files with scipy."""
+FOOD101 = Published(
+    "Food-101",
+    "food-101",
+    "with images/ and meta/",
+    101,
+    ("train", "test"),
+    lambda tv, root, split, download: tv.Food101(root, split=split, download=download),
+    "_image_files",
+    "_labels",
+)
+"""75,750 and 25,250 images."""
+OXFORD_PETS = Published(
+    "Oxford Pets",
+    "oxford-iiit-pet",
+    "with images/ and annotations/",
+    37,
+    ("train", "test"),
+    lambda tv, root, split, download: tv.OxfordIIITPet(
+        root, split="trainval" if split == "train" else split, download=download
+    ),
+    "_images",
+    "_labels",
+    aliases={"trainval": "train"},
+)
+"""37 breeds; its trainval (3,680 images) is train here, and 3,669 are test."""
 
 
-def _open_cifar(
-    cfg: DataConfig, root: Path, split: str | None, cls: str, title: str, folder: str, classes: int
-) -> ImageSource:
-    names = CIFAR10_CLASSES if classes == 10 else None
-    root, found = _place(cfg, root, split, title, folder, classes, names)
+def open_published(what: Published, cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
+    """One split of a published set: as torchvision reads it, or as class folders."""
+    split = what.aliases.get(split or "", split)
+    root, found = _place(cfg, root, split, what)
     if found is not None:
         return found
-    chosen = choose_split(split, ("train", "test"), title)
-    layout = f"ROOT/{folder}/ (the pickled batches), or ROOT/{cfg.name}/{{train,test}}/CLASS/*.jpg"
-    data = _read(
-        cfg, root, title, layout, lambda tv: getattr(tv, cls)(root, train=chosen == "train", download=cfg.download)
-    )
-    return ArraySource(title, chosen, data.data.transpose(0, 3, 1, 2), cfg.channels, data.classes, data.targets)
-
-
-def open_stl10(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """STL-10: train (5,000), test (8,000), unlabeled (100,000), train+unlabeled; label -1 where there is none."""
-    root, found = _place(cfg, root, split, "STL-10", "stl10_binary", 10)
-    if found is not None:
-        return found
-    chosen = choose_split(split, ("train", "test", "unlabeled", "train+unlabeled"), "STL-10")
-    layout = f"ROOT/stl10_binary/*.bin, or ROOT/{cfg.name}/{{train,test}}/CLASS/*.jpg"
-    data = _read(cfg, root, "STL-10", layout, lambda tv: tv.STL10(root, split=chosen, download=cfg.download))
-    labels = np.asarray(data.labels).astype(np.int64)
-    names = getattr(data, "classes", None) or [str(i) for i in range(10)]
-    return ArraySource("STL-10", chosen, data.data, cfg.channels, names, None if (labels < 0).all() else labels)
-
-
-def open_flowers102(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """Oxford 102 Flowers: train (1,020), val (1,020), test (6,149). torchvision reads its .mat files with scipy."""
-    root, found = _place(cfg, root, split, "Flowers-102", "flowers-102", 102)
-    if found is not None:
-        return found
-    chosen = choose_split(split, ("train", "val", "test"), "Flowers-102")
-    layout = (
-        f"ROOT/flowers-102/ with jpg/, imagelabels.mat and setid.mat, or ROOT/{cfg.name}/{{train,val,test}}/CLASS/*.jpg"
-    )
-    data = _read(cfg, root, "Flowers-102", layout, lambda tv: tv.Flowers102(root, split=chosen, download=cfg.download))
-    return _files(cfg, "Flowers-102", chosen, root, data._image_files, data.classes, data._labels)
-
-
-def open_food101(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """Food-101: train (75,750), test (25,250)."""
-    root, found = _place(cfg, root, split, "Food-101", "food-101", 101)
-    if found is not None:
-        return found
-    chosen = choose_split(split, ("train", "test"), "Food-101")
-    layout = f"ROOT/food-101/ with images/ and meta/, or ROOT/{cfg.name}/{{train,test}}/CLASS/*.jpg"
-    data = _read(cfg, root, "Food-101", layout, lambda tv: tv.Food101(root, split=chosen, download=cfg.download))
-    return _files(cfg, "Food-101", chosen, root, data._image_files, data.classes, data._labels)
-
-
-def open_oxford_pets(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
-    """Oxford-IIIT Pets, 37 breeds: train (its trainval, 3,680), test (3,669)."""
-    root, found = _place(cfg, root, split, "Oxford Pets", "oxford-iiit-pet", 37)
-    if found is not None:
-        return found
-    chosen = "train" if split == "trainval" else choose_split(split, ("train", "test"), "Oxford Pets")
-    layout = f"ROOT/oxford-iiit-pet/ with images/ and annotations/, or ROOT/{cfg.name}/{{train,test}}/CLASS/*.jpg"
-    part = "trainval" if chosen == "train" else "test"
-    data = _read(cfg, root, "Oxford Pets", layout, lambda tv: tv.OxfordIIITPet(root, split=part, download=cfg.download))
-    return _files(cfg, "Oxford Pets", chosen, root, data._images, data.classes, data._labels)
+    chosen = choose_split(split, what.splits, what.title)
+    folders = f"ROOT/{cfg.name}/{{{','.join(what.splits[:3])}}}/CLASS/*.jpg"
+    layout = f"ROOT/{what.folder}/ {what.holds}, or {folders}"
+    data = _read(cfg, root, what.title, layout, lambda tv: what.read(tv, root, chosen, cfg.download))
+    images, labels = getattr(data, what.images), np.asarray(getattr(data, what.labels)).astype(np.int64)
+    if not isinstance(images, np.ndarray):
+        return _files(cfg, what.title, chosen, root, images, data.classes, labels)
+    if images.shape[-1] == 3:  # CIFAR's are (N, H, W, C), STL-10's (N, C, H, W)
+        images = images.transpose(0, 3, 1, 2)
+    names = getattr(data, "classes", None) or [str(number) for number in range(what.classes)]
+    return ArraySource(what.title, chosen, images, cfg.channels, names, None if (labels < 0).all() else labels)
 
 
 def open_imagenet(cfg: DataConfig, root: Path, split: str | None) -> ImageSource:
@@ -121,21 +155,13 @@ def open_imagenet(cfg: DataConfig, root: Path, split: str | None) -> ImageSource
     return class_folder_source("ImageNet", chosen, folder, cfg.channels)
 
 
-def _place(
-    cfg: DataConfig,
-    root: Path,
-    split: str | None,
-    title: str,
-    folder: str,
-    classes: int,
-    names: list[str] | None = None,
-) -> tuple[Path, ImageSource | None]:
-    """Where torchvision's `folder` lies (ROOT is its parent, or the folder itself); the source if ROOT holds class
-    folders.
+def _place(cfg: DataConfig, root: Path, split: str | None, what: Published) -> tuple[Path, ImageSource | None]:
+    """(parent of torchvision's folder, None), or (folder, source) if ROOT holds the set as class folders.
 
-    Class folders are looked for in ROOT/NAME and in ROOT, and must have the set's number of classes (and its `names`,
-    if given), lest another set goes by this one's name.
+    ROOT may be the parent of that folder, or the folder itself. Class folders are looked for in ROOT/NAME and in ROOT.
+    They must have the set's number of classes (and its `names`, if given), so that no other set is taken for this one.
     """
+    title, folder = what.title, what.folder
     if root.name == folder and not (root / folder).is_dir():
         return root.parent, None
     for place in (root, root / cfg.name):
@@ -144,8 +170,8 @@ def _place(
     for place in (root / cfg.name, root / title.lower(), root):
         splits = split_folders(place)
         found = subfolders(splits["train"]) if "train" in splits else []
-        if len(found) == classes and (names is None or found == names):
-            chosen = choose_split("train" if split == "trainval" else split, splits, f"'{place}'")
+        if len(found) == what.classes and what.names in (None, found):
+            chosen = choose_split(split, splits, f"'{place}'")
             source = class_folder_source(title, chosen, splits[chosen], cfg.channels, found)
             kind = os.path.splitext(source.path(0))[1].lstrip(".").upper()
             source.name = f"{title} ({'JPEG' if kind in ('JPG', 'JPEG') else kind})"

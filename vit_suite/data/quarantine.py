@@ -13,9 +13,9 @@ from vit_suite.files import lock
 class Quarantine:
     """Files that did not decode: counted per set, listed once in a text file `path<TAB>reason`, and limited.
 
-    `file` is `quarantine.txt` of the run directory (None: only counted); it and its folder come into being with the
-    first entry. `limit` is the share of a set that may fail. Several ranks may write the same file: each entry is one
-    appended line, written under a lock after reading what is there, so that neither ranks nor resumed runs repeat one.
+    `file` is `quarantine.txt` of the run directory (None: failures are only counted). It is created with the first
+    entry. `limit` is the share of a set that may fail. Several ranks may write the same file: an entry is one line,
+    appended under a lock after the file was read, so neither ranks nor resumed runs repeat an entry.
     """
 
     def __init__(self, file: str | os.PathLike | None = None, limit: float = 0.01) -> None:
@@ -30,15 +30,14 @@ class Quarantine:
         return len({path for found in self.failures.values() for path in found})
 
     def __bool__(self) -> bool:
-        return True  # an empty one is still there: `quarantine or Quarantine()` must keep it
+        return True  # without entries too: `quarantine or Quarantine()` must keep the one that was given
 
     def report(self, failures: list[DecodeError], what: str, total: int) -> None:
-        """Record `failures` of the set `what` of `total` images. UserError when the set now has more than its share of
-        them.
+        """Record `failures` of the set `what` of `total` images. UserError when more than the allowed share of it
+        failed.
 
-        Samples of a set report under its name: the largest total counts, lest a sample be charged with all of the set's
-        failures.
-        Each rank counts what it has met itself.
+        Samples of a set report under the set's name. The largest total that was reported counts, because the failures
+        of the whole set would be too large a share of a sample. Each rank counts only the failures that it met itself.
         """
         total = self.totals[what] = max(total, self.totals.get(what, 0))
         found = self.failures.setdefault(what, {})
@@ -55,8 +54,7 @@ class Quarantine:
             )
 
     def list_again(self) -> None:
-        """Write what has been reported to `file` once more, where it was removed since (a run directory that starts
-        anew)."""
+        """Write all entries to `file` again, after the file was removed (a run directory that starts anew)."""
         for found in filter(None, self.failures.values()):
             self._append([DecodeError(path, reason) for path, reason in found.items()])
 

@@ -6,27 +6,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
 
-from vit_suite.data.decode import DecodeError, may_be_wide, read_wide
+from vit_suite.data.decode import FRAMES, DecodeError, count_frames, may_be_wide, read_wide
 from vit_suite.data.listing import say_once
 from vit_suite.data.pixels import ValueRange, Wide, depth
 from vit_suite.data.source import FileSource, ImageSource, Subset
 from vit_suite.errors import UserError
+from vit_suite.files import printable
 
 FIRST, PROBES = 64, 512
-"""Files looked at, spread over the set: all `PROBES` only where the first ones hold values wider than 8 bits."""
+"""Files that are looked at, spread over the set. All `PROBES` are read only if some of the first hold values wider than
+8 bits."""
 
 
 def settle(source: ImageSource, wanted: ValueRange, train: Callable[[], ImageSource] | None = None) -> None:
     """Give `source` (files or shards) its value range.
 
-    `train` opens the training split of the same set, where that is another one: both splits must get one range, or the
-    same picture would have two brightnesses. What was taken is said once, where it is less than the type can hold.
+    `train` opens the training split of the same set, if `source` is another split. Both splits must have one range:
+    with two, the same picture would have two brightnesses. A range narrower than the type can hold is logged once.
     """
     source.value_range = wanted
+    say_frames(source)
     if wanted.mode != "auto":
         return
     most, kind, count = largest(source)
@@ -44,7 +48,7 @@ def settle(source: ImageSource, wanted: ValueRange, train: Callable[[], ImageSou
             pass
     bits = depth(most)
     if bits is None:
-        return  # each file says by itself that it needs a range
+        return  # more than 16 bits: the decoder refuses each file and names data.value_range
     source.value_range = ValueRange("auto", 0, 2**bits - 1)
     if most < np.iinfo(kind).max // 2:
         say_once(
@@ -53,12 +57,38 @@ def settle(source: ImageSource, wanted: ValueRange, train: Callable[[], ImageSou
         )
 
 
+def say_frames(source: ImageSource) -> None:
+    """Log once that only the first page or frame of a file is read, if some of a sample of the set hold several."""
+    found: dict[str, int] = {}
+    picks = [index for index in _spread(len(source), FIRST) if source.path(index).lower().endswith(FRAMES)]
+    for index in picks:
+        base, place = _of_base(source, index)
+        frames = count_frames(base.path(place), None if isinstance(base, FileSource) else base.content(place))
+        if frames > 1 and frames != source.channels:
+            found[base.path(place)] = frames
+    if found:
+        path, frames = next(iter(found.items()))
+        say_once(
+            f"{source.title}: {len(found)} of the {len(picks)} files looked at hold several pages or frames"
+            f" ({printable(os.path.basename(path))} has {frames}): the first of each is read."
+        )
+
+
+def _of_base(source: ImageSource, index: int) -> tuple[ImageSource, int]:
+    """(the source behind all subsets, the number of the image in it)."""
+    while isinstance(source, Subset):
+        index = int(source.indices[index])
+        source = source.base
+    return source, index
+
+
 def largest(source: ImageSource) -> tuple[float, np.dtype, int]:
-    """(largest value, type, number) of the files whose integers are wider than 8 bits, of a sample of the set; number 0
-    where there are none, or where they are signed, floating point, or name their own window."""
+    """(largest value, type, number of files) over those files of a sample of the set that hold unsigned integers wider
+    than 8 bits. The number is 0 if there are none. Signed and floating point files, and DICOM files that name their own
+    window, do not count."""
     most, kind, count = 0.0, np.dtype(np.uint16), 0
-    for round_, picks in enumerate((_spread(len(source), FIRST), _spread(len(source), PROBES))):
-        if round_ and not count:
+    for picks in (_spread(len(source), FIRST), _spread(len(source), PROBES)):
+        if len(picks) > FIRST and not count:
             break
         for index in picks:
             wide = _wide(source, index)
@@ -72,9 +102,7 @@ def largest(source: ImageSource) -> tuple[float, np.dtype, int]:
 
 
 def _wide(source: ImageSource, index: int) -> Wide | None:
-    while isinstance(source, Subset):
-        index = int(source.indices[index])
-        source = source.base
+    source, index = _of_base(source, index)
     if not may_be_wide(path := source.path(index)):
         return None
     content = None if isinstance(source, FileSource) else source.content(index)

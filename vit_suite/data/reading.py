@@ -25,16 +25,16 @@ from vit_suite.data.decode import DecodeError
 from vit_suite.hardware import cores
 
 BLOCK = 16
-"""Images that a thread takes at a time: handing over a small image costs as much as decoding it."""
+"""Images that a thread takes at a time. To hand over one small image costs as much as to decode it."""
 MOST_THREADS = 8
-"""Threads by default, however many cores there are: more wait for the disk or for each other."""
+"""Most decoding threads by default: beyond it they wait for the disk or for each other."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def try_load(load: Callable[[int], Result], index: int) -> Result | DecodeError:
-    """`load(index)`, or the DecodeError it raises, as a value: one bad file must not end a batch."""
+    """`load(index)`; a DecodeError is returned instead of raised, because one bad file must not end a batch."""
     try:
         return load(index)
     except DecodeError as error:

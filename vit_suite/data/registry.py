@@ -16,6 +16,7 @@ import torch
 from vit_suite.config import DataConfig, ImagesConfig
 from vit_suite.data import files, published, shards
 from vit_suite.data.pixels import parse_range
+from vit_suite.data.published import open_published
 from vit_suite.data.ranges import settle
 from vit_suite.data.shapes import CLASSES as SHAPES
 from vit_suite.data.shapes import ShapesSource
@@ -28,6 +29,10 @@ LUMA = (0.299, 0.587, 0.114)
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 SHAPES_LENGTH = {"train": 10_000}
 SHAPES_TEST_LENGTH = 2_000
+SHAPES_SIDE = 32
+"""Defaults of the generated set: images of a split, and their side in pixels."""
+LEAST_STD = 1e-6
+"""Smallest data.std: views divide by it."""
 
 Opener = Callable[[DataConfig, Path, str | None], ImageSource]
 
@@ -49,12 +54,18 @@ class DatasetInfo:
 # Statistics: CIFAR and STL-10 as commonly published for their training splits; Tiny-ImageNet likewise; the others use
 # ImageNet's, as transfer papers do. `shapes`: measured over 3,000 images, std 0.213 at 32 px and 0.218 at 64 px.
 DATASETS: dict[str, DatasetInfo] = {
-    "cifar10": DatasetInfo(published.open_cifar10, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616], 10, True),
-    "cifar100": DatasetInfo(published.open_cifar100, [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762], 100, True),
-    "stl10": DatasetInfo(published.open_stl10, [0.4467, 0.4398, 0.4066], [0.2603, 0.2566, 0.2713], 10, True),
-    "flowers102": DatasetInfo(published.open_flowers102, *IMAGENET, 102, True),
-    "food101": DatasetInfo(published.open_food101, *IMAGENET, 101, True),
-    "oxford_pets": DatasetInfo(published.open_oxford_pets, *IMAGENET, 37, True),
+    "cifar10": DatasetInfo(
+        partial(open_published, published.CIFAR10), [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616], 10, True
+    ),
+    "cifar100": DatasetInfo(
+        partial(open_published, published.CIFAR100), [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762], 100, True
+    ),
+    "stl10": DatasetInfo(
+        partial(open_published, published.STL10), [0.4467, 0.4398, 0.4066], [0.2603, 0.2566, 0.2713], 10, True
+    ),
+    "flowers102": DatasetInfo(partial(open_published, published.FLOWERS102), *IMAGENET, 102, True),
+    "food101": DatasetInfo(partial(open_published, published.FOOD101), *IMAGENET, 101, True),
+    "oxford_pets": DatasetInfo(partial(open_published, published.OXFORD_PETS), *IMAGENET, 37, True),
     "imagenet": DatasetInfo(published.open_imagenet, *IMAGENET, 1000),
     "tiny_imagenet": DatasetInfo(files.open_tiny_imagenet, [0.4802, 0.4481, 0.3975], [0.2770, 0.2691, 0.2821], 200),
     "folder": DatasetInfo(files.open_folder, *IMAGENET),
@@ -102,7 +113,7 @@ def _values(cfg: DataConfig, key: str, known: list[float]) -> list[float]:
         given = given * cfg.channels
     if len(given) != cfg.channels:
         raise UserError(f"data.{key} has {len(given)} values, but data.channels is {cfg.channels}.")
-    least = 1e-6 if key == "std" else 0.0
+    least = LEAST_STD if key == "std" else 0.0
     if not all(math.isfinite(value) and least <= value <= 1 for value in given):
         raise UserError(
             f"data.{key} is {given}; expected values {'above 0, at most 1' if key == 'std' else 'in 0..1'} (not"
@@ -148,7 +159,7 @@ def open_split(cfg: DataConfig, split: str | None, seed: int = 0) -> ImageSource
         length = cfg.length if split == cfg.train_split else cfg.test_length
         if length is None:
             length = SHAPES_LENGTH.get(split, SHAPES_TEST_LENGTH)
-        side = cfg.image_size or 32
+        side = cfg.image_size or SHAPES_SIDE
         return ShapesSource(split, length, (side, side), cfg.channels, seed)
     try:
         root = find_root(cfg)
@@ -163,8 +174,8 @@ def open_split(cfg: DataConfig, split: str | None, seed: int = 0) -> ImageSource
 
 
 def _held_out(cfg: DataConfig, info: DatasetInfo, root: Path, split: str | None) -> ImageSource:
-    """The train or the test part of a set without a test split, by `data.holdout`; they share no image, and a class
-    keeps its share in both. UserError when the set has a split of its own to score, or is too small."""
+    """The train or the test part of a set without a test split, as `data.holdout` divides it. The parts share no image,
+    and each class has the same share of both. UserError if the set has a split of its own to score, or is too small."""
     whole = info.open(cfg, root, "train")
     try:
         own = info.open(cfg, root, None).split
@@ -195,10 +206,10 @@ def set_reading(source: ImageSource, cfg: ImagesConfig, train: Callable[[], Imag
 
 
 def _one_downloads(root: Path) -> AbstractContextManager:
-    """Of the processes that want a set, one fetches it into `root`; the others wait, and find it there."""
+    """A lock for a download into `root`: one process fetches the set, others wait and then find it there."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-    except OSError:  # what is wrong with it, the opener says
+    except OSError:  # the opener says what is wrong with it
         return nullcontext()
     return locked(root / ".download.lock") if os.access(root, os.W_OK) else nullcontext()
 

@@ -16,14 +16,20 @@ from vit_suite.hardware import cores
 
 GIB = 1024**3
 PROBES = 64
-SMALL = 128 * 128  # pixels; see _threads
+"""Files whose headers are read to see whether all images have one size."""
+SMALL = 128 * 128
+"""Pixels below which threads do not help, except for JPEG; see `_threads`."""
+BLOCK, AHEAD = 256, 512
+"""Images that a thread decodes at a time, and that each thread may be ahead: small images come in large blocks."""
+CONVERTED = 1024
+"""Images of an array that are converted at a time: the gray conversion works in 32 bits."""
 
 
 def common_size(source: ImageSource) -> tuple[int, int] | None:
-    """(H, W) of every image if that is known, or likely: headers of 64 files spread over the set agree. None otherwise.
+    """(H, W) of every image if that is known, or if the headers of 64 files spread over the set agree; else None.
 
-    Only headers of a sample are read, so that a set of a million photographs answers at once; `decode_all` finds the
-    rare odd one.
+    Only the headers of a sample are read, so a set of a million photographs answers at once. `decode_all` finds the
+    rare image of another size.
     """
     if source.image_size is not None:
         return source.image_size
@@ -76,7 +82,7 @@ def _refuse(wanted: bool | str, why: str) -> None:
 
 
 def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tensor, list[DecodeError]] | None:
-    """Images uint8 (M, C, H, W), their indices (M,) in the source, the failures; None as soon as an image has another
+    """(images uint8 (M, C, H, W), their indices (M,) in the source, the failures); None if an image has another
     size."""
     if (whole := _array(source)) is not None:
         return whole, torch.arange(len(source)), []
@@ -84,14 +90,14 @@ def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tens
     bad: dict[int, DecodeError] = {}
 
     def fill(index: int, image: Tensor) -> bool:
-        """Whether the image has the size of the others; it is put in its place in the thread that decoded it."""
+        """Put an image in its place, in the thread that decoded it; returns whether it has the size of the others."""
         if image.shape[1:] != images.shape[2:]:
             return False
         images[index] = image
         return True
 
     threads = 0 if (count := _threads(source, size)) == 1 else count
-    for index, fits in read(source, range(len(source)), workers=threads, ahead=512 * threads, block=256, then=fill):
+    for index, fits in read(source, range(len(source)), workers=threads, ahead=AHEAD * threads, block=BLOCK, then=fill):
         if isinstance(fits, DecodeError):
             bad[index] = fits
         elif not fits:
@@ -103,9 +109,8 @@ def decode_all(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tens
 
 
 def _threads(source: ImageSource, size: tuple[int, int]) -> int:
-    """How many threads decode: JPEG decoding leaves Python, so threads add up; other small images stay under its lock.
-
-    Measured on 2 cores, 32 px through Pillow: two threads took twice as long as one.
+    """How many threads decode. JPEG decoding releases Python's lock, so threads run side by side; other small images do
+    not: through Pillow, at 32 px on 2 cores, two threads took twice as long as one.
     """
     large = size[0] * size[1] >= SMALL and not source.has_masks
     return min(MOST_THREADS, cores()) if large or source.path(0).lower().endswith(JPEG) else 1
@@ -118,16 +123,16 @@ def _array(source: ImageSource) -> Tensor | None:
         return None
     picks = source.indices.numpy() if isinstance(source, Subset) else np.arange(len(source))
     images = torch.empty((len(source), source.channels, *base.images.shape[2:]), dtype=torch.uint8)
-    for start in range(0, len(picks), 1024):  # the gray conversion works in 32 bits: a slice at a time
-        part = convert_channels(base.images[picks[start : start + 1024]], source.channels, source.name)
-        images[start : start + 1024] = torch.from_numpy(np.array(part, order="C"))
+    for start in range(0, len(picks), CONVERTED):
+        part = convert_channels(base.images[picks[start : start + CONVERTED]], source.channels, source.name)
+        images[start : start + CONVERTED] = torch.from_numpy(np.array(part, order="C"))
     return images
 
 
 def to_device(source: ResidentSource, device: torch.device | str, reserve: float = 0.5) -> bool:
-    """Move the images of `source` to `device` in place; whether they fit.
+    """Move the images of `source` to `device` in place; returns False, and moves nothing, if they do not fit.
 
-    They fit a GPU when they need at most `reserve` of its free memory; the rest is the model's.
+    They fit a GPU if they need at most the share `reserve` of its free memory. The rest is for the model.
     """
     device = torch.device(device)
     if source.images.device == device:

@@ -21,13 +21,18 @@ from vit_suite.data.pixels import Unfit, Wide, by_channels, channel_axis, unit
 
 INSTALL = "pip install 'vit-suite[science]'"
 DICOM = (".dcm", ".dicom")
+BITS_PER_SAMPLE, SAMPLE_FORMAT, ORIENTATION = 258, 339, 274
+"""TIFF tags."""
+LOGLUV = (32844, 32845)
+"""Values of the TIFF tag PhotometricInterpretation: gray and colors as logarithms."""
+UNSIGNED, UNDEFINED = 1, 4
+"""Values of the TIFF tag SampleFormat."""
 
 Check = Callable[[int, int], None]
 """(height, width) -> nothing, or Unfit where there are too many pixels."""
 
 
-# Arrays
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Arrays ------------------------------------------------------------------------------------------------------------
 
 
 def read_array(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
@@ -60,17 +65,15 @@ def _check_header(stream: Any, channels: int, check: Check) -> None:
     check(*(size for place, size in enumerate(shape) if axis is None or place != axis % 3))
 
 
-# TIFF
-# ----------------------------------------------------------------------------------------------------------------------
+# -- TIFF --------------------------------------------------------------------------------------------------------------
 
 
 def is_plain(tags: Any) -> bool:
-    """Whether Pillow reads a TIFF with these tags to the right pixels: unsigned values of at most 8 bits."""
-    bits = tags.get(258, (1,))
-    formats = tags.get(339, (1,))
-    return max(bits if isinstance(bits, tuple) else (bits,)) <= 8 and set(
-        formats if isinstance(formats, tuple) else (formats,)
-    ) <= {1, 4}
+    """Whether Pillow reads a TIFF with these tags correctly: unsigned values of at most 8 bits."""
+    bits, formats = tags.get(BITS_PER_SAMPLE, (1,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))
+    bits = bits if isinstance(bits, tuple) else (bits,)
+    formats = formats if isinstance(formats, tuple) else (formats,)
+    return max(bits) <= 8 and set(formats) <= {UNSIGNED, UNDEFINED}
 
 
 def read_tiff(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
@@ -83,6 +86,8 @@ def read_tiff(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
         file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages.first
+        if int(page.photometric) in LOGLUV:
+            raise Unfit("a LogLuv TIFF (SGI's high dynamic range) is not read: save it as a TIFF of 32-bit floats")
         check(page.imagelength, page.imagewidth)
         bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
         if channels not in (1, 3) and page.samplesperpixel == 1 and len(tiff.pages) == channels:
@@ -92,7 +97,7 @@ def read_tiff(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
             values, bits = np.moveaxis(page.colormap, 0, -1)[values[..., 0]], 16
         values = _dark_is_zero(values, page, bits)
-        values = _turned(values, int(getattr(page.tags.get(274), "value", 1) or 1))
+        values = _turned(values, int(getattr(page.tags.get(ORIENTATION), "value", 1) or 1))
         return _bands(values, page, channels, _odd(bits), tifffile)
 
 
@@ -114,7 +119,7 @@ def _decoded(page: Any) -> np.ndarray:
 
 
 def _odd(bits: int) -> int | None:
-    """Bits where they are fewer than the type that holds them has."""
+    """`bits` of a value if they do not fill the type that holds it (10, 12, 14); else None."""
     return None if bits in (1, 8, 16, 32, 64) else bits
 
 
@@ -126,7 +131,7 @@ def _dark_is_zero(values: np.ndarray, page: Any, bits: int) -> np.ndarray:
 
 
 def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, C) by TIFF's and EXIF's orientation, 1 to 8."""
+    """(H, W, C) turned upright; `orientation` is TIFF's and EXIF's, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -137,7 +142,7 @@ def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _bands(values: np.ndarray, page: Any, channels: int, bits: int | None, tifffile: Any) -> Wide:
-    """What the bands mean: as they are, or color and alpha."""
+    """The bands as an image: all of them, or color and alpha."""
     count = values.shape[2]
     if count == channels and not (count == 3 and page.photometric == tifffile.PHOTOMETRIC.CIELAB):
         return Wide(values, bits=bits)
@@ -158,7 +163,7 @@ def _bands(values: np.ndarray, page: Any, channels: int, bits: int | None, tifff
 
 
 def _straight(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colors that were stored multiplied by alpha, divided by it again."""
+    """Undo the multiplication by alpha (0..1) with which a file stores its colors."""
     share = np.where(alpha > 0, alpha, 1)[..., None]
     most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
     return (values / share).clip(0, most).astype(values.dtype)
@@ -171,8 +176,7 @@ def _cmyk(values: np.ndarray, bits: int | None) -> np.ndarray:
     return np.asarray(cmyk.convert("RGB"))
 
 
-# DICOM
-# ----------------------------------------------------------------------------------------------------------------------
+# -- DICOM -------------------------------------------------------------------------------------------------------------
 
 
 def read_dicom(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
@@ -204,6 +208,14 @@ def read_dicom(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
     return Wide(values, window=(low, high))
 
 
+def frames_of_dicom(file: str | io.BytesIO) -> int:
+    """Frames that the header of a DICOM file claims."""
+    import pydicom
+
+    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
+    return int(header.get("NumberOfFrames", 1) or 1)
+
+
 def _window(data: Any) -> tuple[float, float] | None:
     """(black, white) by the standard's linear function, PS3.3 C.11.2.1.2; the first window where there are several."""
     center, width = data.get("WindowCenter"), data.get("WindowWidth")
@@ -214,7 +226,7 @@ def _window(data: Any) -> tuple[float, float] | None:
 
 
 def _stored_range(data: Any, values: np.ndarray, stored: np.ndarray) -> tuple[float, float]:
-    """What the bits that a file uses can hold, after slope and intercept."""
+    """(least, largest) value that the bits of a file can hold, after slope and intercept."""
     bits = int(data.get("BitsStored", 8 * stored.dtype.itemsize))
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if data.get("PixelRepresentation") else (0, 2**bits - 1)
     if "ModalityLUTSequence" in data:

@@ -5,9 +5,8 @@ first dot of its last part, are one sample (`choose_images` says what becomes of
 member whose extension is one of `decode.EXTENSIONS`; its label the text of a `.cls` member, else what a `.json` member
 has under "label" or "cls".
 
-`index.npz` in the folder of the shards holds what `scan` found in each of them. It is written by
-`scripts/make_shards.py`, or when a
-set is first opened, from the headers in the shards: other sets in this layout need no conversion.
+`index.npz` in the folder of the shards holds what `scan` found in each of them. `scripts/make_shards.py` writes it. A
+set without it gets one when it is first opened, from the headers in the shards: sets of others need no conversion.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ INDEX, LOCK = "index.npz", ".index.lock"
 MOST_LABEL = 1_000_000
 """Bytes of a .cls or .json member; captions and boxes may stand in it too."""
 BLOCK = tarfile.BLOCKSIZE
-READERS = 16  # shards whose headers are read at a time: a network disk answers many questions as fast as one
+READERS = 16
+"""Shards whose headers are read at a time: a network disk answers many requests as fast as one."""
 
 
 class Shard(NamedTuple):
@@ -60,7 +60,7 @@ TYPES = {"names": np.bytes_, "headers": np.uint32, "offsets": np.int64, "sizes":
 
 
 def open_index(folder: Path, names: Sequence[str], whole: bool) -> dict[str, Shard]:
-    """Shard name -> its images, for the shards `names` of `folder`; those that the index lacks are read, and added to
+    """Shard name -> its images, for the shards `names` of `folder`. Shards that the index lacks are read and added to
     it.
 
     Raises UserError when the index and the files disagree, and with `whole` when a shard that it has is not in the
@@ -69,7 +69,7 @@ def open_index(folder: Path, names: Sequence[str], whole: bool) -> dict[str, Sha
     file = folder / INDEX
     known = _known(file)
     if not known.keys() >= set(names):
-        # Of the ranks that start together one reads the headers, and the others find what it wrote.
+        # If several ranks start together, one reads the headers and the others find its index.
         with locked(folder / LOCK) if os.access(folder, os.W_OK) else nullcontext():
             known = _complete(file, _known(file), names)
     again = f"delete '{file}' and it is made again from the shards there are"
@@ -92,7 +92,7 @@ def _known(file: Path) -> dict[str, Shard]:
 
 
 def _complete(file: Path, known: dict[str, Shard], names: Sequence[str]) -> dict[str, Shard]:
-    """`known` with the shards of `names` that it lacks; written to `file` where that is allowed."""
+    """`known` and the missing ones of the shards `names`; all are written to `file` if that is allowed."""
     new = [name for name in names if name not in known]
     if not new:
         return known
@@ -123,7 +123,7 @@ def write_index(file: Path, shards: dict[str, Shard]) -> None:
 
 
 def read_index(file: Path) -> dict[str, Shard]:
-    """What `write_index` wrote. UserError when the file is damaged or something else's."""
+    """The shards of a file that `write_index` wrote. UserError if it is damaged, or no such file."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             ends = stored["counts"].cumsum()[:-1]
@@ -157,6 +157,8 @@ def scan(path: Path) -> Shard:
 
     Hard and symbolic links within the shard are followed. Members that become no sample are counted and said.
     """
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise UserError(f"shard '{path}' is no regular file (a broken link, or a pipe).")
     pictures: list[_Member] = []
     labels: dict[str, str] = {}
     links: list[tuple[str, str]] = []
@@ -211,7 +213,7 @@ def scan(path: Path) -> Shard:
 
 
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path, labels: dict[str, str]) -> None:
-    """Put the label of a `.cls` or `.json` member under its keys, by both ways of cutting a name (`choose_images`)."""
+    """Store the label of a `.cls` or `.json` member under its keys: names are cut in two ways, see `choose_images`."""
     key, extension = split_name(member.name)
     ending = last_ending(extension)
     keys = {key + extension.removesuffix(ending)} | ({key} if extension == ending else set())

@@ -29,24 +29,25 @@ from torch import Tensor
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import decode
 from vit_suite.data.files import ALIASES, SPLITS, WHOLE, choose_split, split_folders
-from vit_suite.data.listing import found_in, printable, say_once
+from vit_suite.data.listing import found_in, say_once
 from vit_suite.data.shard_index import BLOCK, INDEX, Shard, open_index
 from vit_suite.data.source import ImageSource, writable
 from vit_suite.errors import UserError, quote, short
+from vit_suite.files import printable
 
 CLASSES = "classes.txt"
 MOST_CLASSES = 1_048_576
 """A larger label is a slip, or hostile: it would make as many classes. ImageNet-22k has 21,841."""
 OPEN = 64
-"""Shards a process holds open. Opening is what is slow on a network disk; a process often has no more than 1,024
+"""Shards that a process keeps open, because opening is slow on a network disk. A process may often open only 1,024
 files."""
 
 
 class ShardSource(ImageSource):
-    """Images in the shards of one folder. What tells where they lie are a few arrays, which workers share.
+    """Images in the shards of one folder. A few arrays, which workers share, hold where each image lies.
 
-    `index`: as `open_index` gives it. `read_ahead`: ask the system for the whole of a shard when its first image is
-    read, which suits `order.shard_order` and would be waste in an order that returns to every shard all the time.
+    `index`: what `open_index` returns. `read_ahead`: let the system read a whole shard when its first image is asked
+    for. This suits `order.shard_order`, which reads a shard in one stretch, and would be waste in any other order.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class _OpenFile:
     dropped."""
 
     def __init__(self, path: str, read_ahead: bool, process: int) -> None:
-        """`process`: the one that reads. A descriptor is never shared over a fork: whoever closes it first would take
-        it, or another file that got its number, from the other."""
+        """`process`: number of the process that reads. It makes a forked process open the file again. If both shared a
+        descriptor, one could close it while the other reads, or its number could come to mean another file."""
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # else Windows changes line ends
         self.lock = threading.Lock()
         weakref.finalize(self, os.close, self.number)
@@ -206,11 +207,11 @@ def _split_of(name: str) -> str:
 
 
 def number_labels(words: np.ndarray, names: Path | None, folder: Path) -> tuple[list[str], Tensor | None]:
-    """Labels as bytes (N,), and the file of class names or None -> class names, int64 (N,) or None where nothing has a
-    label.
+    """(class names, labels int64 (N,)) from labels as bytes (N,) and the file of class names; labels are None if no
+    image has one.
 
-    Without names the classes are called by their numbers. UserError for a label that the names lack, or a word without
-    any names.
+    Without a file of names the classes are called by their numbers. UserError for a label that is not among the names,
+    and for a word if there are no names.
     """
     classes = (
         []

@@ -59,7 +59,7 @@ class ImageSource:
         return f"{self.name} {self.split}[{index}]"
 
     def content(self, index: int) -> bytes | None:
-        """The bytes of that file; None where there is none, or none that can be read."""
+        """The bytes of that file; None if there is no file, or if it cannot be read."""
         return None
 
     def mask(self, index: int) -> Tensor:
@@ -90,7 +90,7 @@ class ImageSource:
         return Subset(self, indices)
 
     def _describe(self, other: ImageSource) -> None:
-        """Take over what holds for every part of `other`."""
+        """Copy from `other` what holds for any part of it."""
         self.name, self.split, self.classes, self.channels = other.name, other.split, other.classes, other.channels
         self.image_size, self.has_masks, self.quarantine = other.image_size, other.has_masks, other.quarantine
         self.value_range, self.max_pixels, self.failures = other.value_range, other.max_pixels, other.failures
@@ -123,8 +123,8 @@ class Subset(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Image files. Paths are one byte array, which workers share; of a list of a million strings each would grow a
-    copy."""
+    """Image files. All paths are one byte array, which workers share: a list of a million strings would be copied into
+    each of them."""
 
     def __init__(
         self,
@@ -141,7 +141,9 @@ class FileSource(ImageSource):
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         self.boxes = boxes
         self.root = os.fspath(root)
-        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)  # relative to root, or absolute
+        longest = max((len(os.fsencode(path)) for path in paths), default=1)
+        names = (os.fsencode(path) for path in paths)  # not a second list of millions of objects
+        self.paths = np.fromiter(names, dtype=f"S{longest}", count=len(paths))  # relative to root, or absolute
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -154,15 +156,18 @@ class FileSource(ImageSource):
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def content(self, index: int) -> bytes | None:
+        path = self.path(index)
+        if not os.path.isfile(path):  # opening a pipe would wait for a writer
+            return None
         try:
-            with open(self.path(index), "rb") as file:
+            with open(path, "rb") as file:
                 return file.read()
         except OSError:
             return None
 
 
 class ArraySource(ImageSource):
-    """Images in a uint8 array (N, C, H, W) that a reader already holds; converted to `channels` image by image."""
+    """Images of a uint8 array (N, C, H, W) in memory; each is converted to `channels` when it is loaded."""
 
     def __init__(
         self,
@@ -215,11 +220,12 @@ class ResidentSource(ImageSource):
 
 
 def writable(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy of it where torch could not use it as it is (read-only, or not contiguous)."""
     return array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed from numbers and words: the same on every machine, and far apart for neighbouring numbers."""
+    """A 63-bit seed from numbers and words: the same on every machine; neighbouring numbers give unrelated seeds."""
     text = "/".join(map(str, parts)).encode()
     return (zlib.crc32(text) << 31) ^ zlib.crc32(text[::-1] + b"vit-suite")
 

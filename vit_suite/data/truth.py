@@ -2,8 +2,9 @@
 text.
 
 Truth of an image is a mask, int8 (H, W) of 1 object, 0 ground, -1 left out, or boxes, float32 (K, 4) of x0, y0, x1, y1
-in pixels, x1 and y1 exclusive. Files meet images by their path relative to the folder given, or by their name alone,
-each with or without its extension: whichever way matches the most. What was taken and how much of it matched is said.
+in pixels, x1 and y1 exclusive. A truth and an image belong together if they have the same path below their folders, or
+the same name, each with or without its extension; the rule that matches the most images is taken. What was taken, and
+how many matched, is logged.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from vit_suite.data.decode import DecodeError, image_size
-from vit_suite.data.listing import Listing, found_in, printable
+from vit_suite.data.listing import Listing, found_in
 from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.data.truth_boxes import BoxFile, ImageBoxes, find_xml, read_boxes
 from vit_suite.data.truth_masks import MaskValues, read_mask
 from vit_suite.errors import UserError
+from vit_suite.files import printable
 
 __all__ = ["MaskValues", "Truths", "open_truths", "read_mask", "source_truths"]
 
@@ -69,7 +71,8 @@ def open_truths(
     text lines `name [WNID] x0 y0 x1 y1` (a file, or all `*boxes.txt` under a folder).
 
     values: what masks hold (`read_mask`). origin: see `read_boxes`. Boxes go before masks where a folder holds both.
-    What finds no partner is left out and logged by name; what is wrong with one truth is among the source's `failures`.
+    Images and truths without a partner are left out and logged by name. A truth that cannot be used is listed in the
+    `failures` of the source.
     UserError when nothing matches, or when the masks are the photographs themselves.
     """
     images, truth = Path(images), Path(truth)
@@ -166,15 +169,15 @@ WAYS: tuple[Callable[[str], str], ...] = (
     lambda name: Path(name).name,
     lambda name: Path(name).stem,
 )
-"""What two names have to share: path, path without extension, name, name without extension."""
+"""What an image and its truth have in common, by each rule: path, path without extension, name, name without
+extension."""
 
 
 def _match(paths: Sequence[str], truths: dict[str, Value], images: Path, truth: Path, what: str) -> dict[int, Value]:
-    """{index of the image: its truth}, in the order of the images, by the way that matches the most. A key that two
-    images or two truths share is nobody's."""
+    """{index of the image: its truth}, in the order of the images, by the rule of `WAYS` that matches the most. A key
+    that two images or two truths have matches nothing."""
     best: dict[int, str] = {}
     for way in WAYS:
-        # An XML file has no image's ending: what is no path without extension stays as it is.
         keys = [way(path) for path in paths]
         by_key: dict[str, str] = {}
         counts = Counter(way(name) if what != "boxes (VOC XML)" else _voc_key(way, name) for name in truths)
@@ -212,7 +215,8 @@ def _match(paths: Sequence[str], truths: dict[str, Value], images: Path, truth: 
 
 
 def _voc_key(way: Callable[[str], str], name: str) -> str:
-    """Keys of VOC are names without extension already: `IMG.2020` must not lose its second part."""
+    """`way(name)` for the name of a VOC file, which has no extension any more: `IMG.2020` must not lose its second
+    part."""
     return os.path.normpath(name) if way in WAYS[:2] else Path(name).name
 
 
@@ -222,8 +226,7 @@ def _listed(names: Sequence[object]) -> str:
 
 
 def _refuse_copies(pairs: list[tuple[Path, Path]], truth: Path) -> None:
-    """UserError where masks are copies of the photographs: a truth like that would score the photograph's own
-    colors."""
+    """UserError if masks are copies of the photographs: the score would then be against the photographs' own colors."""
     copies = [mask for image, mask in pairs if _same_file(image, mask)]
     if copies:
         raise UserError(
@@ -234,7 +237,8 @@ def _refuse_copies(pairs: list[tuple[Path, Path]], truth: Path) -> None:
 
 def _same_file(one: Path, other: Path) -> bool:
     try:
-        return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+        same_size = one.is_file() and other.is_file() and one.stat().st_size == other.stat().st_size
+        return same_size and one.read_bytes() == other.read_bytes()
     except OSError:
         return False
 

@@ -43,7 +43,7 @@ class BoxFile:
 
 def find_xml(folder: Path) -> list[Path]:
     """XML files below a folder, any case; hidden ones, such as macOS's `._` files, left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() == ".xml")
+    found = (path for path in folder.rglob("*") if path.suffix.lower() == ".xml" and path.is_file())
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
@@ -59,8 +59,9 @@ def read_boxes(truth: Path, origin: int = 1) -> BoxFile:
     if truth.is_dir():
         if files := find_xml(truth):
             return _voc(truth, files, origin)
-        if lists := sorted(truth.rglob("*boxes.txt")) or sorted(truth.rglob("*annotations.txt")):
-            return _text(lists)
+        for pattern in ("*boxes.txt", "*annotations.txt"):
+            if lists := sorted(path for path in truth.rglob(pattern) if path.is_file()):
+                return _text(lists)
     if truth.is_file() and is_image(truth.name):
         raise UserError(f"truth '{truth}' is one image; expected the folder of masks.")
     raise UserError(

@@ -16,8 +16,14 @@ from vit_suite.errors import UserError
 VOID = (224, 224, 192)
 """Color of index 255 in VOC's palette: left out of scores."""
 SHADES = 0.05
-"""Share of pixels between dark and bright from which a picture of many colors is no mask: JPEG's noise at the border of
-an object stays below it, a photograph never does."""
+"""A picture with a larger share of pixels between dark and bright is no mask. JPEG noise at the border of an object
+stays below it, photographs do not."""
+DARK, BRIGHT = 64, 192
+"""Levels between which a pixel is neither dark nor bright."""
+HALF = 127
+"""A shade above it is object."""
+MOST_COLORS = 256
+"""Colors of a palette; a picture with more is no drawn mask."""
 MaskValues = Literal["auto", "index", "gray"]
 
 
@@ -35,12 +41,14 @@ def read_mask(path: str | Path, values: MaskValues = "auto") -> Tensor:
     Gray files of several values are refused by auto, since they could be class numbers or shades.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise UserError(f"mask '{path}' is no regular file.")
     try:
         pixels, alpha = _read(path, values)
     except Exception as error:  # Pillow's plugins raise almost anything on damaged input
         raise UserError(f"mask '{path}' cannot be read ({type(error).__name__}: {error}).") from error
     if alpha is not None and values == "auto" and alpha.min() < alpha.max():
-        return _trinary(alpha > 127)
+        return _trinary(alpha > HALF)
     if pixels.ndim == 3 and pixels.shape[2] == 3 and bool((pixels == pixels[..., :1]).all()):
         pixels = pixels[..., 0]
     if pixels.ndim == 3 and pixels.shape[2] == 3 and values == "auto":
@@ -50,14 +58,14 @@ def read_mask(path: str | Path, values: MaskValues = "auto") -> Tensor:
             f"mask '{path}' has shape {pixels.shape}; expected one value a pixel, or colors with mask_values auto."
         )
     if values == "gray":
-        return _trinary(pixels > (127 if pixels.dtype == np.uint8 else 0))
+        return _trinary(pixels > (HALF if pixels.dtype == np.uint8 else 0))
     if values == "index":
         return _trinary((pixels != 0) & (pixels != 255), pixels == 255)
     kinds = np.unique(pixels)
     if len(kinds[kinds != 0]) <= 1:
         return _trinary(pixels != 0)
     if path.suffix.lower() in JPEG and _two_toned(pixels):
-        return _trinary(pixels > 127)
+        return _trinary(pixels > HALF)
     listed = ", ".join(map(str, kinds[:5].tolist())) + (f", ... ({len(kinds)} in all)" if len(kinds) > 5 else "")
     raise UserError(
         f"gray mask '{path}' holds {len(kinds)} values ({listed}): say with mask_values whether they are class numbers"
@@ -83,10 +91,10 @@ def _of_colors(path: Path, pixels: np.ndarray) -> Tensor:
     colors = pixels.reshape(-1, 3).astype(np.uint32)
     count = len(np.unique(colors[:, 0] << 16 | colors[:, 1] << 8 | colors[:, 2]))
     brightest = pixels.max(-1)
-    if count > 256 or (path.suffix.lower() in JPEG and count > 2):
+    if count > MOST_COLORS or (path.suffix.lower() in JPEG and count > 2):
         if not _two_toned(brightest):
             raise UserError(f"mask '{path}' has {count} colors of all shades: it looks like a photograph, not a mask.")
-        return _trinary(brightest > 127)
+        return _trinary(brightest > HALF)
     if brightest.min() > 0 and count > 1:
         raise UserError(
             f"mask '{path}' has {count} colors, and none is black: say with mask_values index that they are class"
@@ -97,7 +105,7 @@ def _of_colors(path: Path, pixels: np.ndarray) -> Tensor:
 
 
 def _two_toned(shades: np.ndarray) -> bool:
-    return bool(((shades > 64) & (shades < 192)).mean() < SHADES)
+    return bool(((shades > DARK) & (shades < BRIGHT)).mean() < SHADES)
 
 
 def _trinary(objects: np.ndarray, left_out: np.ndarray | None = None) -> Tensor:

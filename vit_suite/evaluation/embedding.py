@@ -349,8 +349,8 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def protocol_of(embedder: Embedder, sha256: str, checkpoint: str) -> dict[str, Any]:
-    """What the features depend on, as the file says it."""
+def protocol_of(embedder: Embedder, source: ImageSource, sha256: str, checkpoint: str) -> dict[str, Any]:
+    """What the features of `source` depend on, as the file says it."""
     options = asdict(embedder.options)
     del options["workers"]
     return options | {
@@ -359,6 +359,8 @@ def protocol_of(embedder: Embedder, sha256: str, checkpoint: str) -> dict[str, A
         "sha256": sha256,
         "mean": list(embedder.mean),
         "std": list(embedder.std),
+        "value_range": list(source.value_range),
+        "max_pixels": source.max_pixels,
         "device": embedder.device.type,
     }
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vit_suite.config import EmbedConfig, NeighboursConfig
-from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.decode import MAX_PIXELS, DecodeError, decode
+from vit_suite.data.pixels import AUTO, ValueRange
 from vit_suite.errors import UserError, nearest
 from vit_suite.evaluation.embedding import make_embedder
 from vit_suite.evaluation.embedding_files import Embeddings
@@ -112,7 +113,7 @@ def _embedded(cfg: NeighboursConfig, found: Embeddings, paths: Sequence[str]) ->
         raise UserError(
             f"query '{paths[0]}' is no image of '{cfg.embeddings}'.{hint} For an image from outside give --checkpoint."
         )
-    loaded = load_backbone(cfg.checkpoint)
+    loaded = load_backbone(cfg.checkpoint, cfg)
     if loaded.sha256 != found.protocol.get("sha256"):
         raise UserError(
             f"'{cfg.embeddings}' was made with other weights than '{cfg.checkpoint}' (their sha256 differ)."
@@ -127,10 +128,11 @@ def _embedded(cfg: NeighboursConfig, found: Embeddings, paths: Sequence[str]) ->
         accelerator="cpu",
     )
     embedder = make_embedder(options, loaded)
+    how = (ValueRange(*made.get("value_range", AUTO)), made.get("max_pixels", MAX_PIXELS))
     queries = []
     for path in paths:
         try:
-            pixels = torch.from_numpy(np.array(decode(path, loaded.backbone.cfg.channels), order="C"))
+            pixels = torch.from_numpy(np.array(decode(path, loaded.backbone.cfg.channels, None, *how), order="C"))
         except DecodeError as error:
             raise UserError(f"query '{path}' does not decode: {error.reason}") from None
         queries.append(Query(path, embedder([pixels])[0], -1))

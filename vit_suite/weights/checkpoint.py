@@ -1,9 +1,9 @@
 """Backbones on disk: what `--checkpoint` accepts, and what a run writes.
 
 A backbone file of this suite is `backbone.safetensors` (timm key names) whose metadata, repeated in `backbone.json` for
-people, rebuilds the network. Files of others are told by their keys (`weights/families.py`). In both cases an
-evaluation guesses nothing: every key of the network has to be in the file and every key of the file explained, the
-network is first built without memory (torch's `meta` device) and compared, and no code from a file runs.
+people, rebuilds the network. Files of other projects are recognized by their keys (`weights/families.py`). Nothing is
+guessed: every key of the network must be in the file, and every key of the file must be known. The network is first
+built without memory (torch's `meta` device) and compared. No code from a file runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def load_backbone(checkpoint: str | Path, how: ReadingConfig | None = None) -> L
     with the package), in eval mode.
 
     Args:
-        how: what the file does not say (heads), which of its networks is meant, and whether a part may be missing.
+        how: what the file itself does not say: attention heads, which of its networks is meant, whether keys may be
+            missing.
 
     Raises:
         UserError: there is no such file, it is truncated, it would run code, it holds NaN, its family is not known or
@@ -103,7 +104,7 @@ def _in_run_directory(folder: Path) -> Path:
 
 
 def _said(loaded: LoadedBackbone) -> LoadedBackbone:
-    """Say what a file of others was taken for."""
+    """Log how a file of another project was read."""
     cfg = loaded.backbone.cfg
     family = next((row.title for row in FAMILIES if row.name == loaded.family), loaded.family)
     log.info(

@@ -1,7 +1,7 @@
 """Options of a backbone that fit given weights: read off the shapes, or checked against them before any building.
 
-A file's description is a stranger's word. Depth 10^9 or a million pixels a side would allocate a network before the
-first key is compared, so each dimension has to be the one of the tensors, which are in memory already.
+A file's description may be wrong or hostile. A depth of 10^9 or a million pixels a side would allocate a network before
+the first key is compared. So each dimension has to agree with the tensors, which are in memory already.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from vit_suite.options import Schema
 from vit_suite.weights.families import Family
 
 LARGEST_SIDE = 16384
-"""Pixels of an image's side: the largest that a description may name where no tensor tells it."""
+"""Pixels: the largest side of an image that a description may name if no tensor tells it."""
 LONGEST_NAME = 200
 """Characters; timm's longest name has 68."""
 ARCHITECTURES = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
-"""Heads of the sizes that names such as vit_small and deit_tiny stand for, in timm, DINO, MAE and solo-learn."""
-TOKENS = ("pos_embed", "cls_token", "reg_token")
+"""Attention heads of networks called vit_small, deit_tiny, ... in timm, DINO, MAE and solo-learn."""
+LEAST_HEAD, MOST_HEADS = 8, 64
+"""Width of a head, and number of heads, within which a message suggests numbers."""
 
 
 def infer(state: Mapping[str, Tensor], family: Family, heads: int, source: str) -> dict[str, Any]:
@@ -124,10 +125,11 @@ def find_heads(
     said: Mapping[str, Any],
     source: str,
 ) -> tuple[int, str]:
-    """(heads, who says so): the option, the folder's config.json, the training's arguments, or a published size.
+    """(heads, source of that number): the option, the folder's config.json, the training's arguments, or a published
+    size.
 
     Raises:
-        UserError: nobody says it, or the option and config.json differ.
+        UserError: none of them says it, or the option and config.json differ.
     """
     dim = _shape(state, "patch_embed.proj.weight", 4, source)[0]
     told = config.get("num_attention_heads", _model_args(config).get("num_heads"))
@@ -144,7 +146,7 @@ def find_heads(
     known = family.heads.get((dim, depth_of(state, source)))
     if known is not None:
         return known, f"the published {dim}-wide, {depth_of(state, source)}-deep network"
-    fits = [str(n) for n in range(1, min(dim, 64) + 1) if dim % n == 0 and dim // n >= 8]
+    fits = [str(n) for n in range(1, min(dim, MOST_HEADS) + 1) if dim % n == 0 and dim // n >= LEAST_HEAD]
     raise UserError(
         f"checkpoint '{source}' does not say how many attention heads it has, and its width {dim} and depth"
         f" {depth_of(state, source)} are of no published network: give --checkpoint_heads"
@@ -204,7 +206,7 @@ def check_own(own: Mapping[str, Any], state: Mapping[str, Tensor], source: str) 
 
 
 def _against_shapes(options: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
-    """Each dimension that a description names has to be the one of the tensors."""
+    """UserError unless each dimension that a description names is that of the tensors."""
     if options.get("stem", "patch") == "conv":
         return _against_conv_stem(options, state, source)
     dim, channels, *patch = _shape(state, "patch_embed.proj.weight", 4, source)
@@ -244,7 +246,7 @@ def _against_shapes(options: Mapping[str, Any], state: Mapping[str, Tensor], sou
 
 
 def _against_conv_stem(options: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
-    """The same for a convolutional stem, whose first layer tells the channels, and the blocks everything else."""
+    """`_against_shapes` for a convolutional stem: its first layer tells the channels, the blocks everything else."""
     first = next((t for name, t in state.items() if name.startswith("patch_embed.") and t.ndim == 4), None)
     if first is None or "blocks.0.norm1.weight" not in state:
         raise UserError(f"checkpoint '{source}' describes a convolutional stem, and holds none.")
@@ -264,7 +266,8 @@ def _against_conv_stem(options: Mapping[str, Any], state: Mapping[str, Tensor], 
 
 
 def check_statistics(own: Mapping[str, Any], options: Mapping[str, Any], source: str) -> None:
-    """`mean`, `std` and `image_size` of a description of our own are of the type and length that the network takes."""
+    """UserError unless `mean`, `std` and `image_size` of a description have the type and length that the network
+    takes."""
     channels = options.get("channels", 3)
     for name, above in (("mean", -math.inf), ("std", 0.0)):
         values = own.get(name)

@@ -1,8 +1,8 @@
 """Released vision transformers by the names of their weights: one row a family.
 
-A row says how a family is told by its keys, how each key becomes the name that timm and this suite use, what the keys
-do not say (epsilon, how positions are resized, statistics of the images, heads of the published sizes), and which keys
-belong to its pretraining alone. Names only: nothing here needs the libraries that wrote the files.
+A row says by which keys a family is recognized, how each key becomes the name that timm and this suite use, what the
+keys do not say (epsilon, how positions are resized, statistics of the images, heads of the published sizes), and which
+keys serve its pretraining only. These are only names: nothing here needs the libraries that wrote the files.
 
 Sources: facebookresearch/dino, dinov2, dinov3 and mae `vision_transformer.py`, transformers `modeling_*.py`, SiT
 (umar-atito/SiT) `vision_transformer.py`, timm `vision_transformer.py` and `eva.py`.
@@ -25,7 +25,7 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 TIMM_ANCHOR = "patch_embed.proj.weight"
 ANCHORS = (TIMM_ANCHOR, "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
-"""Weight of the patch embedding, which every network has once: where its names begin."""
+"""Key of the patch embedding's weight. Every network has it once, so what stands before it is the network's prefix."""
 HEADS = (r"head(_dist)?\.", r"heads?\.", r"fc\.", r"classifier\.", r"pre_logits\.", r"projector\.", r"dino_head\.")
 """Layers behind the backbone, under the same prefix."""
 
@@ -85,8 +85,8 @@ def substitute(rules: Iterable[tuple[str, str]]) -> Callable[[State], State]:
 
 
 def merge_qkv(state: State) -> State:
-    """`attn.q.weight`, `attn.k.weight`, `attn.v.weight` (D, D) -> `attn.qkv.weight` (3 D, D), and so the biases; a bias
-    that a part does not have is zero."""
+    """`attn.q.weight`, `attn.k.weight`, `attn.v.weight` (D, D) -> `attn.qkv.weight` (3 D, D); the biases likewise. A
+    missing bias becomes zeros."""
     found = {name: tensor for name, tensor in state.items() if not re.search(r"\.attn\.[qkv]\.(weight|bias)$", name)}
     for stem in {name.rpartition(".attn.")[0] for name in state.keys() - found.keys()}:
         for kind in ("weight", "bias"):
@@ -118,7 +118,7 @@ HF_LAYERS = (
     (r"^(layernorm|norm)\.", "norm."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 )
-"""What the Hugging Face transformers share: names of version 4 and of version 5."""
+"""Keys that all models of Hugging Face transformers share, in versions 4 and 5."""
 
 
 def from_hf_vit(state: State) -> State:
@@ -223,7 +223,7 @@ def split_bias(state: State, masks: State) -> State:
 
 
 def check_periods(state: State) -> None:
-    """RoPE's periods have to be those of base 100, which every released DINOv3 network has."""
+    """UserError unless RoPE's periods are those of base 100, as in every released DINOv3 network."""
     periods = state.get("rope_embed.periods")
     if periods is None:
         return

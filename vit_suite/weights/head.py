@@ -16,8 +16,8 @@ NAME = "head.safetensors"
 
 
 def save_head(head: nn.Linear, classes: list[str], folder: str | Path, backbone_sha256: str) -> None:
-    """Write weight (K, D) and bias (K,), with the names of the K classes and the sha256 of the backbone they belong
-    to."""
+    """Write `head.safetensors` into `folder`: weight (K, D), bias (K,), the names of the K classes, and the sha256 of
+    the backbone that the head was trained on."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
     description = json.dumps({"classes": classes, "backbone_sha256": backbone_sha256})
     write_atomically(Path(folder) / NAME, lambda path: save_file(state, path, metadata={"vit_suite": description}))

@@ -1,4 +1,4 @@
-"""Heads of a full training checkpoint, for a training that goes on with them: DINO's and DINOv2's.
+"""The projection heads of DINO and DINOv2 in a full training checkpoint, for a training that continues with them.
 
 `main_dino.py` writes `student` (`module.head.mlp.0.weight`) and `teacher` (`head.mlp.0.weight`); this suite's `.ckpt`
 has the same names under `state_dict` (`student.head.mlp.0.weight`).

@@ -39,7 +39,7 @@ class LoadedBackbone:
     meta: dict[str, Any] = field(default_factory=dict)
     """Everything else the file said (method, data set, epoch, ...)."""
     family: str = "vit-suite"
-    """The row of `weights/families.py` that its names are of, `timm`, or this suite's own."""
+    """Name of its row in `weights/families.py`, `timm`, or `vit-suite`."""
     report: KeyReport | None = None
     """Which keys were taken."""
 
@@ -70,7 +70,7 @@ class LoadedBackbone:
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, types and numbers, in the order of the names."""
+    """SHA-256 over the names, shapes, types and numbers of all tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -82,9 +82,9 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 def fill(
     options: Mapping[str, Any], state: Mapping[str, Tensor], left_out: list[str], source: str, partial: bool = False
 ) -> tuple[Backbone, KeyReport]:
-    """A backbone of `options` with the weights `state` (timm names), and what was taken.
+    """(a backbone of `options` with the weights `state`, which have timm's names; the report of their keys).
 
-    It is built without memory first: a description that does not fit costs none.
+    The network is built without memory first, so a description that does not fit the weights costs none.
 
     Raises:
         UserError: options that no network has; or how many keys are missing, unexpected or of another shape, and the
@@ -136,8 +136,8 @@ def finish(backbone: Backbone, description: Mapping[str, Any], source: str, **mo
 
 
 def statistics(given: tuple[Any, Any], channels: int) -> tuple[list[float], list[float]]:
-    """(mean, std) for `channels`; ImageNet's where they are not given, and their average for every channel where there
-    are not as many."""
+    """(mean, std) for `channels`. Without given ones, ImageNet's; if their number is not `channels`, each channel gets
+    their average."""
     pair = [list(values or default) for values, default in zip(given, IMAGENET, strict=True)]
     mean, std = (values if len(values) == channels else [sum(values) / len(values)] * channels for values in pair)
     return mean, std

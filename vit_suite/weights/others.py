@@ -20,7 +20,7 @@ log = logging.getLogger("vit_suite")
 
 
 def read_state(content: Content, source: str, how: ReadingConfig) -> LoadedBackbone:
-    """A network that its keys tell."""
+    """The network in a file of another project, recognized by its keys."""
     prefix, anchor, others = find_network(content.tensors, how.checkpoint_branch, source)
     names = {name.removeprefix(prefix): name for name in content.tensors if name.startswith(prefix)}
     family = of_model_type(recognize([*names, *content.tensors], anchor), content.config.get("model_type"), source)
@@ -58,10 +58,10 @@ def read_state(content: Content, source: str, how: ReadingConfig) -> LoadedBackb
 
 
 def find_network(tensors: Mapping[str, Tensor], branch: str | None, source: str) -> tuple[str, str, list[str]]:
-    """(prefix of the network's names, its anchor, prefixes of the networks beside it).
+    """(prefix of the network's keys, its anchor, prefixes of the other networks in the file).
 
-    Where there are several, the one that its authors evaluate is taken: an EMA teacher before the network itself, that
-    before a momentum copy (MoCo, BYOL) or a student. `branch` is a word of the prefix that decides otherwise.
+    Of several networks the one that its authors evaluate is taken: an EMA teacher first, then a network without such a
+    name, then a momentum copy (MoCo, BYOL) or a student. `branch`, a word of the prefix, chooses another one.
 
     Raises:
         UserError: there is none, or two are alike.
@@ -99,7 +99,7 @@ def find_network(tensors: Mapping[str, Tensor], branch: str | None, source: str)
 
 
 def rank_of(prefix: str) -> int:
-    """0 for what is evaluated first: see `find_network`."""
+    """Which network of a file is evaluated: the one with the lowest number. See `find_network`."""
     words = set(re.split(r"[._]", prefix))
     if words & {"gram", "student", "online", "momentum", "decoder", "predictor"}:
         return 2
@@ -107,8 +107,8 @@ def rank_of(prefix: str) -> int:
 
 
 def of_model_type(found: Family | None, kind: object, source: str) -> Family | None:
-    """The row that config.json names, where its keys are those of `found` too (ViTMAE's encoder has the names of ViT);
-    UserError where they are not."""
+    """The row of the model type `kind` in config.json, if it has the same keys as `found` (ViTMAE's encoder has ViT's);
+    UserError if it has others."""
     if kind is None or found is None or found.model_type == kind:
         return found
     for family in FAMILIES:
@@ -131,8 +131,8 @@ def asked_family(name: str, found: Family | None, content: Content, source: str)
 
 
 def of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Options that a Hugging Face config.json adds to those of the shapes; UserError where it names what is not
-    supported."""
+    """Options of the backbone that a Hugging Face config.json tells and shapes do not; UserError if it names something
+    that is not supported."""
     if not config:
         return {}
     act = config.get("hidden_act", "gelu")

@@ -1,4 +1,4 @@
-"""Files of strangers -> tensors by name, and whatever else the file says. No code from a file ever runs.
+"""A file of weights -> its tensors by name, and whatever else it says. No code from a file ever runs.
 
 A `.pth` is a pickle, which is a program: `torch.load(weights_only=True)` runs none of it but tensors and plain
 containers. `PLAIN` adds the classes that hold nothing but values and stand in public checkpoints (main_dino.py saves
@@ -41,7 +41,7 @@ PLAIN: list[Any] = [
 DEEPEST = 8
 """Levels of dictionaries that are searched for tensors; public checkpoints have at most 3."""
 SLACK = 1 << 20
-"""Bytes that the tensors of a file may hold beyond the file's size; more is a file that unpacks to something else."""
+"""Bytes that an archive may unpack to beyond its own size; a larger one is no file of torch.save."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -141,7 +141,7 @@ def read_pickle(path: Path, source: str) -> Any:
     _check_archive(path, source)
     try:
         with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols; what cannot be read is refused below
+            warnings.simplefilter("ignore")  # about pickle protocols; a file that cannot be read is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for the ways to be broken
         raise UserError(f"checkpoint '{source}' {_why(path, error)}") from None

@@ -14,13 +14,13 @@ class KeyReport:
 
     matched: list[str]
     missing: list[str]
-    """Of the network, not in the file."""
+    """Keys of the network that are not in the file."""
     unexpected: list[str]
-    """In the file, not of the network, and not known to belong elsewhere."""
+    """Keys of the file that the network does not have, and that no known other part has."""
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     """Name -> shape in the file, shape in the network."""
     left_out: list[str] = field(default_factory=list)
-    """Heads, decoders and other parts that a backbone does not have."""
+    """Keys of heads, decoders and other parts that a backbone does not have."""
 
     @property
     def expected(self) -> int:

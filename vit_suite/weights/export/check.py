@@ -15,14 +15,14 @@ TOLERANCE = 1e-4
 """Largest difference of two fp32 answers, over all outputs and sizes."""
 
 
-def sizes_to_check(loaded: LoadedBackbone, any_size: bool) -> list[tuple[int, int]]:
-    """(height, width) in pixels: the native size; where the format takes any, also a wider and a smaller one."""
+def sizes_to_check(loaded: LoadedBackbone, row: Format) -> list[tuple[int, int]]:
+    """(height, width) in pixels: the native size; if the format takes any size, also a wider and a smaller one."""
     patch, (rows, columns) = loaded.backbone.patch_size, loaded.backbone.native_grid
     native = (rows * patch, columns * patch)
-    if not any_size:
+    if not row.any_size:
         return [native]
     wider = ((rows + 1) * patch, (columns + 3) * patch)
-    smaller = (max(1, (rows + 1) // 2) * patch, max(1, columns - 1) * patch)
+    smaller = (max(row.least_grid, (rows + 1) // 2) * patch, max(row.least_grid, columns - 1) * patch)
     return list(dict.fromkeys([native, wider, smaller]))
 
 
@@ -41,7 +41,7 @@ def largest_errors(
     network = row.open(folder, loaded, options)
     backbone = loaded.backbone.eval()
     errors: dict[str, float] = {}
-    for size in sizes_to_check(loaded, row.any_size):
+    for size in sizes_to_check(loaded, row):
         images = images_of(size)
         for batch in (images, images[:1]):
             ours, theirs = graph_answers(backbone, batch, options.outputs), network(batch)

@@ -25,6 +25,8 @@ from vit_suite.weights.export.graph import Output, Traceable
 from vit_suite.weights.export.huggingface import write_huggingface
 from vit_suite.weights.export.timm_folder import write_timm
 
+LEAST_GRID = 2
+"""Patches along a side of a graph's smallest image: torch.export makes a side of 1 a constant of the graph."""
 LEAST_OPSET, LARGEST_OPSET = 18, 25
 """ONNX operator sets: torch's exporter writes from 18 on, and its checker knows those of the onnx package."""
 
@@ -56,6 +58,8 @@ class Format:
     positions by another rule."""
     loading: str
     """How to load it, in at most three lines of Python; {folder} is replaced."""
+    least_grid: int = 1
+    """Patches along a side of the smallest image that it takes."""
     needs: tuple[str, ...] = ()
     """Packages beyond those of the suite."""
 
@@ -151,8 +155,14 @@ def trace(loaded: LoadedBackbone, options: ExportOptions) -> torch.export.Export
     backbone = loaded.backbone.eval()
     network, patch = Traceable(backbone, options.outputs).eval(), backbone.patch_size
     height, width = backbone.native_grid
+    if min(height, width) < LEAST_GRID:
+        raise UserError(
+            f"a network of {height} x {width} patches cannot be exported as a graph, which needs at least {LEAST_GRID}"
+            f" x {LEAST_GRID}: take --format safetensors, timm or huggingface."
+        )
     dim = torch.export.Dim
-    sizes = {0: dim("batch", min=1), 2: patch * dim("rows", min=2), 3: patch * dim("columns", min=2)}
+    rows, columns = dim("rows", min=LEAST_GRID), dim("columns", min=LEAST_GRID)
+    sizes = {0: dim("batch", min=1), 2: patch * rows, 3: patch * columns}
     # Not the native grid: a trace of equal or fitting sides would take them for one.
     images = torch.zeros(2, backbone.cfg.channels, (height + 2) * patch, (width + 1) * patch)
     with silence(), torch.no_grad():
@@ -236,6 +246,7 @@ FORMATS: dict[str, Format] = {
             any_size=True,
             loading="import onnxruntime\nsession = onnxruntime.InferenceSession('{folder}/model.onnx')\n"
             "features = session.run(None, {{'images': images}})[0]",
+            least_grid=LEAST_GRID,
             needs=("onnx", "onnxscript", "onnxruntime"),
         ),
         Format(
@@ -243,6 +254,7 @@ FORMATS: dict[str, Format] = {
             write_torch,
             open_torch,
             any_size=True,
+            least_grid=LEAST_GRID,
             loading="import torch\nmodel = torch.export.load('{folder}/model.pt2').module()\n"
             "features = model(images)[0]",
         ),

@@ -23,12 +23,8 @@ from vit_suite.models.blocks import Attention, PostNormBlock, PreNormBlock
 Output = Literal["features", "patches", "attention"]
 """What a graph answers: the representation (B, D), the patch tokens (B, N, D) after the final norm, or what the CLS
 token looks at in the last block, (B, heads, N), of which the prefix's share is left out."""
-SHARPNESS = -0.75
-"""Parameter of torch's bicubic kernel without antialiasing."""
-
-
-SMOOTH = -0.5
-"""The same with antialiasing."""
+SHARPNESS, SMOOTH = -0.75, -0.5
+"""The parameter of torch's bicubic kernel without and with antialiasing."""
 
 
 def cubic(distance: Tensor, a: float = SHARPNESS) -> Tensor:
@@ -79,7 +75,10 @@ class Traceable(nn.Module):
         for block in backbone.vit.blocks:
             known = type(block) in (Block, PreNormBlock, PostNormBlock)
             if not known or not isinstance(block.attn, Attention) or not block.attn.plain:
-                raise UserError(f"blocks of the type {type(block).__name__} cannot be exported as a graph.")
+                raise UserError(
+                    f"blocks of the type {type(block).__name__} cannot be exported as a graph: rotary positions and"
+                    " gated attention are not written for a trace. Take --format safetensors, timm or huggingface."
+                )
         if backbone.cfg.causal:
             raise UserError("a network with causal order (backbone.causal) cannot be exported as a graph.")
         if "attention" in outputs and not backbone.has_cls:
