@@ -64,7 +64,9 @@ def checked(shown: Shown) -> None:
             words[place + 1] = NAMES.get(words[place + 1], words[place + 1])
     words = [word for word in words if word not in ("--help", "--print_config", "cluster.yaml")]
     try:
-        load_config(None, words, registry.load(row.config))
+        options = registry.load(row.config)
+        options = options.for_words(words) if hasattr(options, "for_words") else options  # `launch COMMAND`
+        load_config(None, words, options)
     except UserError as error:
         if "missing required" not in str(error):
             raise
