@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import make_shards
 from bench_common import add_ratios, in_turn, publish
 from bench_views import pictures
 from PIL import Image
@@ -30,8 +29,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
-from vit_suite.config import DataConfig
+from vit_suite.config import DataConfig, ImagesConfig, MakeShardsConfig
 from vit_suite.data.module import ImageDataModule
+from vit_suite.data.pack import pack as make_shards
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -71,8 +71,7 @@ def our_loader(name: str, root: Path, batch: int, workers: int, resident: bool =
 def pack(root: Path, shards: Path) -> None:
     """The images of `root` as tar files."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if make_shards.main(["--name", "folder", "--root", str(root), "--output", str(shards)]):
-            raise SystemExit(f"make_shards failed on {root}")
+        make_shards(MakeShardsConfig(str(shards), ImagesConfig(name="folder", root=str(root))))
 
 
 def epoch(loader: Iterable, batch: int, count: int) -> Callable[[], None]:

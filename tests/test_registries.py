@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from vit_suite.attention.export_draw import FORMATS
+from vit_suite.attention.formats import FORMATS
 from vit_suite.cli import COMMANDS
 from vit_suite.config import AttentionConfig, DataConfig, LoggerConfig, SiTConfig
 from vit_suite.data.registry import DATASETS
@@ -56,5 +56,5 @@ def test_architecture_names_every_package_and_table():
     for package in (ROOT / "vit_suite").iterdir():
         if package.is_dir() and (package / "__init__.py").is_file():
             assert f"`{package.name}/`" in text, package.name
-    for table in ("METHODS", "DATASETS", "COMMANDS", "SCORES", "LOGGERS", "CORRUPTIONS", "MAPPED"):
+    for table in ("METHODS", "DATASETS", "COMMANDS", "SCORES", "LOGGERS", "CORRUPTIONS", "FORMATS"):
         assert f"`{table}`" in text, table

@@ -52,6 +52,11 @@ COMMANDS = {
         "vit_suite.config:LinearConfig",
         "vit_suite.commands.linear:run",
     ),
+    "predict": Command(
+        "Name the class of every image with a fine-tuned head",
+        "vit_suite.config:PredictConfig",
+        "vit_suite.commands.predict:run",
+    ),
     "attention": Command(
         "Show where a backbone looks: heat maps, overlays, masks",
         "vit_suite.config:AttentionConfig",
@@ -76,6 +81,11 @@ COMMANDS = {
         "Write a backbone for timm, Hugging Face, ONNX or torch.export, and check it",
         "vit_suite.config:ExportConfig",
         "vit_suite.commands.export:run",
+    ),
+    "make_shards": Command(
+        "Pack a data set into tar files, for disks that are slow at small files",
+        "vit_suite.config:MakeShardsConfig",
+        "vit_suite.commands.make_shards:run",
     ),
     "profile": Command(
         "Say where the time of a training step goes",

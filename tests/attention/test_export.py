@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.attention.exported import exported
-from vit_suite.attention import export, export_draw, export_worker, grids
+from vit_suite.attention import export, export_worker, formats, grids
 from vit_suite.attention.coco import annotation
 from vit_suite.attention.grids import cut, view_size
 from vit_suite.attention.guided import guided_filter
@@ -306,7 +306,7 @@ def test_a_failure_to_write_stops_the_export(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_draw, "write_png", full)
+    monkeypatch.setattr(formats, "write_png", full)
     with pytest.raises(OSError, match="No space left"):
         exported(Backbone(), folder, tmp_path / "out", mean=MEAN, std=STD)
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.commands.conftest import results
 from vit_suite.data import reading
 from vit_suite.data.shapes import ShapesSource
+from vit_suite.evaluation.interval import wilson
 from vit_suite.weights.checkpoint import load_backbone
 
 SHAPES = [
@@ -44,10 +45,14 @@ def test_table_and_entry(knn, tiny_run, tmp_path):
     assert said.status == 0 and said.err.count("error") == 0
     (entry,) = results(tmp_path / "scores.json")
     scores = entry["metrics"]["checkpoint"]
-    title, header, _, row, last = said.out.splitlines()
+    title, header, _, row, interval, chance, last = said.out.splitlines()
     assert title == "shapes: top-1 % of 40 images, bank of 64, temperature 0.07"
     assert header.split() == ["kNN", "top-1", "%", "k=10", "k=20", "k=64"]
     assert row.split() == ["checkpoint", *(f"{scores[k]['top1']:.2f}" for k in ("k10", "k20", "k64"))]
+    low, high = wilson(scores["k20"]["top1"], 40)
+    assert scores["k20"]["top1_interval"] == [low, high] and low < scores["k20"]["top1"] < high
+    assert interval.split()[:2] == ["95%", "interval"] and interval.split()[3] == f"{low:.1f}-{high:.1f}"
+    assert chance.startswith("chance is 10.00% (10 classes)") and entry["metrics"]["chance"]["uniform"] == 10
     assert last == f"appended to {tmp_path}/scores.json"
     protocol = entry["protocol"]
     assert entry["task"] == "knn" and entry["sha256"] == load_backbone(tiny_run).sha256
@@ -93,6 +98,7 @@ def test_k_beyond_the_bank_is_clamped_and_said(knn, tmp_path):
     )
     scores = results(tmp_path / "scores.json")[0]["metrics"]["checkpoint"]
     assert scores["k100"] == scores["k64"] | {"used_k": 64} and "used_k" not in scores["k10"]
+    assert "k 100 200: the bank has only 64 images" in said.log and "k 64: no class has more than 7" in said.log
 
 
 def test_every_kind_of_file_gives_the_same_numbers(knn, tiny_run, tmp_path):
@@ -123,8 +129,9 @@ def test_a_bare_pth_gives_the_same_weights(vit_suite, pretrain, tmp_path):
 
 def test_baselines(knn, tiny_run, tmp_path):
     said = knn("--baselines", "--k", 20)
-    assert [line.split()[0] for line in said.out.splitlines()[3:6]] == ["checkpoint", "untrained", "raw"]
+    assert [line.split()[0] for line in said.out.splitlines()[3:9:2]] == ["checkpoint", "untrained", "raw"]
     metrics = results(tmp_path / "scores.json")[0]["metrics"]
+    assert metrics.pop("chance")["uniform"] == 10
     assert metrics.keys() == {"checkpoint", "untrained", "raw pixels"}
     assert all(0 <= scores["k20"]["top1"] <= scores["k20"]["top5"] <= 100 for scores in metrics.values())
 

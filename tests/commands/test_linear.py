@@ -58,12 +58,17 @@ def test_table_and_entry(probe, tiny_run, tmp_path):
     (entry,) = results(tmp_path / "scores.json")
     scores = entry["metrics"]["checkpoint"]
     lines = said.out.splitlines()
-    assert lines[0] == "shapes: linear heads on 100 images of train, scored on 40 of test"
-    assert lines[1].split() == ["protocol", "sweep", "top-1", "%", "top-5", "%", "lr", "blocks", "pool"]
+    title = "shapes: linear heads on 100 images of train, scored on 40 of test; chance is 10.00% (10 classes)"
+    assert lines[0].startswith(title) and entry["metrics"]["chance"]["uniform"] == 10
+    header = ["protocol", "sweep", "top-1", "%", "top-5", "%", "top-1", "95%", "lr", "blocks", "pool"]
+    assert lines[1].split() == header
+    low, high = scores["top1_interval"]
+    assert 0 <= low < scores["top1"] < high <= 100
     row = [
         "checkpoint",
         f"{scores['top1']:.2f}",
         f"{scores['top5']:.2f}",
+        f"{low:.1f}-{high:.1f}",
         f"{scores['lr']:g}",
         str(scores["blocks"]),
         scores["pool"],
@@ -206,6 +211,7 @@ def test_baselines(probe, tmp_path):
     said = probe("--baselines", "--memory_gb", 0.001)
     assert [line.split("  ")[0] for line in said.out.splitlines()[3:6]] == ["checkpoint", "untrained", "raw pixels"]
     metrics = results(tmp_path / "scores.json")[0]["metrics"]
+    del metrics["chance"]
     assert metrics.keys() == {"checkpoint", "untrained", "raw pixels"} and metrics["raw pixels"]["pool"] == "pixels"
     assert all(len(one["held_out"]) == (2 if name == "raw pixels" else 12) for name, one in metrics.items())
     said = probe("--baselines", "--memory_gb", 0.00005)
@@ -234,6 +240,7 @@ def test_few_shot_tables_and_entries(probe, vit_suite, tiny_run, tmp_path):
         entry["task"] == "linear few-shot" and entry["protocol"]["shots"] == [1, 4] and entry["protocol"]["draws"] == 3
     )
     one = entry["metrics"]["checkpoint"]["shots4"]
+    assert one["top1_interval"][0] < one["top1"]["mean"] < one["top1_interval"][1]
     assert len(one["top1"]["draws"]) == 3 and one["top1"]["mean"] == pytest.approx(sum(one["top1"]["draws"]) / 3)
     row = next(line for line in said.out.splitlines() if line.startswith("checkpoint, 4 a class"))
     assert row.split()[4:7] == [f"{one['top1']['mean']:.2f}", "±", f"{one['top1']['std']:.2f}"]

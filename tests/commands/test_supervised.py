@@ -63,6 +63,8 @@ def test_scores_of_a_run(supervised_run):
     assert (
         metrics["top1"] == pytest.approx(metrics["val_top1"]) and metrics["test_images"] == 40
     )  # all 40 were scored online too
+    assert metrics["top1_interval"][0] < metrics["top1"] < metrics["top1_interval"][1]
+    assert metrics["chance"]["uniform"] == 10 and metrics["chance"]["largest_class"] >= 10
     assert metrics["top1"] <= metrics["top5"] <= 100 and 0 <= metrics["calibration_error"] <= 1 and metrics["nll"] > 0
     assert column(supervised_run, "val/top5") and len(column(supervised_run, "train/top1")) == 12
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -11,20 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_suite import cli
 from vit_suite.config import DataConfig
 from vit_suite.data.registry import open_split
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_shards.py"
 REAL = os.environ.get("VIT_SUITE_DATA")
 IMAGES = 24  # a class to train on
 
 
-@pytest.fixture(scope="session")
-def script():
-    spec = importlib.util.spec_from_file_location("make_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_shards(root: Path, output: Path, *words: str, name: str = "folder") -> int:
+    """`vit-suite make_shards` of the set at `root`; the exit status."""
+    return cli.main(["make_shards", "--data.name", name, "--data.root", str(root), "--output", str(output), *words])
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +42,10 @@ def loose(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def made(script, loose, tmp_path_factory):
+def made(loose, tmp_path_factory):
     """The same as shards: 9 of 8 images to train on, 3 to score."""
     output = tmp_path_factory.mktemp("made") / "photos"
-    assert script.main(["--name", "folder", "--root", str(loose), "--output", str(output), "--shard-images", "8"]) == 0
+    assert make_shards(loose, output, "--shard_images", "8") == 0
     return output
 
 

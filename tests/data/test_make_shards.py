@@ -1,4 +1,4 @@
-"""scripts/make_shards.py: what it writes, that it is whole or not there, and what it refuses. Images:
+"""`vit-suite make_shards`: what it writes, that it is whole or not there, and what it refuses. Images:
 tests/data/conftest.py."""
 
 import hashlib
@@ -7,11 +7,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
+from tests.data.conftest import make_shards
 from vit_suite.config import DataConfig
+from vit_suite.data import pack
 from vit_suite.data.decode import decode
 from vit_suite.data.registry import open_split, open_test, open_train
 from vit_suite.data.source import ArraySource
@@ -41,23 +42,23 @@ def test_shards_hold_the_images_and_labels_of_the_folder(loose, made):
     assert open_test(config("shards", made)).split == "val" and len(open_train(config("shards", made, length=30))) == 30
 
 
-def test_equal_input_gives_equal_bytes(script, loose, made, tmp_path):
+def test_equal_input_gives_equal_bytes(loose, made, tmp_path):
     def convert(name, *more):
-        assert script.main(["--name", "folder", "--root", str(loose), "--output", str(tmp_path / name), *more]) == 0
+        assert make_shards(loose, tmp_path / name, *more) == 0
         return tmp_path / name
 
-    assert digests(convert("again", "--shard-images", "8")) == digests(made)
-    other = convert("other", "--shard-images", "8", "--seed", "1")
+    assert digests(convert("again", "--shard_images", "8")) == digests(made)
+    other = convert("other", "--shard_images", "8", "--seed", "1")
     assert digests(other)["train-000000.tar"] != digests(made)["train-000000.tar"]
-    kept = open_train(config("shards", convert("kept", "--keep-order", "--splits", "train")))
+    kept = open_train(config("shards", convert("kept", "--keep_order", "--splits", "train")))
     assert kept.labels.tolist() == [0] * 24 + [1] * 24 + [2] * 24 and not list((tmp_path / "kept").glob("val*"))
 
 
-def test_sizes_of_shards(script, tmp_path):
+def test_sizes_of_shards(tmp_path):
     def parts(*sizes, limit=10**9, count=10**9):
         return [
             [name for ((name, _),) in part]
-            for part in script.split_up(([(i, bytes(s))] for i, s in enumerate(sizes)), limit, count)
+            for part in pack.split_up(([(i, bytes(s))] for i, s in enumerate(sizes)), limit, count)
         ]
 
     end, one = tarfile.RECORDSIZE, 1024  # of a member of 1 to 512 bytes, its header included
@@ -73,23 +74,19 @@ def test_sizes_of_shards(script, tmp_path):
     )
 
 
-def test_images_without_files_become_png_or_npy(script):
+def test_images_without_files_become_png_or_npy():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 6), dtype=np.uint8)
     for images, channels in ((pixels[:, :3], 3), (pixels[:, :1], 1), (pixels, 4)):
-        (name, content), *label = script.sample(
-            ArraySource("set", "train", images, channels, ["a", "b"], [1, -1]), 0, 7
-        )
+        (name, content), *label = pack.sample(ArraySource("set", "train", images, channels, ["a", "b"], [1, -1]), 0, 7)
         assert name == f"00000007-train.{'png' if channels < 4 else 'npy'}" and label == [("00000007-train.cls", b"1")]
         assert (decode(name, channels, content) == images[0]).all()
-    assert (
-        len(script.sample(ArraySource("set", "train", pixels, 4, ["a", "b"], [1, -1]), 1, 0)) == 1
-    )  # no label, no .cls
+    assert len(pack.sample(ArraySource("set", "train", pixels, 4, ["a", "b"], [1, -1]), 1, 0)) == 1  # no label, no .cls
 
 
-def test_the_converter_refuses(script, loose, shards, capsys, tmp_path):
+def test_the_converter_refuses(loose, shards, capsys, tmp_path):
     def says(*more, output=shards, name="folder", root=loose):
         capsys.readouterr()
-        assert script.main(["--name", name, "--root", str(root), "--output", str(output), *more]) == 2
+        assert make_shards(root, output, *more, name=name) == 2
         return capsys.readouterr().err
 
     before = digests(shards)
@@ -98,25 +95,22 @@ def test_the_converter_refuses(script, loose, shards, capsys, tmp_path):
     )
     assert "does not exist" in says(root=tmp_path / "gone", output=tmp_path / "new") and not (tmp_path / "new").exists()
     assert "classes that the train split lacks" not in says() and digests(shards) == before
-    assert (
-        script.main(["--name", "shards", "--root", str(shards), "--output", str(tmp_path / "recut"), "--keep-order"])
-        == 0
-    )
+    assert make_shards(shards, tmp_path / "recut", "--keep_order", name="shards") == 0
     assert open_train(config("shards", tmp_path / "recut")).content(70) == open_train(config("shards", shards)).content(
         70
     )
-    assert script.main(["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite"]) == 0
+    assert make_shards(loose, shards, "--overwrite") == 0
     assert len(digests(shards)) == 4 and len(open_train(config("shards", shards))) == 72
     (shards / "letter.txt").write_text("mine")
     assert "other things than shards (letter.txt)" in says("--overwrite") and len(digests(shards)) == 5
 
 
-def test_a_conversion_that_breaks_off_leaves_the_old_set(script, loose, shards, monkeypatch, tmp_path):
+def test_a_conversion_that_breaks_off_leaves_the_old_set(loose, shards, monkeypatch, tmp_path):
     before = digests(shards)
     for function in ("write_tar", "open_index"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(script, function, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-            script.main(["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite"])
+        with monkeypatch.context() as patch:
+            patch.setattr(pack, function, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert make_shards(loose, shards, "--overwrite") == 130
         assert digests(shards) == before
     replace = os.replace
 
@@ -125,37 +119,32 @@ def test_a_conversion_that_breaks_off_leaves_the_old_set(script, loose, shards, 
             raise KeyboardInterrupt
         replace(source, target)
 
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(KeyboardInterrupt),
-    ):  # in the middle of moving: no half set passes for a whole
+    with monkeypatch.context() as patch:  # in the middle of moving: no half set passes for a whole
         patch.setattr(os, "replace", stop)
-        script.main(
-            ["--name", "folder", "--root", str(loose), "--output", str(shards), "--overwrite", "--shard-images", "5"]
-        )
+        assert make_shards(loose, shards, "--overwrite", "--shard_images", "5") == 130
     fails(config("shards", shards), "is missing, but index.npz names it")
 
 
-def test_what_cannot_be_read_is_listed_and_the_rest_is_written(script, tmp_path, capsys):
+def test_what_cannot_be_read_is_listed_and_the_rest_is_written(tmp_path, capsys):
     for i in range(5):
         (tmp_path / "s").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "s" / f"{i}.png")
     (tmp_path / "s" / "x.png").symlink_to("gone")
     (tmp_path / "s" / "self.png").symlink_to("self.png")
     os.mkfifo(tmp_path / "s" / "pipe.png")
-    assert script.main(["--name", "flat", "--root", str(tmp_path / "s"), "--output", str(tmp_path / "o")]) == 0
+    assert make_shards(tmp_path / "s", tmp_path / "o", name="flat") == 0
     said = capsys.readouterr()
     assert "5 images in 1 shards" in said.out and "3 files could not be read and are left out" in said.err
     assert all(name in said.err for name in ("x.png", "self.png", "pipe.png"))
     assert len(open_split(DataConfig(name="shards", root=str(tmp_path / "o")), "train")) == 5
 
 
-def test_class_names_that_are_no_utf8_or_hold_a_newline(script, tmp_path):
+def test_class_names_that_are_no_utf8_or_hold_a_newline(tmp_path):
     for name in ("caf\udce9", "a\nb"):
         folder = os.path.join(os.fspath(tmp_path), "s", name)
         os.makedirs(folder)
         Image.new("RGB", (8, 8)).save(os.path.join(folder, "1.png"))
-    assert script.main(["--name", "folder", "--root", str(tmp_path / "s"), "--output", str(tmp_path / "o")]) == 0
+    assert make_shards(tmp_path / "s", tmp_path / "o") == 0
     assert (tmp_path / "o" / "classes.txt").read_text() == "a\\nb\ncaf\\xe9\n"
     source = open_split(DataConfig(name="shards", root=str(tmp_path / "o")), "train")
     assert source.classes == ["a\\nb", "caf\\xe9"] and sorted(source.labels.tolist()) == [0, 1]

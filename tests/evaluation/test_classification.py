@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vit_suite.errors import UserError
+from vit_suite.evaluation import calibration, classification
 from vit_suite.evaluation.classification import classify, score_logits, top_accuracy
 
 LOGITS = torch.tensor([[9.0, 1, 0, 0, 0, 0, 0], [0, 9, 8, 7, 6, 5, 4], [3, 2, 1, 0, 9, 5, 4]])
@@ -35,17 +36,31 @@ def test_top_k():
 
 def test_confusion_counts_predictions_by_label():
     logits = torch.eye(3)[[0, 1, 1, 2]]
-    counts = score_logits(logits, torch.tensor([0, 0, 1, 1])).confusion
+    labels = torch.tensor([0, 0, 1, 1])
+    counts = score_logits(logits, labels, confusion=True).confusion
+    assert score_logits(logits, labels).confusion is None
     assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
 
 
 def test_scores_agree_with_each_other():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(500, 10, generator=generator), torch.randint(10, (500,), generator=generator)
-    scores = score_logits(logits, labels)
+    scores = score_logits(logits, labels, confusion=True)
     assert scores.confusion.sum() == scores.images == 500
     assert scores.top1 == pytest.approx(100 * float(scores.confusion.diag().sum()) / 500, abs=1e-4)
     assert scores.top1 < scores.top5 and scores.nll > 0 and 0 < scores.calibration_error < 1
+
+
+def test_many_classes_and_images_are_scored_in_chunks_without_a_confusion_matrix(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(500, 22, generator=generator), torch.randint(22, (500,), generator=generator)
+    whole = score_logits(logits, labels, confusion=True)
+    for module in (classification, calibration):
+        monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(classification, "MOST_CONFUSED", 21)
+    parts = score_logits(logits, labels, confusion=True)
+    assert whole.confusion is not None and parts.confusion is None
+    assert parts[:2] == whole[:2] and parts[2:4] == pytest.approx(whole[2:4], abs=1e-12)
 
 
 @pytest.mark.parametrize("label", [-1, 7])

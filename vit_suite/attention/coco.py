@@ -1,27 +1,30 @@
-"""Masks as COCO annotations: run-length codes that pycocotools reads (github.com/cocodataset/cocoapi,
-common/maskApi.c).
+"""Format `coco`: masks as COCO annotations in one coco.json, with the run-length codes that pycocotools reads.
 
-A mask is read column by column; runs of 0 and 1 take turns, 0 first. Compressed, each run (from the fourth on, its
-difference to the one two before) is written in groups of 5 bits, lowest first, a sixth bit says that more follow, and
-48 is added to make a letter.
+Source: github.com/cocodataset/cocoapi, common/maskApi.c. A mask is read column by column, as lengths of runs of 0 and 1
+in turn, 0 first. Compression: from the fourth run on, a length is replaced by its difference to the length two runs
+before. Each number is cut into groups of 5 bits, the lowest first. A sixth bit says that more groups follow, and 48 is
+added to make a letter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from vit_suite.attention.drawing import Export
+from vit_suite.attention.manifest import Records
 from vit_suite.files import write_atomically
 
 CATEGORY = {"id": 1, "name": "object"}
+NAME = "coco.json"
 
 
 def runs(mask: np.ndarray) -> np.ndarray:
-    """Lengths of the runs of a bool mask (H, W), column-major, 0 first: int64."""
+    """Lengths of the runs of a bool mask (H, W), column by column, the first of zeros: int64."""
     flat = mask.T.ravel()
     ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     lengths = np.diff(np.concatenate([[0], ends, [flat.size]]))
@@ -43,7 +46,7 @@ def compressed(lengths: np.ndarray) -> str:
 
 
 def annotation(mask: np.ndarray) -> dict[str, Any]:
-    """What COCO says of a bool mask (H, W): segmentation, area in pixels, box [x, y, width, height]."""
+    """The COCO annotation of a bool mask (H, W): segmentation, area in pixels, box [x, y, width, height]."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = [0, 0, 0, 0]
     if len(rows):
@@ -52,11 +55,29 @@ def annotation(mask: np.ndarray) -> dict[str, Any]:
     return {"segmentation": segmentation, "area": int(mask.sum()), "bbox": box, "iscrowd": 0}
 
 
-def write_coco(path: Path, info: Mapping[str, Any], pictures: Callable[[], Iterable[tuple[dict, list[dict]]]]) -> None:
-    """A COCO file of `pictures()`: each its image entry (with an `id`) and its annotations, which get `id`, `image_id`
-    and category.
+def gather_coco(export: Export, records: Records, kind: str) -> list[dict[str, Any]]:
+    """Write coco.json of all pictures; returns its line of the manifest.
 
-    `pictures` is called twice, and nothing but one picture is held: COCO wants all images before all annotations.
+    The id of an image is its number in the input, from 1. So ids do not move when a file does not decode.
+    """
+    drawing, pictures = export.drawing, export.pictures
+
+    def entries() -> Iterator[tuple[dict, list[dict]]]:
+        for record in records.good():
+            index = record["index"]
+            image = {"id": index + 1, "file_name": pictures.files[index]}
+            yield image | {"height": record["height"], "width": record["width"]}, record[kind]
+
+    info = {"description": "attention masks", "threshold": drawing.threshold, "upsample": drawing.mode}
+    write_coco(drawing.output / NAME, info, entries)
+    return [{"kind": kind, "file": NAME, "threshold": drawing.threshold}]
+
+
+def write_coco(path: Path, info: Mapping[str, Any], pictures: Callable[[], Iterable[tuple[dict, list[dict]]]]) -> None:
+    """Write a COCO file. `pictures()` yields the image entry (with an `id`) and the annotations of each picture.
+
+    Annotations get `id`, `image_id` and category here. `pictures` is called twice, because COCO wants all images before
+    all annotations; only one picture is held in memory.
     """
 
     def write(temporary: Path) -> None:

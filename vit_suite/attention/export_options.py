@@ -8,9 +8,9 @@ from typing import Literal
 
 from vit_suite.config import ImagesConfig
 
-ANIMATED = ("gif", "mp4")
 MAPS = ("heads", "mean", "max", "rollout")
 UPSAMPLING = ("nearest", "bilinear", "guided")
+OVERLAYS = ("auto", "png", "jpeg")
 BASES = ("folder", "image")
 
 
@@ -19,24 +19,24 @@ class ExportOptions:
     """How pictures are drawn. The fields have the names of the command's options."""
 
     formats: Sequence[str] = ("overlay", "mask")
-    """png (heat map), overlay, mask (top `threshold` of the mass), labels (the head that wins each pixel; palette index
-    = head), pca (three principal components of the patch features as colors), npz (the numbers: attention (h, gh, gw),
-    mean, max, rollout, grid, sizes), coco (coco.json of all masks), gif and mp4 (the images as frames, overlays in
-    fixed colors)."""
+    """Rows of `formats.FORMATS`: png (heat map), overlay, mask (top `threshold` of the mass), labels (the head that
+    wins each pixel; palette index = head), pca (three principal components of the patch features as colors), npz (the
+    numbers: attention (h, gh, gw), mean, max, rollout, grid, sizes), coco (coco.json of all masks), gif and mp4 (the
+    images as frames, overlays in fixed colors)."""
     maps: Sequence[str] = ("heads", "mean")
     """Each head of the last block (heads), their mean, their max (each head at mass 1), the rollout over all blocks."""
     threshold: float = 0.6
     """Share of the mass that a mask keeps."""
     clip_artifacts: float | None = None
-    """Patches whose token after the last block is longer than so many times the image's median get the median of their
-    neighbours in every map (arXiv 2309.16588); the npz tells which. Nothing is clipped when None."""
+    """Multiple of the image's median norm. A patch whose token after the last block is longer than that gets the median
+    of its neighbours in every map (arXiv 2309.16588); the npz tells which. Nothing is clipped when None."""
     image_size: int | None = None
-    """Shorter side in pixels before the backbone, the image's own when None. Sides then go to the nearest multiple of
-    the patch: the whole picture is seen, nothing is cut off."""
+    """Length in pixels of the shorter side that the backbone sees; the image's own when None. Both sides then go to the
+    nearest multiple of the patch: the whole picture is seen, nothing is cut off."""
     max_tokens: int = 4096
-    """Larger images are shrunk until they have at most so many patches."""
+    """Largest number of patches. The backbone sees larger images shrunk."""
     batch_size: int = 16
-    """Images in a forward pass at most."""
+    """Largest number of images in a forward pass."""
     upsample: Literal["nearest", "bilinear", "guided"] = "nearest"
     """nearest repeats patches as the DINO release does; bilinear interpolates; guided then draws the map to the
     picture's edges. Masks of the last two are taken pixel by pixel."""
@@ -44,6 +44,11 @@ class ExportOptions:
     """Window radius of `guided` in pixels; a patch when None."""
     guided_eps: float = 1e-3
     """Variance of the brightness (0..1) below which a window of `guided` counts as flat."""
+    draw_side: int = 2048
+    """Longest side in pixels of pictures for the eye: overlays, heat maps, components, animations. Larger images are
+    drawn smaller. Masks, labels and COCO masks always have the size of the file."""
+    overlay_format: Literal["auto", "png", "jpeg"] = "auto"
+    """auto: PNG up to a megapixel (2**20 pixels), JPEG above, which takes a quarter of the bytes."""
     pca_basis: Literal["folder", "image"] = "folder"
     """One basis for all images, or one for each."""
     pca_foreground: bool = False

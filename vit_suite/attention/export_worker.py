@@ -1,4 +1,4 @@
-"""From a block of images to their files: decode, look, draw, write, in one thread; blocks in threads beside each other.
+"""From a block of images to their files: decode, look, draw, write. A block runs in one thread, several blocks at once.
 
 Axes: B images, C channels, H x W pixels of a file, gh x gw patches, h heads, T tokens.
 """
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from vit_suite import distributed
 from vit_suite.attention import grids, pca
-from vit_suite.attention.export_draw import Drawing, Found, draw
+from vit_suite.attention.drawing import Drawing, Seen
 from vit_suite.attention.export_options import MAPS, ExportOptions
+from vit_suite.attention.formats import attentive, draw
 from vit_suite.attention.grids import attention_bytes, in_batches, view_of, view_size
 from vit_suite.attention.maps import Look, artifacts, look, max_map, mean_map, without_artifacts
 from vit_suite.attention.pca import Basis, basis_of
@@ -33,13 +34,18 @@ from vit_suite.hardware import autocast, pick_precision
 from vit_suite.views.multicrop import normalize_
 
 WAITING_BYTES = 64 * 2**20
-"""Decoded pictures of a block that wait for others of their grid; beyond it the fullest group runs as it is."""
+"""Limit of the decoded pictures of a block that wait for others of their grid. Above it the fullest group runs as it
+is."""
 AT_ONCE_BYTES = 4 * grids.ATTENTION_BYTES
 """Limit of the attention matrices of all batches that run at a time."""
 BASIS_BLOCK = 16
 """Sampled images that a rank looks at together for the basis of a folder."""
 COARSE = 16
-"""Fewer patches than these show little."""
+"""An image of fewer patches shows little, and the summary says so."""
+QUEUED = 4
+"""Blocks for each thread that are waiting or running; more would hold their records in memory for nothing."""
+NO_LIMIT = 2**62
+"""Stands for `max_tokens` where nothing is to be shrunk."""
 
 
 @dataclass
@@ -58,8 +64,10 @@ class _Job:
 
 
 class Worker:
-    """Exports blocks of pictures. `model_seconds` of `seconds`, both summed over threads, went into the forward
-    pass."""
+    """Exports blocks of pictures.
+
+    `seconds` is the time of all threads together, `model_seconds` the part of it that the forward pass took.
+    """
 
     def __init__(
         self,
@@ -74,7 +82,8 @@ class Worker:
         self.mean, self.std, self.clip = mean, std, options.clip_artifacts
         self.device = device_of(backbone)
         self.precision = pick_precision(options.precision, self.device)
-        self.rollout = drawing.attentive and "rollout" in drawing.maps
+        self.attentive = attentive(drawing.formats)
+        self.rollout = self.attentive and "rollout" in drawing.maps
         self.basis: Basis | None = None
         """Of the folder, once `find_basis` has run."""
         self.budget = _Budget(AT_ONCE_BYTES if self.device.type == "cpu" else 0)
@@ -82,8 +91,11 @@ class Worker:
         self.seconds = self.model_seconds = 0.0
 
     def find_basis(self) -> None:
-        """The principal components of the folder, from up to `pca.IMAGES` images. Ranks share them, and all get the
-        same basis: what is computed together is settled by the list of images."""
+        """Compute the principal components of the folder, from up to `pca.IMAGES` images.
+
+        Ranks share these images. The list of images alone decides what is computed together, so all ranks get the same
+        basis, on any number of ranks.
+        """
         count = min(pca.IMAGES, len(self.pictures))
         chosen = [number * len(self.pictures) // count for number in range(count)]
         each = max(1, pca.PATCHES // count)
@@ -105,15 +117,14 @@ class Worker:
         self.seconds += time.perf_counter() - started
 
     def run(self, blocks: Sequence[range], threads: int, bar: Any) -> Iterator[list[str]]:
-        """The records of each block, one JSON line an image; blocks run in `threads`, what one raises is raised
-        here."""
+        """The records of each block, one JSON line for each image. An error of a thread is raised here."""
         self.bar = bar
         pending: deque[Future] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="attention")
         try:
             for block in blocks:
                 pending.append(pool.submit(self.block, block))
-                if len(pending) > 4 * threads:
+                if len(pending) > QUEUED * threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -122,16 +133,15 @@ class Worker:
             pool.shutdown(cancel_futures=True)
 
     def block(self, indices: range) -> list[str]:
-        """Write the files of these pictures; their records, in no order."""
+        """Write the files of these pictures; returns their records, in any order."""
         started = time.perf_counter()
         records: list[dict[str, Any]] = []
-        with torch.no_grad():  # a thread has its own switch
+        with torch.no_grad():  # each thread has its own switch
             for batch in self._batches(indices, records):
                 if self.stopped.is_set():
                     break
-                for job, found in zip(batch, self._maps(batch), strict=True):
-                    name, path = self.pictures.names[job.index], self.pictures.path(job.index)
-                    records.append(self._record(job, found.extra) | draw(self.drawing, name, path, job.picture, found))
+                for job, seen in zip(batch, self._maps(batch), strict=True):
+                    records.append(self._record(job, seen) | draw(seen, self.pictures.names[job.index]))
                 self._count(len(batch))
         with self.lock:
             self.seconds += time.perf_counter() - started
@@ -141,14 +151,16 @@ class Worker:
         with self.lock:
             self.bar.update(images)
 
-    def _record(self, job: _Job, extra: dict[str, Any]) -> dict[str, Any]:
-        height, width = job.picture.shape[1:]
+    def _record(self, job: _Job, seen: Seen) -> dict[str, Any]:
+        height, width = seen.size
         rows, columns = self.backbone.grid_of(job.view)
-        shrunk = tuple(job.view.shape[1:]) != view_size(
-            (height, width), self.backbone.patch, self.options.image_size, 2**62
-        )
-        found = int(extra["artifacts"].sum()) if extra else 0
-        counts = {"shrunk": int(shrunk), "coarse": int(rows * columns < COARSE), "artifacts": found}
+        unlimited = view_size(seen.size, self.backbone.patch, self.options.image_size, NO_LIMIT)
+        counts = {
+            "shrunk": int(tuple(job.view.shape[1:]) != unlimited),
+            "coarse": int(rows * columns < COARSE),
+            "reduced": int(self.drawing.drawn_size(seen.size) != seen.size),
+            "artifacts": int(seen.extra["artifacts"].sum()) if seen.extra else 0,
+        }
         return {"index": job.index, "height": height, "width": width, **counts}
 
     def _batches(
@@ -176,25 +188,30 @@ class Worker:
         return _Job(index, picture, view)
 
     def _bytes(self, size: Sequence[int]) -> int:
-        """Of one image's attention matrices: a block's, and with rollout the mean of each block's."""
+        """Bytes of one image's attention matrices: those of a block, and with rollout the mean of every block's."""
         matrices = self.backbone.heads + (self.backbone.depth if self.rollout else 0)
         return attention_bytes(self.backbone, size, matrices)
 
-    def _maps(self, batch: list[_Job]) -> Iterator[Found]:
-        """What is drawn of each job."""
+    def _maps(self, batch: list[_Job]) -> Iterator[Seen]:
+        """What the backbone sees in each picture of a batch."""
         looked = self._look(batch)
         heads, small = looked.heads, looked.heads
         found = None
-        if self.drawing.attentive:
+        if self.attentive:
             rollout = looked.rollout
             if looked.norms is not None and self.clip is not None:
                 found = artifacts(looked.norms, self.clip)
                 heads = without_artifacts(heads, found)
                 rollout = None if rollout is None else without_artifacts(rollout, found)
             small = torch.cat([self._kind(kind, heads, rollout) for kind in MAPS if kind in self.drawing.maps], dim=1)
-        for i, patches in enumerate(self._patches(looked) if "pca" in self.drawing.formats else [None] * len(batch)):
-            extra = {} if found is None else {"artifacts": found[i].numpy()}
-            yield Found(heads[i], small[i], extra, *(self._components(patches) if patches is not None else ()))
+        patches = self._patches(looked) if "pca" in self.drawing.formats else None
+        for i, job in enumerate(batch):
+            seen = Seen(self.drawing, self.pictures.path(job.index), job.picture, heads[i], small[i])
+            if found is not None:
+                seen.extra = {"artifacts": found[i].numpy()}
+            if patches is not None:
+                seen.colors, seen.front = self._components(patches[i])
+            yield seen
 
     def _kind(self, kind: str, heads: Tensor, rollout: Tensor | None) -> Tensor:
         """(B, n, gh, gw) of one kind of map."""
@@ -211,7 +228,7 @@ class Worker:
         return looked.patches
 
     def _components(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Colors and foreground of the patches (gh, gw, D) of a picture."""
+        """(colors (3, gh, gw), foreground (gh, gw) or None) of the patches (gh, gw, D) of a picture."""
         basis = self.basis
         if basis is None:
             flat, border = pca.sampled(patches, patches.shape[0] * patches.shape[1])
@@ -219,14 +236,14 @@ class Worker:
         return basis.colors(patches), basis.foreground(patches)
 
     def _look(self, batch: list[_Job]) -> Look:
-        """One forward pass; its maps on the CPU."""
+        """One forward pass; its results are on the CPU."""
         views = torch.stack([job.view for job in batch])
         features = "pca" in self.drawing.formats
         with self.budget.take(len(batch) * self._bytes(views.shape[-2:])):
             started = time.perf_counter()
             images = normalize_(views.to(self.device).float().div_(255), self.mean, self.std)
             with autocast(self.precision, self.device):
-                if self.drawing.attentive:
+                if self.attentive:
                     looked = look(self.backbone, images, self.rollout, self.clip is not None, features)
                 else:
                     tokens = self.backbone.tokens(images)
@@ -245,8 +262,8 @@ def device_of(backbone: Any) -> torch.device:
 
 
 class _Budget:
-    """Bytes that threads may take at a time; one thread alone may take any number, so with a limit of 0 there is one at
-    a time."""
+    """Limits the bytes that threads take at a time. A thread that is alone may take any number, so with a limit of 0
+    there is one at a time."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.taken, self.changed = limit, 0, threading.Condition()

@@ -1,7 +1,7 @@
 """The size at which the backbone sees an image, and which images share a forward pass.
 
-Images of one patch grid share a pass. Which ones is settled by the list of images alone, never by ranks or threads,
-because the last bits of a matrix product depend on the batch: so results are the same on any number of either.
+Images of one patch grid share a pass. The last bits of a matrix product depend on the batch. So the list of images
+alone decides which images form a batch, and results are the same on any number of ranks and threads.
 
 Axes: C channels, H x W pixels, gh x gw patches, h heads, T tokens.
 """
@@ -18,13 +18,14 @@ from torch.nn import functional
 from vit_suite.config.limits import pair
 
 ATTENTION_BYTES = 256 * 2**20
-"""Limit of the attention matrices (B, h, T, T) in float32 of a pass: T = 4096 takes 64 MiB a head and image. A single
-image may exceed it."""
+"""Limit of the attention matrices (B, h, T, T) in float32 of a pass: T = 4096 takes 64 MiB for each head and image. A
+single image may exceed it."""
 BLOCKS = 32
-"""Blocks that there should be at least, so that ranks and threads all have work; `LEAST` where batches are large."""
+"""Smallest number of blocks of whole batches, so that all ranks and threads have work."""
 LEAST = 8
+"""Smallest number of blocks of a small set, where a block is then a part of a batch."""
 BATCHES = 4
-"""Batches in a block at most: more of them would let more images of one grid meet, but more pictures wait."""
+"""Largest number of batches in a block. With more, more images of one grid would meet, but more pictures would wait."""
 
 
 class Waiting(Protocol):
@@ -43,8 +44,8 @@ Job = TypeVar("Job", bound=Waiting)
 
 
 def cut(images: int, batch_size: int) -> list[range]:
-    """Blocks of neighboring images: up to 4 batches each, one batch where there would be fewer than 32 blocks, and part
-    of one where there would be fewer than 8."""
+    """Blocks of neighboring images, as numbers. A block holds up to `BATCHES` batches; one batch, when there would be
+    fewer than `BLOCKS` blocks; part of a batch, when there would be fewer than `LEAST`."""
     size = batch_size * min(BATCHES, images // (BLOCKS * batch_size)) or min(batch_size, -(-images // LEAST))
     return [range(start, min(start + size, images)) for start in range(0, images, size)]
 
@@ -52,8 +53,11 @@ def cut(images: int, batch_size: int) -> list[range]:
 def view_size(
     size: Sequence[int], patch: int | tuple[int, int], shorter: int | None, max_tokens: int
 ) -> tuple[int, int]:
-    """(height, width) in pixels at which the backbone sees an image of `size`: multiples of `patch`, at most
-    `max_tokens` patches. `shorter`: length in pixels of the shorter side; the image's own when None."""
+    """(height, width) in pixels at which the backbone sees an image of `size`: multiples of `patch`, with at most
+    `max_tokens` patches.
+
+    shorter: length in pixels of the shorter side; the image's own when None.
+    """
     height: float = size[0]
     width: float = size[1]
     if shorter is not None:
@@ -77,16 +81,16 @@ def view_of(image: Tensor, patch: int | tuple[int, int], shorter: int | None, ma
 
 
 def attention_bytes(backbone: Any, size: Sequence[int], matrices: int) -> int:
-    """Bytes of `matrices` attention matrices (T, T) in float32 of one image of `size` (H, W) pixels."""
+    """Bytes of `matrices` attention matrices (T, T) in float32, of one image of `size` (H, W) in pixels."""
     tokens = backbone.prefix_tokens + size[0] * size[1] // math.prod(backbone.patch)
     return 4 * tokens**2 * matrices
 
 
 def in_batches(jobs: Iterable[Job], most: Callable[[tuple[int, int]], int], waiting_bytes: int) -> Iterator[list[Job]]:
-    """Jobs grouped by the size of their view, as many together as `most(size)` allows (at least one).
+    """Jobs grouped by the size of their view. A group has at most `most(size)` jobs, and at least one.
 
-    A group leaves as soon as it is full. When more than `waiting_bytes` wait, the fullest group leaves as it is. The
-    rest leave at the end.
+    A group is yielded as soon as it is full. When more than `waiting_bytes` wait, the largest group is yielded. The
+    other groups follow at the end.
     """
     waiting: dict[tuple[int, int], list[Job]] = {}
     held = 0

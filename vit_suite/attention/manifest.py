@@ -10,8 +10,8 @@ manifest.csv has a line for every file, in the order of the images, and these co
 - threshold: share of the mass that the mask, or the mask's outline, keeps; empty where there is none
 - status: `ok`; an image that does not decode has one line without kind and file, and the reason here
 
-While an export runs, each rank appends a record of each image to a file of its own; rank 0 merges them in the order of
-the images, so that the result does not depend on how many ranks there were. Only offsets are held in memory.
+While an export runs, each rank appends a record of each image to a file of its own. Rank 0 merges the records in the
+order of the images, so the result does not depend on the number of ranks. Only their offsets are held in memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_manifest(path: str | Path) -> list[dict[str, str]]:
 
 
 def write_manifest(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A manifest of `rows`; a column that a row lacks is empty."""
+    """Write a manifest of `rows`. A column that a row does not have is empty."""
 
     def write(temporary: Path) -> None:
         # Names that are no UTF-8 stay as they are.
@@ -49,11 +49,16 @@ def write_manifest(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             plain.writeheader()
             for row in rows:
                 cells = {name: safe_cell(value) for name, value in row.items()}
-                # The reader ends a line at a carriage return that stands outside of quotes.
+                # A reader takes a carriage return outside of quotes for the end of the line.
                 odd = any(isinstance(cell, str) and "\r" in cell for cell in cells.values())
                 (quoted if odd else plain).writerow(cells)
 
     write_atomically(path, write)
+
+
+def column(label: str) -> str:
+    """The name of a map as the column `head` shows it: head3 -> 3, mean -> mean."""
+    return label.removeprefix("head")
 
 
 def part(output: Path, rank: int) -> Path:
@@ -62,7 +67,7 @@ def part(output: Path, rank: int) -> Path:
 
 
 class Records:
-    """The records of all ranks in the order of their `index`; iterate as often as you like."""
+    """The records of all ranks in the order of their `index`. It can be iterated over several times."""
 
     def __init__(self, output: Path, ranks: int) -> None:
         self.files = [part(output, rank).open("rb") for rank in range(ranks)]
@@ -82,6 +87,10 @@ class Records:
             self.files[number].seek(offset)
             yield json.loads(self.files[number].readline())
 
+    def good(self) -> Iterator[dict[str, Any]]:
+        """The records of the images that decode."""
+        return (record for record in self if "error" not in record)
+
     def close(self) -> None:
         """Close the files."""
         for file in self.files:
@@ -89,7 +98,7 @@ class Records:
 
 
 def discard_parts(output: Path) -> None:
-    """Delete all records, those that a killed export left too, and `output` where it holds nothing else."""
+    """Delete all records, also those of a killed export, and `output` itself when it holds nothing else."""
     for path in output.glob(".part-*.jsonl"):
         path.unlink(missing_ok=True)
     if output.is_dir() and not any(output.iterdir()):

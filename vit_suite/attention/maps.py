@@ -1,10 +1,9 @@
 """Attention maps and masks from the attention of a vision transformer: tensors in, tensors out.
 
-Source: facebookresearch/dino visualize_attention.py, main block. Its `w_featmap` counts rows and its `h_featmap`
-columns; here a grid
-is always (rows, columns). Deliberate deviations: batches, any number of prefix tokens (registers), sizes that are no
-multiple of the patch, bilinear upsampling beside the official nearest one. Beyond it: rollout (Abnar, Zuidema 2020,
-arXiv 2005.00928) and the artifacts of high norm (Darcet et al. 2023, arXiv 2309.16588).
+Source: facebookresearch/dino visualize_attention.py, main block. There `w_featmap` counts rows and `h_featmap` columns;
+here a grid is always (rows, columns). Deliberate deviations: batches, any number of prefix tokens (registers), sizes
+that are no multiple of the patch, and bilinear upsampling beside the official nearest one. Added: rollout (Abnar,
+Zuidema 2020, arXiv 2005.00928) and the artifacts of high norm (Darcet et al. 2023, arXiv 2309.16588).
 
 Axes: B images, h heads, T tokens = prefix tokens (CLS first, then registers) + gh x gw patches, row-major.
 """
@@ -41,24 +40,37 @@ class Look(NamedTuple):
 
 
 def attention_maps(backbone: Any, images: Tensor) -> Tensor:
-    """What the CLS token looks at in the last block: images (B, C, H, W), normalized -> (B, h, gh, gw) float32, without
-    gradients.
+    """What the CLS token looks at in the last block: images (B, C, H, W) -> (B, h, gh, gw) float32, without gradients.
 
-    backbone: anything with patch_size (or patch, both sides), prefix_tokens, has_cls and last_attention
-    (vit_suite.models.backbone.Backbone). A module runs in eval mode and gets its own mode back. UserError for a
-    backbone without a CLS token.
+    Args:
+        backbone: anything with patch_size (or patch, both sides), prefix_tokens, has_cls and last_attention, such as
+            vit_suite.models.backbone.Backbone. A module runs in eval mode and gets its own mode back.
+        images: floats that are normalized by the backbone's mean and std. `load_backbone(...).transform` makes them.
+
+    Raises:
+        UserError: the backbone has no CLS token, or the images are no batch of floats.
     """
     require_cls(backbone)
+    check_images(images)
     with torch.no_grad(), frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
         return look(backbone, images).heads
 
 
-def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = False, patches: bool = False) -> Look:
-    """The maps of images (B, C, H, W), normalized, from one forward pass. Gradients and train or eval mode are the
-    caller's.
+def check_images(images: Tensor) -> None:
+    """UserError unless `images` is a batch of floats (B, C, H, W)."""
+    how = "load_backbone(...).transform makes them"
+    if images.ndim != 4:
+        raise UserError(f"expected images (B, C, H, W), not {tuple(images.shape)}; add a batch dimension with [None].")
+    if not images.is_floating_point():
+        raise UserError(f"expected normalized floats, not {images.dtype}: (images / 255 - mean) / std; {how}.")
 
-    `rollout` holds an attention matrix (B, T, T) for each block; without it memory grows with T alone where the kernel
-    of the blocks allows it. For anything beyond the heads the backbone needs depth, embed, blocks and attention_of too.
+
+def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = False, patches: bool = False) -> Look:
+    """The maps of normalized images (B, C, H, W) from one forward pass. The caller decides about gradients and mode.
+
+    `rollout` keeps an attention matrix (B, T, T) of each block in memory. Without it memory grows only with T, where
+    the attention kernel of the blocks allows it. For more than the heads, the backbone needs depth, embed, blocks and
+    attention_of too.
     """
     rows, columns = getattr(backbone, "patch", None) or (backbone.patch_size, backbone.patch_size)
     grid, prefix = (images.shape[-2] // rows, images.shape[-1] // columns), backbone.prefix_tokens
@@ -89,11 +101,11 @@ def require_cls(backbone: Any) -> None:
 
 
 def cls_attention(attention: Tensor, prefix_tokens: int, grid: tuple[int, int]) -> Tensor:
-    """What the CLS token looks at: (B, h, T, T) softmaxed attention, or its first row (B, h, 1, T) -> (B, h, gh, gw),
-    without the prefix columns.
+    """The CLS token's row of softmaxed attention (B, h, T, T), or that row alone (B, h, 1, T) -> (B, h, gh, gw).
 
-    Values are as the softmax gave them: a map sums to 1 minus what CLS gives to itself and to the registers.
-    Raises ValueError when T is not prefix_tokens + gh * gw, or there is no CLS token (prefix_tokens < 1).
+    The columns of prefix tokens are left out. Values are as the softmax gave them: a map sums to 1 minus what CLS gives
+    to itself and to the registers. ValueError when T is not prefix_tokens + gh * gw, and without a CLS token
+    (prefix_tokens < 1).
     """
     rows, columns = grid
     tokens = attention.shape[-1]
@@ -107,36 +119,35 @@ def cls_attention(attention: Tensor, prefix_tokens: int, grid: tuple[int, int]) 
 
 
 def rolled_out(attentions: Sequence[Tensor]) -> Tensor:
-    """What reaches the CLS token through all blocks: mean over heads (B, T, T) of each block, first block first -> (B,
-    T), rows sum to 1.
+    """What reaches the CLS token through all blocks: (B, T); rows sum to 1.
 
-    Attention rollout of Abnar and Zuidema: the product over blocks of 0.5 A + 0.5 I, the second for the residual
-    connection. Only its
-    first row is computed, from the last block back.
+    attentions: (B, T, T) of each block, the mean over its heads, first block first. Attention rollout of Abnar and
+    Zuidema is the product over blocks of 0.5 A + 0.5 I, where I stands for the residual connection. Only the first row
+    of the product is computed, from the last block backwards.
     """
     row = torch.zeros_like(attentions[0][:, 0])
     row[:, 0] = 1
-    with torch.autocast(row.device.type, enabled=False):  # shares as small as 1 / T are added up
+    with torch.autocast(row.device.type, enabled=False):  # bf16 would lose shares as small as 1 / T
         for attention in reversed(attentions):
             row = 0.5 * row + 0.5 * torch.einsum("bt,btu->bu", row, attention)
     return row
 
 
 def artifacts(norms: Tensor, factor: float) -> Tensor:
-    """Patches that the network has turned into registers: norms (B, gh, gw) -> bool, True above `factor` times the
-    image's median.
+    """Patches that the network uses as registers: norms (B, gh, gw) -> bool, True above `factor` times the image's
+    median.
 
-    Darcet et al. find the norms of a picture's patches in two groups, the smaller one several times above the other,
-    and cut between them; where the cut lies depends on the model, its ratio to the median hardly.
+    Darcet et al. find two groups of norms in a picture, the smaller group several times above the other, and cut
+    between them. The cut depends on the model, but its ratio to the median hardly does.
     """
     return norms > factor * norms.flatten(-2).median(-1).values[..., None, None]
 
 
 def without_artifacts(maps: Tensor, found: Tensor) -> Tensor:
-    """maps (B, ..., gh, gw) whose patches in `found` (B, gh, gw) get the median of their neighbours (of 8, those that
-    are none).
+    """maps (B, ..., gh, gw) in which each patch of `found` (B, gh, gw) gets the median of its neighbours.
 
-    Where artifacts touch, the outermost are filled first. A picture of artifacts alone stays as it is.
+    Neighbours are the up to 8 patches around it that are no artifacts. Where artifacts touch, the outer ones are filled
+    first. A picture of artifacts alone stays as it is.
     """
     found = found.view(len(found), *[1] * (maps.ndim - 3), *found.shape[1:]).expand_as(maps)
     filled = maps.masked_fill(found, torch.nan)
@@ -153,10 +164,10 @@ def without_artifacts(maps: Tensor, found: Tensor) -> Tensor:
 def mass_mask(maps: Tensor, threshold: float = 0.6) -> Tensor:
     """The patches that hold the top `threshold` of a map's mass: (..., gh, gw) attention -> bool of the same shape.
 
-    The official rule: patches in ascending order, each divided by the sum of the map; kept are those whose cumulative
-    sum, their own
-    share included, is strictly above 1 - threshold. Equal patches are ordered by their index (the official sort
-    promises no order). A map without any mass gives an empty mask. Raises ValueError for a threshold outside 0..1.
+    The official rule: sort the patches in ascending order and divide each by the sum of the map. A patch is kept when
+    the cumulative sum, its own share included, is strictly above 1 - threshold. Equal patches are ordered by their
+    index (the official sort promises no order). A map without mass gives an empty mask. ValueError for a threshold
+    outside 0..1.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"the mass threshold must lie in 0..1, not {threshold}")
@@ -168,9 +179,8 @@ def _ascending_mass(maps: Tensor) -> Tensor:
     flat = maps.flatten(-2)
     values, order = torch.sort(flat, dim=-1, stable=True)
     values = values / values.sum(-1, keepdim=True)
-    cumulative = values.cumsum(
-        -1
-    )  # in float32, ascending: as the official code, whose rounding decides patches at the cut
+    # In float32 and ascending, as in the official code: rounding decides about patches at the cut.
+    cumulative = values.cumsum(-1)
     return torch.empty_like(cumulative).scatter_(-1, order, cumulative)
 
 
@@ -180,8 +190,10 @@ def mean_map(maps: Tensor) -> Tensor:
 
 
 def max_map(maps: Tensor) -> Tensor:
-    """(B, h, gh, gw) -> (B, gh, gw): largest value over heads, after each head is scaled to mass 1 (else a sharp head
-    that gives much to its prefix tokens would never show)."""
+    """(B, h, gh, gw) -> (B, gh, gw): the largest value over heads, each head scaled to mass 1.
+
+    Without the scaling, a sharp head that gives much attention to its prefix tokens would never show.
+    """
     return _shares(maps).amax(1)
 
 
@@ -197,10 +209,10 @@ def _shares(maps: Tensor) -> Tensor:
 def upsample(maps: Tensor, size: tuple[int, int], mode: Literal["nearest", "bilinear"] = "nearest") -> Tensor:
     """(..., gh, gw) floats or bools -> (..., H, W).
 
-    `size` is the picture that the grid covers, in pixels; when the model saw a resized picture, give the original size:
-    the grid stretches over it. nearest: pixel y takes the patch floor((y + 0.5) * gh / H), which for H = gh * patch
-    repeats every patch, as the official code. bilinear: patch centers are interpolated, borders continue the outer
-    patches; bools are not accepted.
+    size: of the picture that the grid covers, in pixels. When the model saw a resized picture, give the original size;
+    the grid is stretched over it. nearest: pixel y takes the patch floor((y + 0.5) * gh / H). For H = gh * patch that
+    repeats every patch, as in the official code. bilinear: interpolated between the centers of patches; the border
+    continues the outer patches. It takes no bools.
     """
     rows, columns = maps.shape[-2:]
     height, width = size
@@ -220,5 +232,5 @@ def upsample(maps: Tensor, size: tuple[int, int], mode: Literal["nearest", "bili
 
 @functools.lru_cache(maxsize=256)
 def _nearest(cells: int, pixels: int, device: torch.device) -> Tensor:
-    """(pixels,) int64: the cell that holds each pixel's center, in integer arithmetic."""
+    """(pixels,) int64: the cell that holds the center of each pixel, in integer arithmetic."""
     return (2 * torch.arange(pixels, device=device) + 1) * cells // (2 * pixels)

@@ -1,4 +1,4 @@
-"""One picture of what a backbone found: images side by side, and below each the map of a head, its mask, and the truth.
+"""One picture of what a backbone found: images side by side; below each the map of a head, its mask, the truth.
 
 Pictures are uint8 (H, W, 3) numpy arrays, maps float (gh, gw), masks bool (H, W).
 """
@@ -41,8 +41,8 @@ class Shown(NamedTuple):
 def overview(shown: Sequence[Shown], threshold: float, side: int = SIDE) -> Image.Image:
     """A column for each image, a row for each of `ROWS`; a tile is a square of `side` pixels.
 
-    threshold: share of the head's mass that its mask keeps. The map is first interpolated to the tile, so that the mask
-    has a smooth border; scores are taken patch by patch.
+    threshold: share of the head's mass that its mask keeps. The map is interpolated to the size of the tile first, so
+    that the mask has a smooth border. (Scores are taken patch by patch.)
     """
     step = side + GAP
     sheet = Image.new("RGB", (MARGIN + len(shown) * step, len(ROWS) * step), PAPER)
@@ -65,7 +65,7 @@ def tiles(one: Shown, threshold: float, side: int) -> list[np.ndarray]:
 
 
 def cut_out(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture (H, W, 3) with everything outside the mask (H, W) dimmed, and a white line around the mask."""
+    """The picture (H, W, 3), dimmed outside the mask (H, W), with a white line around the mask."""
     drawn = np.where(mask[..., None], picture, (DIMMED * picture).astype(np.uint8))
     drawn[outline(mask)] = 255
     return drawn

@@ -1,29 +1,37 @@
-"""Principal components of patch features as colors, as the DINOv2 paper shows them (arXiv 2304.07193, figure 1).
+"""Format `pca`: principal components of patch features as colors, as in the DINOv2 paper (arXiv 2304.07193, figure 1).
 
-The first three components of the patch tokens, after the final norm, become red, green and blue. One basis for a whole
-folder gives alike parts of different images alike colors; a basis of its own shows most of a single image.
+The first three components of the patch tokens, after the final norm, become red, green and blue. With one basis for a
+whole folder, similar parts of different images get similar colors. With a basis for each image, a single image shows
+most detail.
 
-An eigenvector has no sign of its own. Here the largest entry of an axis, by its absolute value, is positive, so that
+An eigenvector has no sign of its own. Here the entry of an axis with the largest absolute value is positive, so that
 the colors of two runs agree.
 
-Foreground, on wish: the first component of all patches splits them at their mean, and the side with the smaller share
-of border patches is the foreground. (The DINOv2 authors chose side and cut by hand, image set by image set.) The three
-colors are then the components of the foreground alone.
+The foreground is optional. The first component of all patches splits them at their mean; the side that holds the
+smaller share of the border patches is the foreground. (The DINOv2 authors chose side and cut by hand for each set of
+images.) The three colors are then the components of the foreground alone.
 
-Axes: n patches, D width, gh x gw grid.
+Axes: n patches, D width, gh x gw grid, H x W pixels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vit_suite.attention.drawing import Seen
+from vit_suite.attention.png import write_png
+
 IMAGES = 256
-"""Images that the basis of a folder is computed from, evenly spaced; all where there are fewer."""
+"""Number of images, evenly spaced, that the basis of a folder is computed from; all images of a smaller folder."""
 PATCHES = 2**15
-"""Patches of them, together, evenly spaced within an image: 100 MiB at D = 768."""
+"""Number of patches of all these images together, evenly spaced within an image: 100 MiB at D = 768."""
+FLAT = 1e-10
+"""An eigenvalue below this share of the largest one is rounding: the patches have no such direction."""
 TAILS = (0.01, 0.99)
 """Quantiles of a component that become the darkest and the brightest color."""
 COLORS = 3
@@ -79,7 +87,7 @@ def _axes(patches: Tensor, count: int) -> Tensor:
     values, vectors = torch.linalg.eigh(centered @ centered.T if small else centered.T @ centered)
     axes = patches.new_zeros(count, patches.shape[1])
     for place in range(min(count, len(values))):
-        if values[-1 - place] > values[-1] * 1e-10:
+        if values[-1 - place] > values[-1] * FLAT:
             axis = vectors[:, -1 - place]
             axis = centered.T @ axis if small else axis
             axis = axis / axis.norm()
@@ -96,8 +104,23 @@ def border_of(rows: int, columns: int) -> Tensor:
 
 
 def sampled(patches: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` patches of one image (gh, gw, D), evenly spaced: (n, D) and whether each lies at the border."""
+    """At most `most` patches of one image (gh, gw, D), evenly spaced: (n, D), and bool (n,) whether each lies at the
+    border."""
     rows, columns, width = patches.shape
     count = min(most, rows * columns)
     places = torch.arange(count) * (rows * columns) // count
     return patches.reshape(-1, width)[places], border_of(rows, columns).flatten()[places]
+
+
+def write_components(path: Path, seen: Seen) -> None:
+    """Write the components of a picture's patches at the size that it is drawn at."""
+    write_png(path, components(seen))
+
+
+def components(seen: Seen) -> np.ndarray:
+    """The components at the drawn size: uint8 (H, W, 3), black outside the foreground."""
+    assert seen.colors is not None
+    fine = seen.drawing.fine(seen.colors, seen.drawn).clamp(0, 1)
+    if seen.front is not None:
+        fine = fine * (seen.drawing.fine(seen.front[None], seen.drawn) > 0)
+    return (fine * 255).round().byte().permute(1, 2, 0).contiguous().numpy()

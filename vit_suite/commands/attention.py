@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from vit_suite import distributed
 from vit_suite.attention.export import ExportSummary, export_attention
 from vit_suite.attention.export_options import ExportOptions
+from vit_suite.attention.formats import attentive
 from vit_suite.attention.maps import require_cls
 from vit_suite.config import AttentionConfig
 from vit_suite.data.quarantine import Quarantine
@@ -25,7 +26,7 @@ def run(cfg: AttentionConfig) -> None:
     speak()
     with distributed.launched():
         loaded = load_backbone(cfg.checkpoint, cfg)
-        if set(cfg.formats) != {"pca"} or cfg.gallery:
+        if attentive(cfg.formats) or cfg.gallery:
             require_cls(loaded.backbone)
         device = rank_device(cfg.accelerator)
         images = cfg.images or open_data(cfg, loaded)
@@ -36,7 +37,7 @@ def run(cfg: AttentionConfig) -> None:
             options = replace(options, formats=[*cfg.formats, "npz"])
         summary = export_attention(loaded.backbone.to(device), images, cfg.output, loaded.mean, loaded.std, options)
         if distributed.rank() == 0:
-            print(sentence(summary, cfg.clip_artifacts))
+            print(sentence(summary, cfg))
             total = summary.images + len(summary.failures)
             Quarantine(limit=cfg.data.max_corrupt).report(summary.failures, "the images", total)
             if cfg.gallery:
@@ -50,17 +51,22 @@ def open_data(cfg: AttentionConfig, loaded: LoadedBackbone) -> ImageSource:
     return open_test(cfg.data.whole(loaded.backbone.cfg.channels), cfg.seed)
 
 
-def sentence(summary: ExportSummary, clip: float | None = None) -> str:
-    """What was written, and what was left out."""
+def sentence(summary: ExportSummary, cfg: AttentionConfig) -> str:
+    """What was written, what was left out, and which option would show more."""
     files = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.files.items()))
     speed = f"{summary.images_per_second:.1f} a second, {summary.model_share:.0%} of the time in the model"
     lines = [f"{summary.images} images ({speed}): {files} in {summary.output}, listed in manifest.csv"]
     if summary.failures:
         lines.append(f"files that do not decode: {len(summary.failures)}, listed in {summary.quarantine}")
-    if clip is not None:
+    if cfg.clip_artifacts is not None:
         lines.append(
-            f"{summary.artifacts} patches were artifacts (norm above {clip:g} times the median) and got their"
-            " neighbours' median"
+            f"{summary.artifacts} patches were artifacts (norm above {cfg.clip_artifacts:g} times the median) and got"
+            " their neighbours' median"
+        )
+    if summary.reduced:
+        lines.append(
+            f"{summary.reduced} images were drawn at {cfg.draw_side} pixels, masks and labels at their own size; a"
+            " larger --draw_side shows more detail"
         )
     if summary.shrunk:
         lines.append(f"{summary.shrunk} images were shrunk for the backbone; a larger --max_tokens shows more detail")

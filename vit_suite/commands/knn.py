@@ -8,6 +8,7 @@ from dataclasses import asdict
 from vit_suite import distributed
 from vit_suite.config import KNNConfig
 from vit_suite.data.resident import GIB
+from vit_suite.evaluation.interval import bank_remarks, chance
 from vit_suite.evaluation.knn_scorer import Scorer, accuracies, shots_metrics
 from vit_suite.evaluation.scored import open_scored, view_size
 from vit_suite.hardware import rank_device
@@ -50,10 +51,16 @@ def run(cfg: KNNConfig) -> None:
         else:
             results = {name: scorer.vote(*found) for name, found in features.items()}
             shown, metrics = accuracy_table(results), {name: accuracies(result) for name, result in results.items()}
+        bank_labels, labels = (found.labels for found in features["checkpoint"])
+        guessing = chance(labels, scorer.classes)
+        metrics["chance"] = guessing.as_dict()
         if distributed.rank() == 0:
             bank = f"bank of {data.usable(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
             count = data.usable(scorer.test)
             print(f"{data.name}: top-1 % of {count} images, {bank}, temperature {cfg.temperature}\n{shown}")
+            print(guessing)
+            for remark in [] if cfg.shots else bank_remarks(cfg.k, bank_labels):
+                log.warning("%s", remark)
             if missing := left_out(protocol["left_out"]):
                 print(missing)
             append_result(path, "knn few-shot" if cfg.shots else "knn", metrics, protocol, loaded.sha256)

@@ -48,7 +48,9 @@ def run(cfg: LinearConfig) -> None:
                         log.warning("%s left out: %s", name, error)
         if prober.speaks:
             print(linear_report(results, prober))
-            metrics = {name: as_metrics(result) for name, result in results.items()}
+            images = data.usable(data.test())
+            metrics = {name: as_metrics(result, images) for name, result in results.items()}
+            metrics["chance"] = prober.chance().as_dict()
             entry = prober.describe() | {
                 "checkpoint": cfg.checkpoint,
                 "trained_on": loaded.meta,

@@ -16,7 +16,9 @@ from vit_suite.config.finetune import FinetuneConfig, FinetuneViewsConfig
 from vit_suite.config.launch import LaunchConfig
 from vit_suite.config.limits import Range
 from vit_suite.config.localize import LocalizeConfig
+from vit_suite.config.make_shards import MakeShardsConfig
 from vit_suite.config.method import MethodConfig
+from vit_suite.config.predict import PredictConfig
 from vit_suite.config.pretrain import METHODS, OPTIMS, VERSION, VIEWS, PretrainConfig
 from vit_suite.config.profile import ProfileConfig
 from vit_suite.config.recipes import RecipesConfig
@@ -59,9 +61,11 @@ __all__ = [
     "LocalizeConfig",
     "LocalizeDataConfig",
     "LoggerConfig",
+    "MakeShardsConfig",
     "MethodConfig",
     "NeighboursConfig",
     "OptimConfig",
+    "PredictConfig",
     "PretrainConfig",
     "ProfileConfig",
     "Range",

@@ -66,6 +66,11 @@ class AttentionConfig(ReadingConfig):
     """Window radius of `guided` in pixels; the side of a patch in the image when not given."""
     guided_eps: Annotated[float, Range(above=0, ceiling=1000)] = 1e-3
     """Variance of the brightness (0..1) below which a window of `guided` counts as flat."""
+    draw_side: Side = 2048
+    """Longest side in pixels of overlays, heat maps, components and animations; larger images are drawn smaller. Masks,
+    labels and COCO masks always have the size of the image."""
+    overlay_format: Literal["auto", "png", "jpeg"] = "auto"
+    """auto = PNG up to a megapixel, JPEG above, which takes a quarter of the bytes."""
     fps: Annotated[float, Range(above=0, ceiling=1000)] | None = None
     """Frames a second of gif and mp4; the video's own, or 10 for images, when not given."""
     pca_basis: Literal["folder", "image"] = "folder"

@@ -29,7 +29,9 @@ from vit_suite.views.evaluate import eval_view
 from vit_suite.views.resample import as_pair
 
 TILE = 256
-"""Rows that ranks which share a bank take at a time, in turn."""
+"""Rows of a bank that a rank takes at a time where ranks share it, in turn."""
+FREE_SHARE = 0.5
+"""Share of a GPU's free memory that features may take."""
 
 
 class Features(NamedTuple):
@@ -183,6 +185,15 @@ def collect(source: Any, view: View, embed: Callable[[Tensor], Tensor], options:
     index = torch.tensor(indices, dtype=torch.int64)
     labels = torch.full_like(index, -1) if source.labels is None else source.labels.cpu()[index].long()
     return Features(rows[:kept], labels, index, failures, own_rows(len(index)) if shared and world > 1 else None)
+
+
+def moved(rows: Tensor, device: torch.device) -> Tensor:
+    """`rows` on `device` where they take at most half of its free memory; otherwise where they are, and callers copy
+    them part by part."""
+    if device.type == "cuda" and rows.device != device:
+        if rows.numel() * rows.element_size() > FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return rows
+    return rows.to(device)
 
 
 def is_own(rows: Tensor) -> Tensor:

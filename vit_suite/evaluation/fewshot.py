@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vit_suite.data.source import stable_seed
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import Features
-from vit_suite.evaluation.linear import Columns, ProbeOptions, checked_classes, choose, final_score, moved, split
+from vit_suite.evaluation.features import Features, moved
+from vit_suite.evaluation.linear import Columns, ProbeOptions, checked_classes, choose, final_score, split
 from vit_suite.evaluation.linear_heads import HeadScore, Recipe, Setting, Sweep, fit, score, stored
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vit_suite import distributed
 from vit_suite.errors import UserError
+from vit_suite.evaluation.features import moved
 from vit_suite.evaluation.search import Bank, plain_products
 
 DEFAULT_MEMORY = 256 * 2**20
@@ -135,7 +136,7 @@ def knn_classify(
     numbers = torch.arange(total, device=device) if rows is None else rows.to(device)
     parts: list[_Part] = []
     with torch.no_grad(), plain_products(device):
-        searched = Bank(bank, numbers, max(used.values()), columns, device)
+        searched = Bank(moved(bank, device), numbers, max(used.values()), columns, device)
         for start in range(0, len(queries), size):
             chunk = queries[start : start + size].to(device)
             own = torch.arange(start, start + len(chunk), device=device) if options.leave_one_out else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from vit_suite.data.module import ImageDataModule
 from vit_suite.evaluation.features import FeatureOptions, Features, extract_features, pick_rows, raw_pixel_features
 from vit_suite.evaluation.fewshot import Spread, draw_shots
+from vit_suite.evaluation.interval import wilson
 from vit_suite.evaluation.knn import KNNOptions, KNNResult, knn_classify
 from vit_suite.hardware import AskedPrecision, pick_precision
 from vit_suite.models.backbone import Backbone
@@ -40,7 +42,14 @@ class Scorer:
         title = "features" if progress else None
         self.options = FeatureOptions(batch_size, device, pick_precision(precision, device), data.threads, title)
         self.mean, self.std = data.mean, data.std
-        self.representation = ""  # of the backbone that was scored last
+        self.representation = ""
+        """Of the backbone that was scored last."""
+
+    @property
+    def classes(self) -> int:
+        """Classes that the bank's images can have."""
+        labels = self.bank.labels
+        return max(len(self.bank.classes), 1 + int(labels.max()) if labels is not None and len(labels) else 0)
 
     def features(self, loaded: LoadedBackbone) -> tuple[Features, Features]:
         """Of bank and test: the backbone's representation, L2-normalized."""
@@ -99,11 +108,17 @@ def representation(backbone: Backbone) -> str:
     return f"{what} after the final norm"
 
 
-def accuracies(result: KNNResult) -> dict[str, dict[str, float]]:
-    """{"k20": {"top1": percent, "top5": percent}}; k as it was asked for, `used_k` beside it where the bank was
-    smaller."""
+def accuracies(result: KNNResult) -> dict[str, dict[str, Any]]:
+    """{"k20": {"top1": percent, "top1_interval": [low, high], "top5": percent}}.
+
+    The key has the k that was asked for; `used_k` stands beside it where the bank was smaller.
+    """
     return {
-        f"k{k}": {"top1": result.top1[k], "top5": result.top5[k]}
+        f"k{k}": {
+            "top1": result.top1[k],
+            "top1_interval": list(wilson(result.top1[k], result.queries)),
+            "top5": result.top5[k],
+        }
         | ({"used_k": result.used_k[k]} if result.used_k[k] != k else {})
         for k in result.top1
     }
@@ -116,10 +131,18 @@ def spreads(results: Sequence[KNNResult]) -> dict[int, tuple[Spread, Spread]]:
 
 
 def shots_metrics(shots: Shots) -> dict:
-    """{"shots5": {"k20": {"top1": {"mean", "std", "draws"}, "top5": ..., "used_k" where the bank was smaller}}}."""
+    """{"shots5": {"k20": {"top1": {"mean", "std", "draws"}, "top1_interval": [low, high], "top5": ...}}}.
+
+    The interval is that of the mean on the number of test images; the spread over draws is not in it. `used_k` stands
+    beside the scores where the bank was smaller.
+    """
     return {
         f"shots{n}": {
-            f"k{k}": {"top1": top1.as_dict(), "top5": top5.as_dict()}
+            f"k{k}": {
+                "top1": top1.as_dict(),
+                "top1_interval": list(wilson(top1.mean, results[0].queries)),
+                "top5": top5.as_dict(),
+            }
             | ({"used_k": used} if (used := results[0].used_k[k]) != k else {})
             for k, (top1, top5) in spreads(results).items()
         }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vit_suite.data.source import stratified
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import Features
+from vit_suite.evaluation.features import Features, moved
 from vit_suite.evaluation.linear_heads import Batches, HeadScore, Recipe, Setting, Sweep, fit, score, stored
 from vit_suite.evaluation.linear_inputs import Feature
 
@@ -187,11 +187,3 @@ def _as_parts(train: Features, columns: Columns | None) -> tuple[Tensor, Tensor,
 
 def _sweep(columns: Columns, parts: Tensor, classes: int, recipe: Recipe, device: torch.device) -> Sweep:
     return Sweep(columns, parts.shape[2], classes, recipe).to(device)
-
-
-def moved(parts: Tensor, device: torch.device) -> Tensor:
-    """`parts` on `device` when they take at most half of its free memory; otherwise where they are, and batches are
-    copied one by one."""
-    if device.type == "cuda" and parts.numel() * parts.element_size() > 0.5 * torch.cuda.mem_get_info(device)[0]:
-        return parts
-    return parts.to(device)

@@ -19,6 +19,7 @@ from vit_suite.data.source import ImageSource, ResidentSource
 from vit_suite.errors import UserError
 from vit_suite.evaluation.features import Features
 from vit_suite.evaluation.fewshot import ShotResult, Shots, few_shot_probe
+from vit_suite.evaluation.interval import Chance, chance, wilson
 from vit_suite.evaluation.linear import (
     FreshBatches,
     ProbeOptions,
@@ -169,6 +170,12 @@ class Prober:
                 f"features of {rows} take {need:.3g} GiB, and memory_gb is {self.cfg.memory_gb:g}: {remedy}"
             )
 
+    def chance(self) -> Chance:
+        """What guessing reaches on the test images."""
+        labels = self.data.test().labels
+        assert labels is not None  # `open_scored` has checked
+        return chance(labels, self.classes)
+
     def describe(self) -> dict:
         """Everything that decides the score besides the weights."""
         protocol, data, recipe = self.protocol, self.data, self.protocol.recipe
@@ -212,19 +219,24 @@ class Prober:
         } | (few if self.cfg.shots else {})
 
 
-def as_metrics(result: Result) -> dict:
-    """A result as plain numbers."""
+def as_metrics(result: Result, images: int) -> dict:
+    """A result as plain numbers. images: how many were scored, for the 95% interval of top-1.
+
+    Few-shot: the interval is that of the mean over draws; the spread over draws is not in it.
+    """
     if isinstance(result, dict):
         return {
             f"shots{n}": {
                 "top1": one.top1.as_dict(),
+                "top1_interval": list(wilson(one.top1.mean, images)),
                 "top5": one.top5.as_dict(),
                 **one.setting._asdict(),
                 "held_out": _rows(one.held_out),
             }
             for n, one in result.items()
         }
-    scores = {"top1": result.top1, "top5": result.top5, **result.setting._asdict()}
+    interval = list(wilson(result.top1, images))
+    scores = {"top1": result.top1, "top1_interval": interval, "top5": result.top5, **result.setting._asdict()}
     return scores | {"trained_on": result.trained_on, "held_out": _rows(result.held_out)}
 
 

@@ -1,17 +1,16 @@
-"""The nearest rows of a bank, exactly: candidates from quick products that round, then exact similarities of the
-candidates alone.
+"""The nearest rows of a bank, exactly: fast rounded products find candidates, then only these get exact similarities.
 
-The similarity of two rows is the dot product of the unit rows, rounded once, to float32. For that, unit rows lie on a
-grid of 2^-26, as float32 numbers from 1/8 up do anyway: products of two entries are multiples of 2^-52 and all sums of
-them stay below 2, so float64 holds them exactly, in whatever order they are summed. Similarities and neighbours of the
-same unit rows are therefore the same bit for bit on every machine, and however the search is cut up or shared; of equal
-similarities the lower row comes first. (The grid moves a similarity by about 1e-8; a float32 product of the same rows
-errs by up to 1e-6, which is enough to change the order of near neighbours.)
+The similarity of two rows is the dot product of the unit rows, rounded once, to float32. Unit rows are first rounded to
+a grid of 2^-26, on which float32 numbers from 1/8 up lie anyway. Then a product of two entries is a multiple of 2^-52,
+and all sums of products stay below 2. So float64 holds the sum exactly, whatever the order of summation. The same unit
+rows therefore give the same similarities and neighbours, bit for bit, on every machine and however the search is cut up
+or shared. Of equal similarities the lower row comes first. (The grid moves a similarity by about 1e-8. A float32
+product of the same rows errs by up to 1e-6, which is enough to change the order of close neighbours.)
 
-Candidates come from a product in bf16, on a CPU where that is native, whose error has a proven bound (`Bank._error`).
-The queries for which the bound leaves too many of them are searched again in float32, and at last, where a bank repeats
-a row very often, in float64. A GPU begins with float32: what its bf16 units keep of a sum is not documented to the last
-bit, and the bound was not tried there.
+On a CPU with native bf16, candidates come from a product in bf16, whose error has a proven bound (`Bank._error`). Some
+queries then have too many candidates. They are searched again in float32 and, where a bank repeats a row very often, in
+float64. A GPU begins with float32: its documentation does not say to the last bit what its bf16 units keep of a sum,
+and the bound was not tried there.
 
 Axes: N bank rows, Q queries, D feature width, B bank rows of a chunk, G of a group, n candidates, k neighbours.
 """
@@ -31,30 +30,41 @@ from vit_suite.hardware import native_bf16
 GRID = 2.0**26
 """Steps of the grid between 0 and 1."""
 GROUP = 16
-"""The most similarities of which only the largest is looked at, unless it is a candidate."""
-PART, SLICE = 2**20, {"cpu": 2**17, "cuda": 2**24}
-"""Numbers of bank rows that are made ready at a time for a product, and for exact similarities: a CPU keeps them in its
-cache, a GPU wants fewer calls."""
+"""Largest size of a group of similarities. The largest of a group is compared first; the others are looked at only when
+it is a candidate."""
+PART = 2**20
+"""Numbers (rows x width) of the bank that are prepared together for a product: a CPU keeps them in its cache."""
+SLICE = {"cpu": 2**17, "cuda": 2**24}
+"""Numbers that are prepared together for exact similarities. A CPU keeps them in its cache; a GPU wants few calls."""
+LEAST_ROWS = 256
+"""Rows of a part at least: shorter products are slow."""
+COSTLY = 64
+"""Rows of a product that cost as much time as one candidate, or less."""
+MEAN_ROWS = 4096
+"""Rows, evenly spaced, that the mean of the bank is taken of."""
+EQUAL_ROWS = 64
+"""Rows of similarities in which equal values are ordered together; more would cost memory."""
+UNIT_ERROR = 1e-5
+"""A row whose length differs from 1 by less than this counts as a unit row: rounding to float32 moves it by 1e-7."""
 
 
 class Bank:
-    """Rows (N, D) that are searched. They stay where they are; chunks of `columns` of them are brought to `device`.
+    """Rows (N, D) that are searched. They stay on their device; `columns` rows at a time are copied to `device`.
 
-    `numbers` (N,): the numbers of the rows, ascending. `k`: the neighbours that are looked for; all rows, where there
-    are fewer.
+    `numbers` (N,): the numbers of the rows, ascending. `k`: how many neighbours are looked for; all rows of a smaller
+    bank.
     """
 
     def __init__(self, rows: Tensor, numbers: Tensor, k: int, columns: int, device: torch.device) -> None:
         self.rows, self.numbers, self.k, self.device = rows, numbers, min(k, len(rows)), device
-        self.columns, self.part = columns, min(columns, max(256, PART // rows.shape[1]))
+        self.columns, self.part = columns, min(columns, max(LEAST_ROWS, PART // rows.shape[1]))
         self.group = max(1, min(GROUP, columns // (2 * k)))
-        # A candidate costs about as much as 64 rows of a product, or more. This also bounds the memory of the
-        # candidates.
-        self.limit = 2 * k + columns // 64
+        # Of more candidates than these, a search in the next higher precision is cheaper. It bounds their memory too.
+        self.limit = 2 * k + columns // COSTLY
         self.unit = all(bool(is_unit(part.to(device)).all()) for part in rows.split(self.part))
-        # The mean changes all similarities of a query alike, so it is taken off: the shorter the rows, the smaller the
-        # errors.
-        self.mean = self._unit(rows[:: len(rows) // 4096 + 1]).mean(0)
+        # Subtracting the mean changes all similarities of a query by the same amount, so their order stays. The rows
+        # get shorter, and with them the errors.
+        self.mean = self._unit(rows[:: len(rows) // MEAN_ROWS + 1]).mean(0)
         self.radius, self.residual = 0.0, {torch.bfloat16: 0.0} if device.type == "cpu" and native_bf16(device) else {}
         self.residual[torch.float32] = 0.0
         for part in rows.split(self.part) if len(rows) else ():
@@ -64,11 +74,10 @@ class Bank:
                 self.residual[dtype] = max(largest, float((exact - exact.to(dtype)).norm(dim=1).max()))
 
     def nearest(self, queries: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(similarities, row numbers) (Q, k) of the rows most similar to each query (Q, D), most similar first, then by
-        number.
+        """(similarities, row numbers), (Q, k) each, of the rows most similar to each query (Q, D).
 
-        `own` (Q,): the number of the row that IS the query and is left out; where only that one is missing, its
-        similarity is -inf.
+        The most similar row comes first; of equal ones the lower number. `own` (Q,): the number of the row that IS the
+        query, which is left out. When fewer than k rows remain, it fills the last place with similarity -inf.
         """
         queries = _steps(unit_rows(queries)) / GRID
         similarities = queries.new_empty(len(queries), self.k)
@@ -81,16 +90,14 @@ class Bank:
                 best = self._best(queries[left], *found)
                 similarities[left[settled]], places[left[settled]] = (part[settled] for part in best)
                 left = left[~settled]
-                if 2 * len(left) > len(
-                    settled
-                ):  # the next queries are likely to be like these: then it costs more than it saves
+                if 2 * len(left) > len(settled):  # with queries like these, this precision costs time
                     del self.residual[dtype]
         if len(left):
             similarities[left], places[left] = self._exact(queries[left], own[left])
         return similarities, self.numbers[places]
 
     def _places(self, own: Tensor | None, count: int) -> Tensor:
-        """Where in the bank the rows of these numbers are, -1 for what is not there."""
+        """Positions in the bank of the rows with these numbers; -1 for a number that the bank does not have."""
         nowhere = torch.full((count,), -1, device=self.device)
         if own is None or not len(self.numbers):
             return nowhere
@@ -98,42 +105,46 @@ class Bank:
         return torch.where(self.numbers[places] == own, places, nowhere)
 
     def _unit(self, rows: Tensor) -> Tensor:
-        """Some of the rows, brought to the device and to unit length."""
+        """These rows on the device, with unit length."""
         rows = rows.to(self.device)
         return rows.float() if self.unit else unit_rows(rows)
 
     def _less_mean(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Unit rows as products for candidates take them."""
+        """Unit rows less the mean of the bank, in the precision of a product for candidates."""
         return torch.sub(rows, self.mean, out=torch.empty_like(rows, dtype=dtype))
 
     def _parts(self, start: int) -> Iterator[tuple[slice, Tensor]]:
-        """The chunk of `columns` rows from `start`, in parts: (which columns, unit rows)."""
+        """The chunk of `columns` rows from `start`, cut into parts: (columns of the chunk, unit rows)."""
         end = min(start + self.columns, len(self.rows))
         for first in range(start, end, self.part):
             last = min(first + self.part, end)
             yield slice(first - start, last - start), self._unit(self.rows[first:last])
 
     def _error(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
-        """(Q, 1): by how much similarity - query . mean and a product with `_less_mean`, before that is rounded to
-        `dtype`, differ at most.
+        """(Q, 1): an upper bound of |(similarity - query . mean) - (product with `_less_mean`)|, for each query.
 
-        By Cauchy-Schwarz, of rounding the query: |q - q'| |b'|; of rounding the rows: |q| |b - b'|; of summing D
-        products in float32,
-        in any order, truncated or rounded: D 2^-23 |q'| |b'|. Of the grid: 2^-27 sqrt(D) |q|; of other roundings to
-        float32: 2^-20.
-        A hundredth more is for the rounding of these norms.
+        The product is meant before it is rounded to `dtype`. The bound is a sum, by Cauchy-Schwarz, with rounded values
+        marked by a prime:
+
+        - rounding the query: |q - q'| |b'|
+        - rounding the rows: |q| |b - b'|
+        - summing D products in float32, in any order, truncated or rounded: D 2^-23 |q'| |b'|
+        - the grid: 2^-27 sqrt(D) |q|
+        - other roundings to float32: 2^-20
+
+        One percent is added for the rounding of these norms themselves.
         """
         width, reach = queries.shape[1], self.radius + self.residual[dtype]
         lost = (queries - queries.to(dtype)).norm(dim=1, keepdim=True)
         return 1.01 * ((lost + width * 2**-23) * reach + self.residual[dtype] + 2**-27 * width**0.5 + 2**-20)
 
     def _candidates(self, queries: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """((query, place) (n,) each of candidates, whether those of a query hold its k nearest (Q,)).
+        """((query, place) of each candidate, (n,) each; bool (Q,): whether a query's candidates hold its k nearest).
 
-        At least k rows have a product of at least t, the k-th largest that was met, so k similarities are at least t -
-        |rounding of t| - error, and the product of a row that reaches that is not below t - |rounding of t| - 2 error
-        (rounding keeps the order). Of each group of similarities only the largest is compared, until one is found to be
-        a candidate.
+        Let t be the k-th largest product so far. At least k rows have a product of t or more, so k similarities are at
+        least t - |rounding of t| - error. A row that reaches this has a product of at least t - |rounding of t| -
+        2 error, because rounding keeps the order. That is the cut. Of each group only the largest product is compared
+        with it, until that one is a candidate.
         """
         error, rounded = self._error(queries, dtype), queries.to(dtype)
         unit = torch.finfo(dtype).eps / 2
@@ -146,9 +157,8 @@ class Bank:
             largest = grouped.amax(1)
             best = torch.cat([best, largest.topk(min(self.k, largest.shape[1])).values], 1).topk(self.k).values
             kth = best[:, -1:].float()
-            cut = (
-                (kth - unit * kth.abs() - 2 * error).to(dtype).clamp(min=torch.finfo(dtype).min)
-            )  # above what is left out
+            cut = (kth - unit * kth.abs() - 2 * error).to(dtype)
+            cut = cut.clamp(min=torch.finfo(dtype).min)  # above -inf, the mark of a row that is left out
             kept = found[2] >= cut[found[0], 0]
             found = found[0][kept], found[1][kept], found[2][kept]
             room = torch.where(settled, self.limit - torch.bincount(found[0], minlength=len(queries)), -1)
@@ -160,11 +170,10 @@ class Bank:
         return found[:2], settled
 
     def _products(self, queries: Tensor, own: Tensor, start: int, buffer: Tensor) -> Tensor:
-        """Products of rounded queries and the chunk from `start`, in `buffer`: (Q, G, B / G), padded to whole groups
-        with -inf.
+        """Products of the rounded queries and the chunk from `start`: (Q, G, B / G), padded to whole groups with -inf.
 
-        Group g has the rows g, g + B / G, ... of the chunk, so that rows in the order of their classes spread over
-        groups.
+        They lie in `buffer`. Group g holds the rows g, g + B / G, ... of the chunk: where rows are sorted by class, the
+        neighbours of a query then spread over groups.
         """
         count = min(self.columns, len(self.rows) - start)
         width = -(-count // self.group) * self.group
@@ -176,9 +185,8 @@ class Bank:
         return products.unflatten(1, (self.group, -1))
 
     def _best(self, queries: Tensor, query: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The k most similar of these pairs for each query: (similarities, places) (Q, k), -inf where there are
-        fewer."""
-        order = place.argsort()  # so that a row is fetched once for all of its queries
+        """The k most similar pairs of each query: (similarities, places), (Q, k) each; -inf where there are fewer."""
+        order = place.argsort()  # so that a row is fetched once for all queries that it is a candidate of
         query, place, exact = query[order], place[order], queries.new_empty(len(query))
         scaled, size = queries.double() / GRID, max(1, SLICE[self.device.type] // queries.shape[1])
         for of, at, similarity in zip(query.split(size), place.split(size), exact.split(size), strict=True):
@@ -195,7 +203,7 @@ class Bank:
         return similarities, places.gather(1, columns)
 
     def _exact(self, queries: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """(similarities, places) (Q, k) of the nearest of all rows."""
+        """(similarities, places), (Q, k) each, of the nearest of all rows, without candidates."""
         best = queries.new_empty(len(queries), 0)
         places = torch.empty_like(best, dtype=torch.long)
         for start in range(0, len(self.rows), self.columns):
@@ -211,7 +219,7 @@ class Bank:
 
 
 def _leave_out(similarities: Tensor, columns: Tensor) -> None:
-    """Set one column (Q,) of each row of (Q, B) to -inf, none where it lies outside."""
+    """Set one column of each row of (Q, B) to -inf: `columns` (Q,), where a number outside 0..B-1 sets none."""
     here = ((columns >= 0) & (columns < similarities.shape[1])).nonzero()[:, 0]
     similarities[here, columns[here]] = -torch.inf
 
@@ -219,13 +227,13 @@ def _leave_out(similarities: Tensor, columns: Tensor) -> None:
 def _members(
     grouped: Tensor, largest: Tensor, cut: Tensor, room: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """((query, column, value) (n,) each of what is not below the `cut` (Q, 1) of its query; which queries have not more
-    than `room` (Q,) of it: the others are left out).
+    """((query, column, value), (n,) each, of the values that reach the `cut` (Q, 1) of their query; bool (Q,) fits).
 
-    `grouped` (Q, G, B / G): `Bank._products`; `largest` (Q, B / G): of each group.
+    A query with more of them than `room` (Q,) does not fit, and its values are left out. `grouped` (Q, G, B / G) comes
+    from `Bank._products`; `largest` (Q, B / G) is the largest of each group.
     """
     flagged = largest >= cut
-    fits = flagged.sum(1) <= room  # before anything is gathered: memory
+    fits = flagged.sum(1) <= room  # checked before values are gathered, which takes memory
     query, group = (flagged & fits[:, None]).nonzero(as_tuple=True)
     values = grouped[query, :, group]  # (flagged groups, G)
     reached = values >= cut[query]
@@ -235,16 +243,15 @@ def _members(
 
 
 def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k, dim=1)` of (Q, B) floats, sorted, where equal values come in the order of their column, and the
-    lowest columns are taken when the cut falls among equals. torch.topk promises neither; a full stable sort is many
-    times slower."""
+    """`values.topk(k, dim=1)` of (Q, B) floats, sorted, in which of equal values the lowest columns are taken and come
+    first. torch.topk does not promise that, and a full stable sort is many times slower."""
     width = values.shape[1]
     top, indices = values.topk(min(k + 1, width), dim=1)
     if k < width:
-        cut = top[:, k] == top[:, k - 1]  # the (k+1)-th equals the k-th: which of them were taken was left to chance
+        cut = top[:, k] == top[:, k - 1]  # the k-th and the one after it are equal: torch took either
         top, indices = top[:, :k], indices[:, :k]
         indices = indices.clone()
-        for rows in cut.nonzero()[:, 0].split(64):  # not all at once: memory
+        for rows in cut.nonzero()[:, 0].split(EQUAL_ROWS):
             indices[rows] = _first_of_equals(values[rows], top[rows, k - 1 : k], k)
     indices = indices.sort(dim=1).values
     top, order = values.gather(1, indices).sort(dim=1, descending=True, stable=True)
@@ -252,7 +259,7 @@ def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _first_of_equals(values: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """Columns (rows, k), ascending, of all values above the k-th largest and of the first ones that equal it."""
+    """Columns (rows, k), ascending: those of all values above the k-th largest, and the first that equal it."""
     above = values > threshold
     equal = values == threshold
     missing = k - above.sum(1, keepdim=True)
@@ -261,26 +268,26 @@ def _first_of_equals(values: Tensor, threshold: Tensor, k: int) -> Tensor:
 
 
 def is_unit(rows: Tensor) -> Tensor:
-    """Whether each row has unit length already, (rows, 1)."""
-    return (rows.double().norm(dim=1, keepdim=True) - 1).abs() < 1e-5
+    """bool (rows, 1): whether a row has unit length."""
+    return (rows.double().norm(dim=1, keepdim=True) - 1).abs() < UNIT_ERROR
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """float32 rows of unit length; rows that already are pass through bit for bit (a zero row stays zero).
+    """float32 rows of unit length. A unit row passes through bit for bit; a zero row stays zero.
 
-    Divided in float64 and rounded once, so that the order in which a norm is summed up does not show.
+    Rows are divided in float64 and rounded once, so that the order of summation in the norm does not show.
     """
     return torch.where(is_unit(rows), rows.float(), functional.normalize(rows.double(), dim=1).float())
 
 
 def _steps(rows: Tensor) -> Tensor:
-    """The nearest points of the grid, in steps: whole numbers."""
+    """Rows rounded to the grid, in whole steps of it."""
     return (rows * GRID).round_()
 
 
 @contextmanager
 def plain_products(device: torch.device) -> Iterator[None]:
-    """Matrix products as they are written: no autocast, no TF32 and no bf16 passes for float32."""
+    """Within it, matrix products have the precision of their inputs: no autocast, and no TF32 or bf16 for float32."""
     mkldnn: Any = torch.backends.mkldnn
     settings = torch.backends.cuda.matmul, mkldnn.matmul
     before = [setting.fp32_precision for setting in settings]

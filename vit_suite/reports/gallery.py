@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from vit_suite.attention.manifest import NAME, OK, read_manifest
-from vit_suite.attention.palette import TABLES
+from vit_suite.attention.palette import INFERNO
 from vit_suite.attention.render import as_picture
 from vit_suite.data.decode import DecodeError, decode
 from vit_suite.data.reading import prefetch
@@ -87,7 +87,7 @@ def _write(path: Path, folder: Path, items: Iterable[tuple[list[str], float, dic
         for labels, threshold, item in items:
             if first is None:
                 first = labels
-                inferno = base64.b64encode(TABLES["inferno"].tobytes()).decode()
+                inferno = base64.b64encode(INFERNO.tobytes()).decode()
                 start = json.dumps({"labels": labels, "threshold": threshold, "inferno": inferno})
                 written += file.write(start[:-1] + ', "items": [\n')
             elif labels != first:

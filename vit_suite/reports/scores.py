@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from vit_suite.attention.localized import Localized
 from vit_suite.evaluation.fewshot import Spread
+from vit_suite.evaluation.interval import wilson
 from vit_suite.evaluation.knn import KNNResult
 from vit_suite.evaluation.knn_scorer import Shots, spreads
 from vit_suite.evaluation.linear_heads import HeadScore, Setting
@@ -30,11 +32,21 @@ def left_out(failures: list[str]) -> str:
 
 
 def accuracy_table(results: dict[str, KNNResult]) -> str:
-    """A row for each result, a column for each k."""
-    ks = list(next(iter(results.values())).top1)
-    used = next(iter(results.values())).used_k
-    header = ["kNN top-1 %", *(f"k={k}" if used[k] == k else f"k={k} (bank has {used[k]})" for k in ks)]
-    return table(header, [[name, *(result.top1[k] for k in ks)] for name, result in results.items()])
+    """A row for each result and one for its 95% intervals, a column for each k."""
+    first = next(iter(results.values()))
+    used = first.used_k
+    header = ["kNN top-1 %", *(f"k={k}" if used[k] == k else f"k={k} (bank has {used[k]})" for k in first.top1)]
+    rows: list[list[Any]] = []
+    for name, result in results.items():
+        rows.append([name, *result.top1.values()])
+        rows.append(["  95% interval", *(interval(top1, result.queries) for top1 in result.top1.values())])
+    return table(header, rows)
+
+
+def interval(percent: float, images: int) -> str:
+    """`59.8-64.1`: the 95% interval of a score in percent on so many images."""
+    low, high = wilson(percent, images)
+    return f"{low:.1f}-{high:.1f}"
 
 
 def shots_table(few: dict[str, Shots]) -> str:
@@ -55,6 +67,8 @@ def shots_table(few: dict[str, Shots]) -> str:
 def linear_report(results: dict[str, Result], prober: Prober) -> str:
     """Title, a row for each result, and the held-out scores that the checkpoint's winner was chosen from."""
     rows, tables = [], []
+    cfg, train, test = prober.cfg, prober.train, prober.data.test()
+    count, scored = prober.data.usable(train), prober.data.usable(test)
     for name, result in results.items():
         for label, one in (
             [(f", {n} a class", one) for n, one in result.items()] if isinstance(result, dict) else [("", result)]
@@ -63,18 +77,17 @@ def linear_report(results: dict[str, Result], prober: Prober) -> str:
                 [
                     f"{name}{label}",
                     *(str(s) if isinstance(s, Spread) else s for s in (one.top1, one.top5)),
+                    interval(one.top1.mean if isinstance(one.top1, Spread) else one.top1, scored),
                     *_cells(one.setting),
                 ]
             )
             if name == "checkpoint" and one.held_out:
                 tables.append(sweep_table(one.held_out, f"held out{label}, top-1 %"))
                 warn_of_edge(one.held_out, one.setting)
-    cfg, train, test = prober.cfg, prober.train, prober.data.test()
-    count, scored = prober.data.usable(train), prober.data.usable(test)
     images = f"{cfg.draws} draws from the {count} images" if cfg.shots else f"{count} images"
     title = f"{train.name}: {cfg.head} heads on {images} of {train.split}, scored on {scored} of {test.split}"
-    columns = [f"protocol {cfg.protocol}", "top-1 %", "top-5 %", "lr", "blocks", "pool"]
-    return "\n\n".join([f"{title}\n{table(columns, rows)}", *tables])
+    columns = [f"protocol {cfg.protocol}", "top-1 %", "top-5 %", "top-1 95%", "lr", "blocks", "pool"]
+    return "\n\n".join([f"{title}; {prober.chance()}\n{table(columns, rows)}", *tables])
 
 
 def _cells(setting: Setting) -> list[str]:
