@@ -100,7 +100,7 @@ def _write(path: Path, folder: Path, items: Iterable[tuple[list[str], float, dic
             if written > MOST:
                 raise UserError(
                     f"the gallery of '{folder}' would take over {MOST >> 20} MiB; export fewer images or a smaller"
-                    " resize."
+                    " image_size."
                 )
         file.write("\n]}")
         file.write(tail)
