@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -191,3 +193,8 @@ def test_artifacts_get_the_median_of_their_neighbours():
     assert clean[0, 0].min() >= 8 and not clean.isnan().any()
     assert without_artifacts(maps[:, 0], found).equal(clean[:, 0])
     assert without_artifacts(maps, torch.ones_like(found)).equal(maps)
+
+
+def test_a_single_image_is_refused_in_words():
+    with pytest.raises(UserError, match=r"expected images \(B, C, H, W\), not \(3, 32, 32\); for a single image give"):
+        attention_maps(SimpleNamespace(has_cls=True), torch.zeros(3, 32, 32))

@@ -48,21 +48,16 @@ def attention_maps(backbone: Any, images: Tensor) -> Tensor:
         images: floats that are normalized by the backbone's mean and std. `load_backbone(...).transform` makes them.
 
     Raises:
-        UserError: the backbone has no CLS token, or the images are no batch of floats.
+        UserError: the backbone has no CLS token, or the images are no batch. (`Backbone` refuses pixels that are not
+            normalized floats too.)
     """
     require_cls(backbone)
-    check_images(images)
+    if images.ndim != 4:
+        raise UserError(
+            f"expected images (B, C, H, W), not {tuple(images.shape)}; a single image becomes one by [None]."
+        )
     with torch.no_grad(), frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
         return look(backbone, images).heads
-
-
-def check_images(images: Tensor) -> None:
-    """UserError unless `images` is a batch of floats (B, C, H, W)."""
-    how = "load_backbone(...).transform makes them"
-    if images.ndim != 4:
-        raise UserError(f"expected images (B, C, H, W), not {tuple(images.shape)}; add a batch dimension with [None].")
-    if not images.is_floating_point():
-        raise UserError(f"expected normalized floats, not {images.dtype}: (images / 255 - mean) / std; {how}.")
 
 
 def look(backbone: Any, images: Tensor, rollout: bool = False, norms: bool = False, patches: bool = False) -> Look:

@@ -51,6 +51,7 @@ def run(cfg: PredictConfig) -> None:
             if failures := [*source.failures, *failures]:
                 Quarantine(listed, limit=1.0).report(failures, "the images", len(source))
                 print(f"files that do not decode: {len(failures)}, listed in {listed}")
+                Quarantine(limit=cfg.data.max_corrupt).report(failures, "the images", len(source))
 
 
 def sentence(found: Sequence[Prediction], classes: Sequence[str], output: Path) -> str:

@@ -5,8 +5,8 @@ first dot of its last part, are one sample (`choose_images` says what becomes of
 member whose extension is one of `decode.EXTENSIONS`; its label the text of a `.cls` member, else what a `.json` member
 has under "label" or "cls".
 
-`index.npz` in the folder of the shards holds what `scan` found in each of them. `vit-suite make_shards` writes it. A set
-without it gets one when it is first opened, from the headers in the shards: sets of others need no conversion.
+`index.npz` in the folder of the shards holds what `scan` found in each of them. `vit-suite make_shards` writes it. A
+set without it gets one when it is first opened, from the headers in the shards: sets of others need no conversion.
 """
 
 from __future__ import annotations
