@@ -156,6 +156,11 @@ class OptimConfig:
     """How the rate follows the global batch: lr x batch / 256, or lr x sqrt(batch / 1024) (DINOv2)."""
     min_lr: Rate = 1e-6
     """Learning rate that the cosine approaches (not scaled)."""
+    warmup_start: Rate = 0.0
+    """Learning rate at which the warm-up starts (not scaled; DeiT: 1e-6)."""
+    rate_changes: Literal["step", "epoch"] = "step"
+    """How often the learning rate changes: at every optimizer step (DINO), or once an epoch as in DeiT, where the
+    second epoch repeats the rate of the first and the cosine spans the warm-up too."""
     warmup_epochs: DecimalEpochs = 10
     """Epochs of linear warm-up from 0."""
     weight_decay: Rate = 0.04

@@ -25,7 +25,7 @@ from vit_suite.methods.sharding import Sharded
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size, known_patch_size
 from vit_suite.optim.groups import clip_all, clip_each, clip_networks, parameter_groups
-from vit_suite.optim.schedules import cosine, peak_rate
+from vit_suite.optim.schedules import cosine, peak_rate, rate_of_epoch
 from vit_suite.views.draw import Draw
 
 log = logging.getLogger("vit_suite")
@@ -315,8 +315,12 @@ class Method(MethodHooks):
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, without the factors of layers."""
-        warmup = round(self.optim.warmup_epochs * self.steps_per_epoch)
-        return cosine(step, self.max_steps, self.peak_lr, self.optim.min_lr, warmup)
+        optim = self.optim
+        if optim.rate_changes == "epoch":
+            epoch, epochs = step // self.steps_per_epoch, math.ceil(self.max_steps / self.steps_per_epoch)
+            return rate_of_epoch(epoch, epochs, self.peak_lr, optim.min_lr, optim.warmup_epochs, optim.warmup_start)
+        warmup = round(optim.warmup_epochs * self.steps_per_epoch)
+        return cosine(step, self.max_steps, self.peak_lr, optim.min_lr, warmup, optim.warmup_start)
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Write the learning rate and weight decay of optimizer step `step` into the parameter groups."""

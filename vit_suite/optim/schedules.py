@@ -27,6 +27,18 @@ def cosine(
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * done / length))
 
 
+def rate_of_epoch(
+    epoch: int, epochs: int, peak: float, end: float, warmup_epochs: float, warmup_start: float = 0.0
+) -> float:
+    """The learning rate of a whole epoch (0-based) as facebookresearch/deit main.py has it: timm's CosineLRScheduler,
+    stepped after each epoch with that epoch's number. So the second epoch repeats the rate of the first, and the cosine
+    counts from the start of training, not from the end of the warm-up."""
+    done = max(0, epoch - 1)
+    if done < warmup_epochs:
+        return warmup_start + done * (peak - warmup_start) / warmup_epochs
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(done, epochs) / epochs))
+
+
 def peak_rate(lr: float, batch: int, scaling: Literal["linear", "sqrt"]) -> float:
     """The learning rate after warm-up for a global batch: lr x batch / 256 (DINO), or lr x sqrt(batch / 1024)
     (facebookresearch/dinov2 dinov2/utils/config.py `apply_scaling_rules_to_cfg`)."""
