@@ -421,3 +421,9 @@ def test_home_is_expanded_in_every_path(monkeypatch):
     assert config.start == "/home/ada/w"
     scores = load_config(None, ["--checkpoint", "~/c", "--output", "~/r.json"], KNNConfig)
     assert (scores.checkpoint, scores.output) == ("/home/ada/c", "/home/ada/r.json")
+
+
+@pytest.mark.parametrize("method", ["dinov2", "mae"])
+def test_an_option_that_a_method_lacks_for_a_reason(method):
+    with pytest.raises(UserError, match=r"has no crops_at_once, because .* --backbone.checkpointing true saves memory"):
+        load_config(None, ["--method.name", method, "--method.crops_at_once", "1"])

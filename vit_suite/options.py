@@ -117,7 +117,8 @@ class Schema:
     has.
 
     A class of options may list in SYNONYMS what other programs (timm, Lightning, the authors' code) call its options,
-    where spelling alone would not find them: {"embed_dim": "dim"}.
+    where spelling alone would not find them: {"embed_dim": "dim"}. In WITHOUT it may say why it lacks an option that
+    another class of its group has: {"crops_at_once": "masked autoencoders have one view."}.
     """
 
     def __init__(self, cls: type, chosen: Mapping[str, Any] = types.MappingProxyType({})):
@@ -173,6 +174,9 @@ class Schema:
         close."""
         from difflib import SequenceMatcher
 
+        group, _, name = key.rpartition(".")
+        if reason := getattr(self.groups.get(group), "WITHOUT", {}).get(name):
+            return f" {reason}"
         key = short(key)  # comparing takes time in proportion to the length
 
         def likeness(known: str) -> float:

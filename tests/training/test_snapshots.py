@@ -10,6 +10,7 @@ from PIL import Image
 from vit_suite.config import BackboneConfig
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.models.backbone import Backbone
+from vit_suite.training.parts import MODULES
 from vit_suite.training.snapshots import GAP, HEADER, AttentionSnapshots, side_by_side
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.2, 0.2]
@@ -31,7 +32,7 @@ def module(**options):
         for weights in backbone.parameters():
             weights.add_(0.3 * torch.randn_like(weights))
     found = SimpleNamespace(device=torch.device("cpu"), mean=MEAN, std=STD, evaluation_backbone=lambda: backbone)
-    found.whole = lambda: found
+    found.whole = lambda *parts: found
     return found
 
 
@@ -129,3 +130,22 @@ def test_only_one_rank_writes(snapshots):
     snapshots.on_train_start(trainer(is_global_zero=False), made)
     snapshots.on_train_end(trainer(is_global_zero=False), made)
     assert not snapshots.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["dinov2", "mae"])
+def test_of_every_method(snapshots, name):
+    """The sheet has a column for each head of the network that the method scores: the teacher, or the encoder."""
+    cfg = BackboneConfig(patch_size=8, dim=24, depth=2, heads=2, image_size=[32, 32])
+    narrow = {
+        "dinov2": {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 8},
+        "mae": {"decoder_dim": 16, "decoder_heads": 2},
+    }
+    views = {"global_size": 32} | ({"local_size": 16, "local_crops": 0} if name == "dinov2" else {})
+    method = MODULES[name](narrow[name], cfg, views, mean=MEAN, std=STD)
+    sheet = snapshots.sheet(method.whole("evaluation_backbone"))
+    assert sheet.size == ((2 + 2) * (96 + GAP), HEADER + 3 * (96 + GAP))
+    weights = method.teacher.backbone if name == "dinov2" else method.student.backbone
+    before = np.asarray(sheet)
+    with torch.no_grad():
+        weights.vit.blocks[-1].attn.qkv.weight.mul_(5)
+    assert (np.asarray(snapshots.sheet(method)) != before).any()

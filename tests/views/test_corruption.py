@@ -436,3 +436,14 @@ def test_the_path_of_a_gpu_never_asks_the_device_for_a_value(cfg):
     made = corrupt(cfg, ramp(2, 6).to("meta"), alone(6), 4)
     assert made.images.shape == (2, 6, 3, 32, 32) and made.changed.shape == (2, 6, 32, 32)
     assert all(value.device.type == "meta" for value in made if value is not None)
+
+
+def test_zeros_alone_draw_no_noise(monkeypatch):
+    cfg = dataclasses.replace(GMML, drop_type=["zeros"])
+    views, draw = ramp(2, 6), alone(6)
+    monkeypatch.setattr(corruption._Views, "noise", lambda self: pytest.fail("noise was drawn"))
+    after = corrupt(cfg, views, draw, 8)
+    gone = flags(after.changed, after.images)
+    assert ((after.images == 0) & gone).any() and torch.equal(after.images[~gone], views[~gone])
+    with pytest.raises(pytest.fail.Exception):
+        corrupt(GMML, views, draw, 8)

@@ -38,6 +38,10 @@ class DINOv2Config(MethodConfig):
         "head_n_prototypes": "out_dim",
         "head_bottleneck_dim": "bottleneck_dim",
     }
+    WITHOUT: ClassVar[dict[str, str]] = {
+        "crops_at_once": "DINOv2 has no crops_at_once, because the masked patches of all crops go through the head"
+        " together; --backbone.checkpointing true saves memory instead.",
+    }
 
     name: Literal["dinov2"] = "dinov2"
     """Method."""

@@ -30,6 +30,11 @@ class MAEConfig(MethodConfig):
     """MAE (He et al. 2021, arXiv 2111.06377) and CrossMAE (arXiv 2401.14391); defaults are MAE's, ViT-B/16. Recipes
     set backbone.positions sincos_2d and backbone.drop_path 0, as both have them."""
 
+    WITHOUT: ClassVar[dict[str, str]] = {
+        "crops_at_once": "MAE has no crops_at_once, because it has one view of an image; --backbone.checkpointing true"
+        " saves memory instead.",
+    }
+
     name: Literal["mae"] = "mae"
     """Method."""
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.75

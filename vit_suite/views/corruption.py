@@ -200,7 +200,7 @@ def _gmml(cfg: SiTConfig, clean: Tensor, draw: Draw, patch: tuple[int, int]) -> 
     plane = plane_of_gmml(height, width, cfg.align)
     drops = len(cfg.drop_type) if cfg.drop_area else 0
     slots = slots_of_union(plane, max(cfg.drop_area, cfg.replace_area) * height * width)
-    uniform, choice, place = views.numbers("blocks", slots, ONE), views.numbers("choice", 3), views.numbers("window")
+    uniform, choice = views.numbers("blocks", slots, ONE), views.numbers("choice", 3)
     replaced = choice[:, 0] < (1 / (drops + 1) if cfg.replace_area else 0)
     noisy = torch.zeros_like(replaced)
     for index, kind in enumerate(cfg.drop_type):
@@ -210,12 +210,16 @@ def _gmml(cfg: SiTConfig, clean: Tensor, draw: Draw, patch: tuple[int, int]) -> 
         torch.where(replaced, min(least, cfg.replace_area), min(least, cfg.drop_area)) for least in (0.5, 1.0)
     )
     budget = (least + choice[:, 2] * (most - least)) * height * width
-    windows = views.noise()
-    place = integers(place, 0, len(windows)).long()
+    windows: Tensor | None = None
+    if drops and "noise" in cfg.drop_type:  # not drawn for zeros alone; other numbers have purposes of their own
+        windows = views.noise()
+        place = integers(views.numbers("window"), 0, len(windows)).long()
     for part in views.parts(slots):
         x = views.clean[part]
         mask = mask_of_union(plane, uniform[part], budget[part])
-        dropped = windows[place[part]].view_as(x) * noisy[part].view(-1, 1, 1, 1)
+        dropped = torch.zeros_like(x)
+        if windows is not None:
+            dropped = windows[place[part]].view_as(x) * noisy[part].view(-1, 1, 1, 1)
         content = torch.where(replaced[part].view(-1, 1, 1, 1), views.clean[views.partner[part]], dropped)
         views.images[part] = paste(x, mask, content)
         views.changed[part] = mask
