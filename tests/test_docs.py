@@ -68,6 +68,23 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert (tmp_path / "site" / "scores" / "index.html").is_file()
 
 
+FOLDERS = "vit_suite|tests|scripts|configs|benchmarks|docs|methods|training|commands|data|models|weights|evaluation"
+RECIPES = "dino|dinov2|mae|sit|supervised"
+TO_WRITE = {"vit_suite/config/simclr.py", "commands/NAME.py"}
+"""Files that a reader is told to write."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_recipes_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    if page.name == "CHANGELOG.md":
+        return  # names of their time
+    for name in set(re.findall(rf"`((?:{FOLDERS})/[\w/.-]+)`", text)) - TO_WRITE:
+        assert (ROOT / name).exists() or (ROOT / "vit_suite" / name).exists(), name
+    for name in re.findall(rf"`((?:{RECIPES})/\w+)`", text):
+        assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
+
+
 def test_the_api_page_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     named = re.findall(r"(?m)^::: (\S+)$", text)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.commands.conftest import vit_suite, words  # noqa: F401 (a fixture)
@@ -58,3 +60,20 @@ def test_photographs_are_read_for_a_second_at_most(monkeypatch):
 
     images, _ = forecast.some_images(Slow(), 64)
     assert 2 <= len(images) <= 4
+
+
+def test_what_is_paid_once_is_not_taken_for_the_time_of_images(monkeypatch, caplog):
+    """A first pass of 0.9 s for two images, and 0.01 s an image from then on, make steps of 0.64 s."""
+    counts = []
+
+    def trial(trainer, module, images):
+        counts.append(len(images))
+        return forecast.Trial(len(images), 0.9 if len(counts) == 1 else 0.01 * len(images), 0)
+
+    monkeypatch.setattr(forecast, "trial", trial)
+    monkeypatch.setattr(forecast, "memory_of", lambda *_: 2**20)
+    monkeypatch.setattr(forecast, "some_images", lambda *_: ([0] * 64, 0.0))
+    module = SimpleNamespace(device=torch.device("cpu"))
+    with caplog.at_level("INFO", "vit_suite"):
+        Forecast([], Length(64, 10, 100), 1, None).on_train_start(SimpleNamespace(world_size=1, global_step=0), module)
+    assert counts == [2, 2, 4, 8, 16, 32] and "100 steps of 64 images, 0.64 s each" in caplog.text

@@ -30,6 +30,8 @@ FEWEST = 2
 """Images of the first trial; a contrastive loss needs two."""
 ENOUGH = 0.3
 """Seconds of a trial from which its time counts: below, the fixed cost of a step would be taken for that of images."""
+ONCE = 5.0
+"""Seconds of the first trial up to which it is made again: the first pass of a process also pays what is paid once."""
 LONG = 24 * 3600
 """Seconds of a training on a CPU from which it is a warning."""
 
@@ -61,6 +63,8 @@ class Forecast(pl.Callback):
         if len(images) < FEWEST:
             return
         found = trial(trainer, module, images[:FEWEST])
+        if found.seconds < ONCE:
+            found = trial(trainer, module, images[:FEWEST])
         while found.seconds < ENOUGH and found.images < len(images):
             found = trial(trainer, module, images[: 2 * found.images])
         computing = found.seconds * self.length.batch_size / found.images
