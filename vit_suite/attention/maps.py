@@ -54,7 +54,7 @@ def attention_maps(backbone: Any, images: Tensor) -> Tensor:
     require_cls(backbone)
     if images.ndim != 4:
         raise UserError(
-            f"expected images (B, C, H, W), not {tuple(images.shape)}; a single image becomes one by [None]."
+            f"expected images (B, C, H, W), not {tuple(images.shape)}; for a single image give image[None]."
         )
     with torch.no_grad(), frozen(backbone) if isinstance(backbone, nn.Module) else nullcontext():
         return look(backbone, images).heads
