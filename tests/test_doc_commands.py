@@ -25,7 +25,7 @@ PARSED = {
     "several processes": lambda shown: bool(shown.launcher),
     "a cluster": lambda shown: shown.line.startswith("launch") and "--status" not in shown.line,
     "hours, or a machine that this is not": lambda shown: bool(
-        re.search(r"imagenet_|/lustre|fsdp2|--drill|continue_small|trainer\.devices|^demo", shown.line)
+        re.search(r"imagenet_|/lustre|SHARDS|fsdp2|--drill|continue_small|trainer\.devices|^demo", shown.line)
     ),
     "tests of their own, since what they import takes longer than the rest": lambda shown: bool(
         re.search(r"--format (onnx|huggingface)", shown.line)
@@ -141,8 +141,8 @@ def made_small(line: str) -> list[str]:
         words += ["--data.length", "160" if "--shots" in words else "24"]
     if command == "linear":
         words += ["--epochs", "1", "--shot_steps", "2"]
-    if command == "attention" or "--output" in words and command in ("export", "embed", "neighbours"):
-        words += ["--overwrite"] if command != "export" else []
+    if command in ("attention", "embed", "neighbours", "predict"):
+        words += ["--overwrite"]
     if command == "finetune":
         words += [*STEP.split(), "--trainer.max_epochs", "1", "--run.overwrite"]
     if command in ("pretrain", "profile") or (command == "doctor" and "--config" in words):

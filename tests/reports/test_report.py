@@ -84,6 +84,20 @@ def test_a_comparison_shows_what_differs(tmp_path):
     assert "<td>optim.min_lr</td>" not in text and text.count("stopped at step 40 of 80") == 2
 
 
+def test_a_run_has_one_color_in_all_charts_of_a_comparison():
+    pytest.importorskip("bokeh")
+    from vit_suite.reports.curves import curve
+
+    series = [(0.0, 1.0), (1.0, 2.0)]
+
+    def drawn(runs):
+        plot = curve("train/psnr", runs, ["a", "b"])
+        return {item.label.value: item.renderers[0].glyph.line_color for item in plot.legend[0].items}
+
+    both, alone = drawn({"a": series, "b": series}), drawn({"b": series})
+    assert both["a"] != both["b"] == alone["b"] and list(alone) == ["b"], "named even where it is the only one"
+
+
 def test_no_address_is_fetched(tmp_path):
     text = write_report(make_run(tmp_path / "a")).read_text()
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?https?:", text)

@@ -36,22 +36,26 @@ def thinned(series: Series) -> tuple[np.ndarray, np.ndarray]:
     return points[:, 0], points[:, 1]
 
 
-def curve(metric: str, runs: Mapping[str, Series], width: int = 480, height: int = 260) -> figure:
-    """One metric against the optimizer step, a line a run, with the values under the mouse."""
+def curve(metric: str, runs: Mapping[str, Series], names: Sequence[str]) -> figure:
+    """One metric against the optimizer step, a line for each run that has it, with the values under the mouse.
+
+    names: all runs of the page, so that a run has one color in all charts; with several, each chart names its lines.
+    """
+    width, height = 480, 260
     plot = figure(title=metric, width=width, height=height, tools=TOOLS, x_axis_label="optimizer step")
     plot.toolbar.autohide = True
     colors = Category10[10]
     lines: Any = []
-    for index, (run, series) in enumerate(runs.items()):
+    for run, series in runs.items():
         steps, values = thinned(series)
         source = ColumnDataSource({"step": steps, "value": values, "run": [run] * len(steps)})
-        color = colors[index % len(colors)]
+        color = colors[names.index(run) % len(colors)]
         line = plot.line("step", "value", source=source, line_width=2, color=color)
         dots = plot.scatter("step", "value", source=source, size=4, color=color, alpha=1.0 if len(steps) < 80 else 0.0)
         lines.append((run, [line, dots]))
     tips = [("step", "@step{0,0}"), (metric, "@value{0.0000}")]
-    plot.add_tools(HoverTool(tooltips=([("run", "@run")] if len(runs) > 1 else []) + tips, mode="vline"))
-    if len(runs) > 1:
+    plot.add_tools(HoverTool(tooltips=([("run", "@run")] if len(names) > 1 else []) + tips, mode="vline"))
+    if len(names) > 1:
         looks: dict[str, Any] = {"label_text_font_size": "8pt", "spacing": 0, "padding": 4}
         legend = Legend(items=lines, click_policy="hide", **looks)
         plot.add_layout(legend, "below")

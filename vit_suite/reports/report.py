@@ -89,10 +89,11 @@ def curves(runs: Sequence[RunFiles], names: Sequence[str] | None = None) -> list
     """A chart a metric, with a line for each run that has it."""
     from vit_suite.reports.curves import curve, ordered
 
-    named = list(zip(names or [run.name for run in runs], runs, strict=True))
+    names = list(names or [run.name for run in runs])
+    named = list(zip(names, runs, strict=True))
     together = ordered({metric: series for run in runs for metric, series in run.metrics.items()})
     return [
-        curve(metric, {name: run.metrics[metric] for name, run in named if metric in run.metrics})
+        curve(metric, {name: run.metrics[metric] for name, run in named if metric in run.metrics}, names)
         for metric in together
     ]
 
