@@ -1,9 +1,12 @@
-"""Which process speaks and writes for all, by what each kind of launcher sets."""
+"""Which process speaks and writes for all, by what each kind of launcher sets; how progress looks in a file."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from vit_suite import logs
 from vit_suite.logs import main_process
 
 
@@ -25,3 +28,18 @@ def test_main_process(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main_process() is expected
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(capsys, monkeypatch):
+    """No carriage returns, and nothing of a job that is done at once."""
+    with logs.progress_bar(3, "quick", "image") as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(logs, "SECONDS_BETWEEN_LINES", 0.05)
+    with logs.progress_bar(20, "slow", "image", leave=True) as bar:
+        for _ in range(20):
+            time.sleep(0.01)
+            bar.update()
+    said = capsys.readouterr().err
+    assert "\r" not in said and 2 <= len(said.splitlines()) <= 8
+    assert all(line.startswith("slow: ") and line.endswith("image/s]") for line in said.splitlines()), said

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import warnings
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of progress in a log file. A job that takes less says nothing of its progress."""
 
 
 def main_process() -> bool:
@@ -30,3 +36,36 @@ def speak() -> None:
     warnings.filterwarnings(
         "ignore", message=".*`srun` command is available"
     )  # on a login node every plain run would hear it
+<<<<<<< HEAD
+=======
+    # The time limit of an interrupted run need not be that of the run that goes on.
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*\['Timer'\]")
+
+
+class _Lines(io.TextIOBase):
+    """Writes what a progress bar draws to stderr, one line a time, without carriage returns."""
+
+    def write(self, text: str) -> int:
+        if said := text.strip("\r\n "):
+            sys.stderr.write(said + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(total: int, desc: str | None, unit: str, shown: bool = True, leave: bool = False) -> Any:
+    """A tqdm bar on a terminal. In a log file it is a line every `SECONDS_BETWEEN_LINES`.
+
+    Args:
+        total: how many of `unit` there are; `bar.update(n)` counts n of them.
+        leave: the bar stays on the terminal when it is full.
+    """
+    from tqdm import tqdm
+
+    options: dict[str, Any] = {}
+    if not sys.stderr.isatty():
+        often = SECONDS_BETWEEN_LINES
+        options = {"file": _Lines(), "mininterval": often, "maxinterval": often, "delay": often, "ncols": 100}
+    return tqdm(total=total, desc=desc, unit=unit, leave=leave, disable=not shown, **options)
+>>>>>>> 921273a (Progress in a log file is a line every 30 s, not thousands of carriage returns; configs/mae/cifar10_cpu)

@@ -33,6 +33,7 @@ from vit_suite.data.truth import Truths, open_truths, source_truths
 from vit_suite.errors import UserError
 from vit_suite.evaluation.localization import Baselines, Found, baselines, center_overlaps, covered, on_object, overlap
 from vit_suite.hardware import autocast, pick_precision
+from vit_suite.logs import progress_bar
 from vit_suite.models.backbone import Backbone
 from vit_suite.views.multicrop import normalize_
 
@@ -143,19 +144,19 @@ class Localizer:
         """Batches of this rank's images that show an object. Images of one view size in a block go together, as many as
         `batch_size` and the memory of their attention matrices allow. The other images are counted in `own`.
         """
-        from tqdm import tqdm
-
         blocks = cut(len(self.source), self.batch_size)[distributed.rank() :: distributed.world_size()]
         indices = [index for block in blocks for index in block]
-        jobs = read(self.source, indices, ahead=AHEAD, block=1, then=partial(self._job, backbone.patch))
+        jobs = iter(read(self.source, indices, ahead=AHEAD, block=1, then=partial(self._job, backbone.patch)))
         shown = self.progress and distributed.rank() == 0
-        jobs = iter(tqdm(jobs, total=len(indices), desc="localize", unit="image", leave=False, disable=not shown))
+        bar = progress_bar(len(indices), "localize", "image", shown)
 
         def most(size: tuple[int, int]) -> int:
             return min(self.batch_size, grids.ATTENTION_BYTES // attention_bytes(backbone, size, backbone.heads))
 
         for block in blocks:
             yield from in_batches(own.counted(islice(jobs, len(block))), most, WAITING_BYTES)
+            bar.update(len(block))
+        bar.close()
 
     def _job(self, patch: tuple[int, int], index: int, image: Tensor) -> _Job | None:
         """None for an image without an object."""

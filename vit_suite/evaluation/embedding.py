@@ -40,6 +40,7 @@ from vit_suite.evaluation.embedding_files import FORMATS, Columns, PatchFiles, W
 from vit_suite.evaluation.features import frozen
 from vit_suite.files import write_atomically
 from vit_suite.hardware import autocast, cores, one_thread, pick_precision, rank_device
+from vit_suite.logs import progress_bar
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size
 from vit_suite.views.evaluate import eval_view
@@ -229,7 +230,6 @@ def _run(
     progress: bool,
 ) -> None:
     """Compute and write these parts. (Seven parameters: the four things that a part is made from, and how.)"""
-    from tqdm import tqdm
 
     def batch(item: tuple[int, range]) -> _Batch:
         number, indices = item
@@ -251,7 +251,7 @@ def _run(
     total = sum(len(indices) for _, indices in items)
     ranks = distributed.world_size()
     name = "embed" if ranks == 1 else f"embed (rank 0 of {ranks})"
-    with tqdm(total=total, desc=name, unit="image", disable=not progress or distributed.rank() != 0) as bar:
+    with progress_bar(total, name, "image", shown=progress and distributed.rank() == 0, leave=True) as bar:
         for found in prefetch(batch, items, ahead=2 * threads, workers=threads):
             bar.update(found.size)
             waiting.append(found)

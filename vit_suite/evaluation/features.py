@@ -25,6 +25,7 @@ from vit_suite.data.decode import DecodeError
 from vit_suite.data.reading import read
 from vit_suite.errors import UserError
 from vit_suite.hardware import AskedPrecision, autocast, pick_precision
+from vit_suite.logs import progress_bar
 from vit_suite.views.evaluate import eval_view
 from vit_suite.views.resample import as_pair
 
@@ -258,6 +259,4 @@ def _title(source) -> str:
 
 
 def _bar(total: int, desc: str | None):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=desc, unit="image", leave=False, disable=desc is None or distributed.rank() != 0)
+    return progress_bar(total, desc, "image", shown=desc is not None and distributed.rank() == 0)

@@ -24,6 +24,7 @@ from vit_suite.data.order import epoch_order
 from vit_suite.data.source import stable_seed
 from vit_suite.errors import UserError
 from vit_suite.evaluation.linear_inputs import Feature
+from vit_suite.logs import progress_bar
 from vit_suite.optim.schedules import cosine
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
@@ -168,14 +169,12 @@ class Sweep(nn.Module):
 def fit(sweep: Sweep, batches: Batches, per_epoch: int, desc: str | None = None) -> Sweep:
     """Train every head of `sweep` in the same batches (`per_epoch` of them an epoch). `desc` is the title of a progress
     bar."""
-    from tqdm import tqdm
-
     recipe, device = sweep.recipe, next(sweep.parameters()).device
     total = recipe.steps or recipe.epochs * per_epoch
     optimizer, factors, peak = sweep.optimizer()
     factors = factors.to(device)
     sweep.train()
-    with tqdm(total=total, desc=desc, unit="step", leave=False, disable=desc is None) as bar:
+    with progress_bar(total, desc, "step", shown=desc is not None) as bar:
         for step, (parts, labels) in enumerate(_endless(batches, total)):
             for group in optimizer.param_groups:
                 group["lr"] = cosine(step, total, peak, recipe.min_lr, recipe.warmup_epochs * per_epoch)
