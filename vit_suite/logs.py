@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sized
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -36,10 +37,6 @@ def speak() -> None:
     warnings.filterwarnings(
         "ignore", message=".*`srun` command is available"
     )  # on a login node every plain run would hear it
-<<<<<<< HEAD
-=======
-    # The time limit of an interrupted run need not be that of the run that goes on.
-    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*\['Timer'\]")
 
 
 class _Lines(io.TextIOBase):
@@ -54,18 +51,20 @@ class _Lines(io.TextIOBase):
         sys.stderr.flush()
 
 
-def progress_bar(total: int, desc: str | None, unit: str, shown: bool = True, leave: bool = False) -> Any:
+def progress_bar(total: int | Sized, desc: str | None, unit: str, shown: bool = True, leave: bool = False) -> Any:
     """A tqdm bar on a terminal. In a log file it is a line every `SECONDS_BETWEEN_LINES`.
 
     Args:
-        total: how many of `unit` there are; `bar.update(n)` counts n of them.
+        total: how many of `unit` there are, and `bar.update(n)` counts n of them; or the things themselves, and the
+            loop over the bar counts them.
         leave: the bar stays on the terminal when it is full.
     """
     from tqdm import tqdm
 
     options: dict[str, Any] = {}
-    if not sys.stderr.isatty():
+    shown = shown and sys.stderr is not None
+    if shown and not sys.stderr.isatty():
         often = SECONDS_BETWEEN_LINES
         options = {"file": _Lines(), "mininterval": often, "maxinterval": often, "delay": often, "ncols": 100}
-    return tqdm(total=total, desc=desc, unit=unit, leave=leave, disable=not shown, **options)
->>>>>>> 921273a (Progress in a log file is a line every 30 s, not thousands of carriage returns; configs/mae/cifar10_cpu)
+    over: dict[str, Any] = {"total": total} if isinstance(total, int) else {"iterable": total}
+    return tqdm(**over, desc=desc, unit=unit, leave=leave, disable=not shown, **options)

@@ -43,11 +43,8 @@ from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
 from vit_suite.evaluation.features import frozen
 from vit_suite.hardware import cores, one_thread
-<<<<<<< HEAD
-from vit_suite.places import check_new_folder
-=======
 from vit_suite.logs import progress_bar
->>>>>>> 921273a (Progress in a log file is a line every 30 s, not thousands of carriage returns; configs/mae/cifar10_cpu)
+from vit_suite.places import check_new_folder
 
 __all__ = ["FORMATS", "MAPS", "UPSAMPLING", "ExportSummary", "export_attention", "view_size"]
 
@@ -212,13 +209,7 @@ def _alone(backbone: Any) -> Iterator[None]:
 
 
 def _bar(total: int, shown: bool):
-<<<<<<< HEAD
     """Progress bar of rank 0: its images that are drawn or skipped, and their number a second."""
-    from tqdm import tqdm
-
-=======
-    """Progress in images that are drawn (or skipped), and their number a second; on many ranks that of rank 0."""
->>>>>>> 921273a (Progress in a log file is a line every 30 s, not thousands of carriage returns; configs/mae/cifar10_cpu)
     ranks = distributed.world_size()
     name = "attention" if ranks == 1 else f"attention (rank 0 of {ranks})"
     return progress_bar(total, name, "image", shown=shown and distributed.rank() == 0, leave=True)

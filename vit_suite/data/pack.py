@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from vit_suite.config import MakeShardsConfig
 from vit_suite.data.decode import DecodeError
@@ -31,6 +30,7 @@ from vit_suite.data.shards import CLASSES, ShardSource
 from vit_suite.data.source import FileSource, ImageSource, stable_seed
 from vit_suite.errors import UserError
 from vit_suite.files import write_atomically
+from vit_suite.logs import progress_bar
 
 PARTIAL = ".partial"
 SHARD_MB = 256
@@ -130,7 +130,7 @@ def write_split(source: ImageSource, folder: Path, cfg: MakeShardsConfig, left_o
     limit = sys.maxsize if cfg.shard_images else (cfg.shard_mb or SHARD_MB) * 2**20
     generator = torch.Generator().manual_seed(stable_seed("make_shards", source.split, cfg.seed))
     order = range(len(source)) if cfg.keep_order else torch.randperm(len(source), generator=generator).tolist()
-    progress = tqdm(order, desc=source.split, unit=" images", disable=None)
+    progress = progress_bar(order, source.split, "image", leave=True)
     samples = readable(source, progress, left_out)
     for number, part in enumerate(split_up(samples, limit, cfg.shard_images or sys.maxsize)):
         write_atomically(folder / f"{source.split}-{number:06d}.tar", partial(write_tar, samples=part))

@@ -26,6 +26,7 @@ from vit_suite.evaluation.embedding import Embedder
 from vit_suite.evaluation.features import frozen
 from vit_suite.files import safe_cell, write_atomically
 from vit_suite.hardware import cores, one_thread
+from vit_suite.logs import progress_bar
 from vit_suite.weights.checkpoint import LoadedBackbone
 from vit_suite.weights.head import NAME, load_head
 
@@ -151,8 +152,6 @@ def check_table(path: Path, overwrite: bool) -> None:
 
 
 def _bar(total: int, shown: bool):
-    from tqdm import tqdm
-
     ranks = distributed.world_size()
     name = "predict" if ranks == 1 else f"predict (rank 0 of {ranks})"
-    return tqdm(total=total, desc=name, unit="image", disable=not shown or distributed.rank() != 0)
+    return progress_bar(total, name, "image", shown=shown and distributed.rank() == 0, leave=True)
