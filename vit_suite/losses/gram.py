@@ -1,5 +1,5 @@
-"""Gram anchoring: keep the similarities between patches that an earlier teacher had (DINOv3, arXiv 2508.10104, section
-4.2; facebookresearch/dinov3 dinov3/loss/gram_loss.py `GramLoss`).
+"""Gram anchoring: keep the similarities between patches as they were in an earlier teacher (DINOv3, arXiv 2508.10104,
+section 4.2; facebookresearch/dinov3 dinov3/loss/gram_loss.py `GramLoss`).
 
 Axes: B images, N patches, D width.
 """
@@ -20,20 +20,20 @@ def gram_loss(
     normalize: bool = True,
     negatives: Literal["keep", "drop", "drop_anchor"] = "keep",
 ) -> Tensor:
-    """Mean squared difference between two matrices of patch similarities, their diagonals included.
+    """Mean squared difference between two matrices of patch similarities, with their diagonals.
 
         for each image b, and patches i, j of it:
             total += (student[b, i] . student[b, j] - anchor[b, i] . anchor[b, j])^2
         loss = total / (B N N)
 
     Args:
-        student: (B, N, D) patch features, with gradient; (M, D) of some patches when `within_image` is off.
+        student: (B, N, D) patch features, with gradient; without `within_image` also (M, D) of some patches.
         anchor: the same of the Gram teacher, without gradient.
-        within_image: compare the patches of an image; off: of all images of the batch.
-        normalize: similarities are cosines; off: products.
-        negatives: keep = as they are; drop = negative similarities of both count as 0; drop_anchor = those of the
-            anchor alone. The last is what the official `remove_only_teacher_neg` computes: its second test, which would
-            reach the student, runs after the anchor was clamped, and never holds.
+        within_image: whether to compare only patches of the same image.
+        normalize: whether similarities are cosines; else they are dot products.
+        negatives: keep = unchanged; drop = negative similarities of both count as 0; drop_anchor = only those of the
+            anchor do. The official `remove_only_teacher_neg` computes the last one: its second test, which would reach
+            the student, comes after the anchor was clamped, and is never true.
     """
     if not within_image:
         student, anchor = (features.flatten(0, -2).unsqueeze(0) for features in (student, anchor))
@@ -54,8 +54,8 @@ def _similarities(features: Tensor, normalize: bool) -> Tensor:
 
 
 def resize_features(features: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Patch features (B, h w, D) of `grid` at the patches of `target`: (B, h' w', D), bicubic without antialias, as
-    DINOv3 resizes those of a Gram teacher that sees larger images."""
+    """Resize patch features (B, h w, D) of `grid` (h, w) to (B, h' w', D) of `target` (h', w'): bicubic without
+    antialias, as DINOv3 does for a Gram teacher that sees larger images."""
     if grid == target:
         return features
     maps = features.float().mT.unflatten(-1, grid)  # (B, D, h, w)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-8
-"""The official code adds it twice: to every component of the difference (PairwiseDistance), and to the distance."""
+"""Added twice, as in the official code: to each component of the difference (PairwiseDistance), and to the distance."""
 
 
 def koleo_loss(features: Tensor, own: slice = slice(None)) -> Tensor:
@@ -18,17 +18,17 @@ def koleo_loss(features: Tensor, own: slice = slice(None)) -> Tensor:
             loss -= log(min over j != i of |x_i - x_j|) / own rows
 
     Args:
-        features: (N, D), one view of the N images of all ranks, with gradient; at least 2. Deliberate difference:
-            DINOv2 compares those of a rank alone, so that its loss depends on the number of ranks.
+        features: (N, D) of one view of the N >= 2 images of all ranks, with gradient. Deliberate difference: DINOv2
+            compares only the images of one rank, so its loss depends on the number of ranks.
         own: the rows of this rank. The mean over ranks is the loss of one rank with all rows.
 
     Returns:
-        Scalar. A collapse of two rows onto each other costs most; evenly spread rows cost least.
+        Scalar. It is largest when two rows are equal, and smallest when rows are evenly spread.
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = torch.nn.functional.normalize(features.float(), dim=-1, eps=EPS)
         rows = unit[own]
-        with torch.no_grad():  # which row is nearest is not differentiated, as in DINOv2
+        with torch.no_grad():  # no gradient through the choice of the nearest row, as in DINOv2
             similarities = rows @ unit.T
             similarities.diagonal(own.start or 0).fill_(-1.0)
             nearest = similarities.argmax(dim=-1)

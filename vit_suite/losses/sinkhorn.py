@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp centering of a teacher's output (SwAV, arXiv 2006.09882, equation 3; facebookresearch/dinov2
 dinov2/loss/dino_clstoken_loss.py `sinkhorn_knopp_teacher`).
 
-Deliberate difference from the official code: exponentials are taken after a maximum is subtracted, so that large logits
-do not overflow. The result is the same, because the first iteration divides each prototype by its sum.
+Deliberate difference from the official code: a maximum is subtracted before exponentials are taken, so that large
+logits do not overflow. The result is the same, because the first iteration divides each prototype by its sum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vit_suite import distributed
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3, counted: Tensor | None = None) -> Tensor:
-    """Probabilities (N, K) in fp32 of which each row sums to 1 and the prototypes share all rows about equally.
+    """Probabilities (N, K) in fp32. Each row sums to 1, and each prototype has about the same share of all rows.
 
         q = exp(logits / temperature)
         for each iteration:
@@ -23,10 +23,10 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3, coun
             q[i] /= sum of q[i]                                       # a row is a distribution
 
     Args:
-        logits: (N, K) of this rank; ranks may have different N.
-        temperature: of the teacher.
+        logits: (N, K) of this rank. N may differ between ranks.
+        temperature: the teacher's temperature.
         iterations: at least 1 (DINOv2: 3).
-        counted: (N,) bool. Rows that are only there to fill a buffer are False: they move nothing, and come out as 0.
+        counted: (N,) bool; False for rows that only fill a buffer. They have no influence, and their result is 0.
     """
     scaled = logits.float() / temperature
     if counted is not None:
@@ -34,7 +34,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3, coun
     largest = distributed.max_over_ranks(scaled.amax(0))  # (K,)
     sums = distributed.sum_over_ranks((scaled - largest).exp().sum(0))
     rows = (scaled - (largest + sums.log())).softmax(dim=-1)
-    if counted is not None:  # a row of -inf alone has no softmax
+    if counted is not None:  # the softmax of a row of -inf is NaN
         rows = rows.masked_fill(~counted.unsqueeze(-1), 0)
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(iterations - 1):

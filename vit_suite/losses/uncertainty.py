@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def uncertainty_weights(s: Tensor, a: Tensor, form: Literal["july", "april"]) -> Tensor:
-    """Factor of each loss, from s = log variance: e^(-a s) in the code of July 2021, a e^(-s) in April's."""
+    """The factor of each loss for s = log variance: e^(-a s) in the code of July 2021, a e^(-s) in that of April."""
     return torch.exp(-a * s) if form == "july" else a * torch.exp(-s)
 
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from vit_suite import distributed
 
+EPS = 1e-6
+"""Added to a norm before the division, as in torch's `clip_grad_norm_` and in DINO's `clip_gradients`."""
+
 
 def parameter_groups(
     module: nn.Module,
@@ -18,16 +21,20 @@ def parameter_groups(
     patch_embed_lr: float = 1.0,
     last_layer_apart: bool = False,
 ) -> list[dict]:
-    """AdamW groups: weights that decay, and biases and other 1-D parameters that do not.
+    """AdamW's parameter groups: weights with weight decay, and biases and other 1-D parameters without.
 
-    Position embedding and tokens are decayed (they are not 1-D), as in the DINO release, unless `decay_tokens` is off.
-    Groups that decay carry `decay=True`: the weight-decay schedule is written into them alone. `lr_scale` multiplies
-    the learning rate: `layer_decay` to the power of the layers between a parameter and the head (BEiT, arXiv
-    2106.08254; timm `param_groups_layer_decay`). Without layer decay there are two groups, else two for each layer.
+    Each group has these entries besides torch's:
+        decay: whether the weight-decay schedule is written into it.
+        lr_scale: factor on the learning rate.
+        last_layer: with `last_layer_apart`, whether these are the last layers of heads.
 
-    `patch_embed_lr` is one more factor, for the patch embedding, which then has groups of its own. With
-    `last_layer_apart` the heads' last layers have groups of their own too, marked `last_layer` (DINOv2
-    dinov2/utils/param_groups.py).
+    Args:
+        layer_decay: `lr_scale` is this to the power of the number of layers between a parameter and the head (BEiT,
+            arXiv 2106.08254; timm `param_groups_layer_decay`). At 1 there are two groups, else two per layer.
+        decay_tokens: whether position embedding and tokens have weight decay, as in the DINO release.
+        patch_embed_lr: one more factor for the patch embedding, which then has its own groups.
+        last_layer_apart: whether the last layers of heads have their own groups (DINOv2
+            dinov2/utils/param_groups.py).
     """
     found = [_block(name) for name, _ in module.named_parameters()]
     blocks = 1 + max((block for block in found if block is not None), default=-1)
@@ -53,8 +60,8 @@ def _block(name: str) -> int | None:
 
 
 def layer_of(name: str, blocks: int) -> int:
-    """0 for patch embedding, tokens and positions, 1 .. `blocks` for the blocks, `blocks` + 1 for the last norm and
-    heads."""
+    """The layer of a parameter: 0 = patch embedding, tokens and positions; 1 to `blocks` = the blocks; `blocks` + 1 =
+    the last norm and heads."""
     block = _block(name)
     if block is not None:
         return block + 1
@@ -64,25 +71,24 @@ def layer_of(name: str, blocks: int) -> int:
 
 @torch.no_grad()
 def clip_each(gradients: Iterable[Tensor], limit: float) -> list[Tensor]:
-    """Scale each gradient in place to an L2 norm of at most `limit`, by its own norm; returns the norms before (0-d
-    tensors).
+    """Scale each gradient in place to an L2 norm of at most `limit`. Returns the norms before (0-d tensors).
 
-    No value is read on the host, so a GPU does not wait. Of sharded gradients each rank scales its part, by the norm of
-    the whole.
+    The host reads no value, so a GPU does not wait. Of a sharded gradient each rank scales its part by the norm of the
+    whole.
     """
     norms, parts = _norms(gradients)
-    factors = (limit / (norms + 1e-6)).clamp(max=1.0)  # together: a launch a tensor would cost more than the arithmetic
+    factors = (limit / (norms + EPS)).clamp(max=1.0)  # all at once, because one launch per tensor would cost more
     torch._foreach_mul_(parts, list(factors.unbind()))
     return list(norms)
 
 
 @torch.no_grad()
 def clip_networks(gradients: dict[str, Tensor], limit: float) -> dict[str, Tensor]:
-    """Scale the gradients of each network in place to an L2 norm of at most `limit`; returns the norms before.
+    """Scale the gradients of each network in place to an L2 norm of at most `limit`. Returns the norms before.
 
     Args:
-        gradients: by the name of their parameter, whose first word is the network: `head.mlp.0.weight`. The mask token
-            is the backbone's, as in DINOv2.
+        gradients: name of a parameter -> its gradient. The first word of the name is the network: `head.mlp.0.weight`.
+            The mask token counts as part of the backbone, as in DINOv2.
     """
     networks: dict[str, list[Tensor]] = {}
     for name, gradient in gradients.items():
@@ -93,19 +99,19 @@ def clip_networks(gradients: dict[str, Tensor], limit: float) -> dict[str, Tenso
 
 @torch.no_grad()
 def clip_all(gradients: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale all gradients in place by one factor, so that the L2 norm of all together is at most `limit`; returns the
-    norm before.
+    """Scale all gradients in place by one factor, so that their common L2 norm is at most `limit`. Returns the norm
+    before.
 
-    torch's `clip_grad_norm_`, which for sharded gradients would sum over ranks once for each tensor.
+    The same as torch's `clip_grad_norm_`, which for sharded gradients would sum over ranks once per tensor.
     """
     norms, parts = _norms(gradients)
     norm = norms.norm()
-    torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(parts, (limit / (norm + EPS)).clamp(max=1.0))
     return norm
 
 
 def _norms(gradients: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The L2 norm of each gradient, and what this rank holds of it."""
+    """The L2 norm of each gradient, and this rank's part of it."""
     gradients = list(gradients)
     parts = [distributed.own_part(gradient) for gradient in gradients]
     norms = torch.stack(torch._foreach_norm(parts))

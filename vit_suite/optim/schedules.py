@@ -18,7 +18,7 @@ def cosine(
 ) -> float:
     """Linear warm-up from `warmup_start` to `start`, then half a cosine towards `end`.
 
-    The last warm-up step is already at `start`, and `end` would be reached one step after the last, as in the release.
+    As in the release, the last warm-up step has the value `start`, and `end` would be reached one step after the last.
     """
     if step < warmup_steps:
         return linear(step, warmup_steps, warmup_start, start)
@@ -46,6 +46,6 @@ def peak_rate(lr: float, batch: int, scaling: Literal["linear", "sqrt"]) -> floa
 
 
 def teacher_temperature(epoch: int, warmup_epochs: int, start: float, end: float) -> float:
-    """Temperature of an epoch: linear over the warm-up epochs, the last of which is already at `end`; constant
-    after."""
+    """The temperature of an epoch: linear over the warm-up epochs, the last of which has the value `end`; then
+    constant."""
     return linear(epoch, warmup_epochs, start, end) if epoch < warmup_epochs else end

@@ -1,7 +1,7 @@
-"""What can be known of a training before it waits in a queue: findings, each ok, a warning or an error with its mend.
+"""Checks of a training before it waits in a queue. Each finding is ok, a warning, or an error with its remedy.
 
-The cheap ones (`of_run`) look at numbers alone, and every training says its warnings at the start. The others decode
-some images (`of_images`) or make a few steps (`of_steps`); `vit-suite doctor` asks for them.
+Cheap checks (`of_run`) look only at numbers; every training logs their warnings at its start. The others decode some
+images (`of_images`) or make a few steps (`of_steps`), for `vit-suite doctor`.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ FEW_STEPS = 20
 FEW_IN_ALL = 1000
 """Optimizer steps of a whole run from which such short epochs need no warning: there are enough of them."""
 SAMPLED = 64
-"""Images that are decoded to look at."""
+"""Images that are decoded for a check."""
 HASHED = 20_000
-"""Files of each split whose contents are compared: a minute of reading on a slow disk."""
+"""Files of each split whose contents are compared. Reading so many takes a minute on a slow disk."""
 ROOM = 1.2
-"""Free disk over what checkpoints need: a new one is written before the old one goes."""
+"""Free disk, as a multiple of what checkpoints need: other files of a run need room too."""
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     level: Literal["ok", "warning", "error"]
     what: str
-    """Two or three words."""
+    """What was checked, in two or three words."""
     said: str
-    """What was found, with figures."""
+    """The result, with figures."""
     mend: str = ""
-    """What to do about it."""
+    """The remedy."""
 
     def __str__(self) -> str:
         return f"{self.what}: {self.said}" + (f" {self.mend}" if self.mend else "")
 
 
-# Cheap: numbers alone
+# Cheap checks of numbers.
 
 
 def of_run(cfg: PretrainConfig, data: ImageDataModule, method: Method, ranks: int) -> list[Finding]:
-    """What the options, the number of images and the disk say."""
+    """All checks that need only the options, the number of images and the disk."""
     return [
         *of_batch(cfg, data, ranks),
         of_crops(cfg, method),
@@ -66,7 +66,7 @@ def of_run(cfg: PretrainConfig, data: ImageDataModule, method: Method, ranks: in
 
 
 def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator[Finding]:
-    """Global batch, scaled rate, steps of an epoch, and the images that no step takes."""
+    """The global batch, the scaled rate, the steps per epoch, and the images that are left over."""
     batch, images = cfg.data.batch_size, len(data.train_source)
     rate = peak_rate(cfg.optim.lr, batch, cfg.optim.lr_scaling)
     local = batch // (ranks * cfg.trainer.accumulate)
@@ -96,7 +96,7 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
 
 
 def of_crops(cfg: PretrainConfig, method: Method) -> Finding:
-    """Whether patches tile the crops, and how many there are."""
+    """The number of patches in each crop."""
     views, (rows, columns) = cfg.views, method.evaluation_backbone().patch
     sizes = {"global": views.global_size}
     if isinstance(views, ViewsConfig) and views.local_crops:
@@ -110,7 +110,7 @@ def of_crops(cfg: PretrainConfig, method: Method) -> Finding:
 
 
 def of_disk(cfg: PretrainConfig, method: Method) -> Finding:
-    """Room for the checkpoints: weights, their averages, and AdamW's two moments of what is trained."""
+    """Free disk for the checkpoints: all weights, and AdamW's two moments of the trained ones."""
     every = cfg.saving.keep_every_epochs
     kept = 3 + (cfg.trainer.max_epochs // every if every else 0)  # last, the next last, best
     weights = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
@@ -127,7 +127,7 @@ def of_disk(cfg: PretrainConfig, method: Method) -> Finding:
 
 
 def of_logger(cfg: PretrainConfig) -> Iterator[Finding]:
-    """Whether W&B is there and can be reached, or is told to keep its log here."""
+    """Whether W&B is installed and can be reached, or keeps its log on this machine."""
     if not cfg.logger.wandb:
         return
     import importlib.util
@@ -161,7 +161,7 @@ def reachable(address: str, seconds: float = 3.0) -> bool:
 
 
 def of_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Ranks against what SLURM gave: a process without srun waits for its peers until it is killed."""
+    """SLURM's tasks against the start of this process: without srun it would wait for its peers until it is killed."""
     tasks = environment.get("SLURM_NTASKS", "")
     if not tasks.isdigit() or int(tasks) < 2:
         return
@@ -183,11 +183,11 @@ def of_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-# Some images
+# Checks of some images.
 
 
 def of_images(data: ImageDataModule) -> Iterator[Finding]:
-    """What a sample of the training images looks like, how many a class has, and what the splits share."""
+    """A sample of the training images, the images per class, and files that both splits have."""
     train = data.train_source
     yield of_sample(train)
     yield from of_classes(train)
@@ -201,7 +201,7 @@ def of_images(data: ImageDataModule) -> Iterator[Finding]:
 
 
 def of_sample(source: ImageSource) -> Finding:
-    """Sizes and brightness of some images, and those that do not decode."""
+    """Sizes and brightness of some images, and the images that do not decode."""
     count = len(source)
     chosen = sorted({round(place) for place in torch.linspace(0, count - 1, min(SAMPLED, count)).tolist()})
     sides: list[tuple[int, int]] = []
@@ -234,7 +234,7 @@ def of_sample(source: ImageSource) -> Finding:
 
 
 def of_classes(source: ImageSource) -> Iterator[Finding]:
-    """Images a class."""
+    """The number of images per class."""
     if source.labels is None:
         yield Finding("ok", "labels", "none: kNN and linear scores need another set.")
         return
@@ -253,7 +253,7 @@ def of_classes(source: ImageSource) -> Iterator[Finding]:
 
 
 def of_twins(train: ImageSource, test: ImageSource) -> Finding:
-    """Test files whose bytes are those of a training file."""
+    """Test files with the same bytes as a training file."""
     known = dict(hashes(train))
     if not known:
         return Finding("ok", "duplicates", "not compared: the images are no files.")
@@ -274,21 +274,21 @@ def hashes(source: ImageSource) -> Iterator[tuple[bytes, str]]:
             yield hashlib.blake2b(content, digest_size=16).digest(), source.path(index)
 
 
-# Some steps
+# Checks of some steps.
 
 
 class Steps(NamedTuple):
-    """What a few steps took on one device."""
+    """The time and memory of a few steps on one device."""
 
     seconds: float
-    """A step of `images`."""
+    """Per step of `images` images."""
     images: int
     peak_bytes: int
     device: torch.device
 
 
 def of_steps(cfg: PretrainConfig, data: ImageDataModule, steps: Steps, ranks: int) -> Iterator[Finding]:
-    """Time of a step and of the whole run, and memory against that of the device."""
+    """The time of a step and of the whole run, and the memory compared with that of the device."""
     local = cfg.data.batch_size // ranks
     per_epoch = len(data.train_source) // cfg.data.batch_size
     total = per_epoch * cfg.trainer.max_epochs
@@ -315,11 +315,11 @@ def of_steps(cfg: PretrainConfig, data: ImageDataModule, steps: Steps, ranks: in
         yield Finding("ok", "memory", f"this process took {amount(steps.peak_bytes)}.")
 
 
-# Words
+# Texts.
 
 
 def amount(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes in words: `1.5 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
@@ -328,7 +328,7 @@ def amount(count: float) -> str:
 
 
 def spoken(seconds: float) -> str:
-    """A duration for people."""
+    """A duration in words: `12 minutes`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -337,12 +337,12 @@ def spoken(seconds: float) -> str:
 
 
 def shown(name: str) -> str:
-    """A name that may hold bytes that are no UTF-8."""
+    """A file name for a message; bytes that are not UTF-8 become escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def ranks_of(cfg: PretrainConfig) -> int:
-    """Processes that the run will have: those that a launcher started, else as the options say."""
+    """The number of ranks of the run: those that a launcher started, else what the options say."""
     if (found := distributed.started()) is not None:
         return found[0] * found[1]
     devices = cfg.trainer.devices

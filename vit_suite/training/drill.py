@@ -1,7 +1,7 @@
-"""`vit-suite pretrain --drill preempt@37,kill@50`: what a cluster does to a training, done to it here.
+"""`vit-suite pretrain --drill preempt@37,kill@50`: a rehearsal of what a cluster does to a training.
 
-The command starts itself as a child process, which sends itself the signal in the step named, and starts it again until
-it is done. So the training under test is the ordinary command, with nothing of the drill in it but that signal.
+The command starts itself as a child process. The child sends itself the signal in the named step, and the parent starts
+it again until the training is done. So the training under test is the ordinary command; only the signal is added.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from vit_suite.training.stop import DRILL
 log = logging.getLogger("vit_suite")
 
 SIGNALS: dict[str, int | None] = {"preempt": WARNING, "kill": getattr(signal, "SIGKILL", None)}
-"""Kind of event -> the signal that does it; None on Windows, which has neither."""
+"""Kind of event -> its signal; None on Windows, which has neither signal."""
 
 
 class Event(NamedTuple):
-    """What happens in optimizer step `step`, counted from 1."""
+    """An interruption in optimizer step `step`, counted from 1."""
 
     kind: str
     step: int
@@ -44,7 +44,7 @@ class Event(NamedTuple):
 
 
 def parse(text: str) -> list[Event]:
-    """`preempt@37,kill@50` in the order of the steps. UserError for anything else."""
+    """The events of `preempt@37,kill@50`, in the order of their steps. UserError for any other text."""
     events = []
     for word in text.split(","):
         kind, _, step = word.strip().partition("@")
@@ -62,31 +62,37 @@ def parse(text: str) -> list[Event]:
     return events
 
 
-# In the training
-# ------------------------------------------------------------------------------------------------------------------
+# Inside the training.
 
 
 class Drill(pl.Callback):
-    """Sends this process the signal of an event in the middle of its step: after the gradients, before the weights
-    change.
+    """Sends this process the signal of an event in the middle of its step: after the gradients are there, before the
+    weights change.
 
-    SIGUSR1 goes to the last rank alone, as signals reach ranks at different moments; SIGKILL to all.
+    Only the last rank gets SIGUSR1, because on a cluster signals reach ranks at different moments. All ranks get
+    SIGKILL.
     """
 
     def __init__(self, event: Event):
         self.event = event
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step + 1 == self.event.step and (
-            self.event.kind == "kill" or trainer.global_rank == trainer.world_size - 1
-        ):
-            if (number := SIGNALS[self.event.kind]) is not None:
-                os.kill(os.getpid(), number)
+        hit = self.event.kind == "kill" or trainer.global_rank == trainer.world_size - 1
+        number = SIGNALS[self.event.kind]
+        if hit and number is not None and trainer.global_step + 1 == self.event.step:
+            os.kill(os.getpid(), number)
 
 
 def drill_callbacks(done: int, last: int) -> list[Drill]:
-    """The event that a drill wants of this training, of `last` steps with `done` behind it. UserError when it cannot
-    take place."""
+    """The callback for the event that the drill asks of this training; none without a drill.
+
+    Args:
+        done: optimizer steps done before.
+        last: optimizer steps of the whole training.
+
+    Raises:
+        UserError: the training does not reach the step of the event, or is beyond it.
+    """
     if DRILL not in os.environ:
         return []
     (event,) = parse(os.environ[DRILL])
@@ -96,13 +102,12 @@ def drill_callbacks(done: int, last: int) -> list[Drill]:
     return [Drill(event)]
 
 
-# Around it
-# ----------------------------------------------------------------------------------------------------------------------
+# Around the training.
 
 
 def run_drill(cfg: PretrainConfig) -> int:
-    """Run the training of `cfg` through its events to its end; returns its exit status, not 0 when it went otherwise
-    than planned."""
+    """Run the training of `cfg` through all events to its end. Returns its exit status, which is not 0 if something
+    unplanned happened."""
     events = parse(cfg.drill or "")
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("--drill starts its own processes: run it without torchrun or srun.")
@@ -134,7 +139,7 @@ def _expected(event: Event) -> int:
 
 
 def _start(cfg: PretrainConfig, scratch: Path, event: Event | None) -> int:
-    """Train as a user would, in a process of its own that gets the signals this one gets."""
+    """Train in a child process, as a user would. Signals to this process are passed on to the child."""
     path = scratch / "config.yaml"
     path.write_text(dump_config(cfg))
     environment = {key: value for key, value in os.environ.items() if key != DRILL}
@@ -150,7 +155,7 @@ def _start(cfg: PretrainConfig, scratch: Path, event: Event | None) -> int:
 
 
 def _say(event: Event, folder: Path) -> int:
-    """Tell where the training goes on; returns how many steps it does again."""
+    """Log where the training goes on. Returns the number of steps that it has to repeat."""
     last = folder / "checkpoints" / "last.ckpt"
     saved = rundir.steps_done(last) if last.is_file() else 0
     finished = event.step if event.kind == "preempt" else event.step - 1

@@ -1,9 +1,9 @@
-"""One training at a time in a run directory: a lock that names its owner and that a crash of the owner frees.
+"""A lock that lets one training at a time into a run directory. It names its owner, and a crash of the owner frees it.
 
-The lock is `RUN/run.lock`. The kernel holds it for the process (POSIX record lock), so it ends with the process however
-that ends, also over NFS; unlike `flock` it is not inherited by a loader's workers, which may outlive a killed training
-by seconds. The file's text names host, process and SLURM job, for the message to whoever comes second. Its time of
-change is renewed every 20 s, for file systems that do not pass locks on between machines.
+The lock is `RUN/run.lock`. The kernel holds it for the process (a POSIX record lock). So it ends with the process,
+however that ends, also over NFS. Unlike `flock` it is not inherited by the loader's workers, which may outlive a killed
+training by seconds. The file names host, process and SLURM job, for the message to a second training. Its modification
+time is renewed every 20 s, for file systems that do not share locks between machines.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vit_suite.errors import UserError
 
 FILE = "run.lock"
 RENEWED = 20.0
-"""Seconds between two signs of life."""
+"""Seconds between two renewals."""
 SILENT = 90.0
-"""Seconds without a sign after which the owner on another machine counts as dead."""
+"""Seconds without a renewal after which an owner on another machine counts as dead."""
 HELD = (errno.EACCES, errno.EAGAIN)
 
 
 def refuse_second(folder: Path) -> None:
-    """UserError when another process trains in `folder`. Nothing is written; `held` decides finally."""
+    """UserError if another process trains in `folder`. Nothing is written; the final decision is that of `held`."""
     try:
         descriptor = os.open(folder / FILE, os.O_RDWR)
     except OSError:
@@ -43,7 +43,7 @@ def refuse_second(folder: Path) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of the run directory, which must exist. UserError when another process has it."""
+    """Hold the lock of the run directory, which has to exist. UserError if another process has it."""
     path = folder / FILE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -52,14 +52,14 @@ def held(folder: Path) -> Iterator[None]:
         except BaseException:
             os.close(descriptor)
             raise
-        if _is_still(path, descriptor):  # and not one that its owner has just removed
+        if _is_still(path, descriptor):  # else its owner has just removed the file
             break
         os.close(descriptor)
     text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")})
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, text.encode() + b"\n")
-    except OSError:  # a full disk: the lock holds without its owner's name
+    except OSError:  # a full disk: the lock holds, without the name of its owner
         pass
     done = threading.Event()
     threading.Thread(target=_renew, args=(path, done), daemon=True, name="run lock").start()
@@ -81,7 +81,7 @@ def _refuse_if_taken(descriptor: int, folder: Path, take: bool) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not take:
             fcntl.lockf(descriptor, fcntl.LOCK_UN)
-        # The lock is free. On a file system without locks between machines that says nothing about another machine.
+        # The lock is free, but without locks between machines that does not mean that no other machine has it.
         silent = time.time() - os.fstat(descriptor).st_mtime
         alive = owner.get("host") not in (None, socket.gethostname()) and silent < SILENT and not mine
         advice = f"its last sign of life is {max(0, silent):.0f} s old; if it is dead, start again in {SILENT:.0f} s"
@@ -106,7 +106,7 @@ def _owner(descriptor: int) -> dict[str, Any]:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether the owner lives, where the file system has no locks at all; of another machine that cannot be told."""
+    """Whether the owner lives, for file systems without any locks. An owner on another machine counts as alive."""
     if owner.get("host") != socket.gethostname() or os.name == "nt":  # where os.kill would end it
         return bool(owner)
     try:

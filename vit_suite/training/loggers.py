@@ -1,4 +1,4 @@
-"""Where a run logs: metrics.csv, and Weights & Biases and TensorBoard beside it."""
+"""The loggers of a run: metrics.csv always; Weights & Biases and TensorBoard if the options ask for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TENSORBOARD = "tensorboard"
 
 
 def build_loggers(cfg: PretrainConfig, folder: Path, steps_done: int) -> list[Logger]:
-    """The loggers of a run that writes into `folder`, where `steps_done` steps have been done before."""
+    """The loggers of a run that writes into `folder` and resumes after `steps_done` steps."""
     found = (build(cfg, folder, steps_done) for build in LOGGERS.values())
     return [logger for logger in found if logger is not None]
 
@@ -70,8 +70,8 @@ not ask for it. A new logger is one function and one row here, and its options i
 
 
 class Board(TensorBoardLogger):
-    """Writes `FOLDER/tensorboard`. A resumed run hides what was logged after the checkpoint that it goes on from, since
-    it logs those steps again."""
+    """Writes `FOLDER/tensorboard`. A resumed run hides the entries after its checkpoint, because it logs those steps
+    again."""
 
     def __init__(self, folder: Path, steps_done: int):
         resumed: dict[str, Any] = {"purge_step": steps_done} if steps_done else {}
@@ -92,7 +92,7 @@ class Board(TensorBoardLogger):
 
 
 def check_wandb(cfg: PretrainConfig) -> None:
-    """UserError where W&B is not installed, or wants an account that this machine does not know."""
+    """UserError if W&B is not installed, or if it needs an account and this machine has none."""
     try:
         import wandb
     except ImportError as error:

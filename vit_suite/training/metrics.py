@@ -1,6 +1,6 @@
-"""metrics.csv in the run directory, continued by a resumed run (Lightning's CSVLogger starts a new file).
+"""metrics.csv in the run directory. A resumed run continues it, where Lightning's CSVLogger would start a new file.
 
-Rows that were logged after the checkpoint a run resumes from are dropped, since the resumed run logs those steps again.
+Rows after the checkpoint of the resumed run are dropped, because it logs those steps again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ class _Continued(ExperimentWriter):
             writer.writerows(rows)
 
     def _check_log_dir_exists(self) -> None:
-        """The file of the interrupted run stays."""
+        """Keep the file of the interrupted run; Lightning's method warns that the folder exists."""
 
 
 class MetricsLogger(CSVLogger):
-    """Writes `FOLDER/metrics.csv`, one row a logged step; keeps what a run that resumes after `steps_done` steps had
-    logged."""
+    """Writes `FOLDER/metrics.csv`, one row per logged step. Rows of the first `steps_done` steps are kept."""
 
     def __init__(self, folder: str | Path, steps_done: int = 0):
         super().__init__(save_dir=str(folder), name="", version="")

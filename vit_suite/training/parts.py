@@ -24,7 +24,7 @@ MODULES = Column("module")
 
 
 class Parts(NamedTuple):
-    """What every training has, before there is a trainer."""
+    """Everything that a training needs before there is a trainer."""
 
     data: ImageDataModule
     method: Method
@@ -66,14 +66,14 @@ def build_parts(cfg: PretrainConfig, folder: Path) -> Parts:
 
 
 def method_class(cfg: PretrainConfig) -> type[Method]:
-    """The LightningModule that `cfg.method` is the options of. UserError when no method has that name."""
+    """The LightningModule whose options `cfg.method` are. UserError if no method has that name."""
     if cfg.method.name not in METHODS:
         raise unknown_name("method", cfg.method.name, METHODS)
     return MODULES[cfg.method.name]
 
 
 def check_decode(cfg: PretrainConfig, data: ImageDataModule, device: torch.device) -> None:
-    """UserError where data.decode gpu has nothing to decode, or nothing to decode it with."""
+    """UserError if data.decode is gpu and there is nothing to decode on a GPU, or no decoder."""
     if cfg.data.decode == "cpu":
         return
     reasons = {

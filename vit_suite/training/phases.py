@@ -1,7 +1,6 @@
-"""Where the time of a training step goes: labels on its parts for torch.profiler, and a clock that gives each part its
-own time.
+"""The time of each part of a training step: labels for torch.profiler, and a clock.
 
-Nothing in the methods knows of it: the functions that a step goes through are wrapped on the objects of one training.
+Methods contain no code for this. The functions of a step are wrapped on the objects of one training.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.methods.base import Method
 
 OTHER = "other"
-"""What no part claims: logging, checks, Lightning's own loop."""
+"""The time outside all parts: logging, checks, Lightning's own loop."""
 PARTS = ["data", "views", "student forward", "teacher forward", "loss", "backward", "clip", "optimizer", "EMA", OTHER]
 
 
 class Phases:
     """Labels the parts of a step and, between `start` and `stop`, adds up the seconds of each.
 
-    A part within another counts for itself alone, so that all of them add up to the time between `start` and `stop`.
-    While they are timed, a GPU is waited for at every border: work that would have been done side by side is then done
-    in turn.
+    The time of an inner part does not count for the outer one, so that all parts add up to the time between `start` and
+    `stop`. The clock waits for the GPU at every border between parts. Work that usually overlaps is then done in turn.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,7 +46,7 @@ class Phases:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What runs in this context is the part `name`."""
+        """Count the time in this context for the part `name`."""
         self._charge()
         self._within.append(name)
         try:
@@ -59,10 +57,10 @@ class Phases:
             self._within.pop()
 
     def wrap(self, owner: Any, function: str, name: str) -> None:
-        """Make `owner.function` the part `name`, on this object alone."""
+        """Count the time in `owner.function` for the part `name`, on this object only."""
         inner = getattr(owner, function)
 
-        @functools.wraps(inner)  # Lightning looks through it to see which hooks a module overrides
+        @functools.wraps(inner)  # by which Lightning sees whether a module overrides a hook
         def labeled(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
                 return inner(*args, **kwargs)
@@ -70,7 +68,7 @@ class Phases:
         setattr(owner, function, labeled)
 
     def each(self, items: Iterable, name: str) -> Iterator:
-        """`items`; getting the next is the part `name`."""
+        """Iterate over `items`, and count the time of getting the next one for the part `name`."""
         iterator = iter(items)
         while True:
             with self.part(name):
@@ -89,14 +87,14 @@ class Phases:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, when `device` has done all it was given."""
+    """The seconds of a clock after `device` has finished all of its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
-    """Wrap what a step of `method` on `data` goes through."""
+    """Wrap the functions that a step of `method` on `data` goes through."""
     for function, name in method.timed_functions.items():
         phases.wrap(method, function, name)
     for name, network in method.networks().items():
@@ -116,7 +114,8 @@ def label(phases: Phases, method: Method, data: ImageDataModule) -> None:
 
 
 def entrances(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
-    """Where others call `network`: the functions that its class defines for them, and its backbone and heads."""
+    """The functions by which others call `network`: the public ones of its class, and `forward` of its backbone and
+    heads."""
     yield from (
         (network, name) for name, value in vars(type(network)).items() if callable(value) and not name.startswith("_")
     )

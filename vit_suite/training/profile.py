@@ -1,8 +1,8 @@
-"""Some real steps of a training under three kinds of clock, for `vit-suite profile`.
+"""Times some real steps of a training in three ways, for `vit-suite profile`.
 
-Three passes over successive steps of one training, because looking costs time: plain steps (images/s, memory), steps
-whose parts are timed (the table), and a few under torch.profiler (operators, trace). The products of matrices are
-counted in the first step.
+The steps of one training go through three passes, because timing itself costs time: plain steps (images/s, memory),
+steps whose parts are timed (the table), and a few steps under torch.profiler (operators, trace). Floating point
+operations are counted in the first step.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from vit_suite.training.trainer import build_trainer
 from vit_suite.weights.checkpoint import load_backbone
 
 TRACED = 3
-"""Steps in the trace: more only make a file that viewers are slow to open."""
+"""Steps in the trace. With more, viewers are slow to open the file."""
 
 
 def measure(cfg: ProfileConfig, folder: Path) -> tuple[Recorder, dict[str, Any]]:
-    """Run the steps of all passes; what was found, and on what."""
+    """Run the steps of all passes. Returns what they found, and a description of the training."""
     if cfg.start:  # speed does not depend on the weights, so they are not taken over
         adopted: Any = adopt(cfg, load_backbone(cfg.start, cfg))
         cfg = adopted
@@ -58,10 +58,10 @@ def measure(cfg: ProfileConfig, folder: Path) -> tuple[Recorder, dict[str, Any]]
 
 
 class Recorder(pl.callbacks.Checkpoint):
-    """Sends a training through the passes and then ends it. It is a Checkpoint, and Lightning adds none of its own that
-    would write one.
+    """Sends a training through the passes, and then ends it.
 
-    Steps are counted from the end of one to the end of the next, so loading and Lightning's loop are in them.
+    A step is timed from the end of the step before it to its own end, so loading and Lightning's loop count too. This
+    is a Checkpoint, because Lightning then adds no checkpoint callback of its own.
     """
 
     def __init__(self, phases: Phases, warmup: int, steps: int) -> None:
@@ -79,8 +79,8 @@ class Recorder(pl.callbacks.Checkpoint):
         losses = module.losses
 
         def counted(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-            """The first call: networks, loss and, until on_after_backward, their gradients; not the views, which are
-            products too."""
+            """Counts from here, the first call, until on_after_backward: networks, loss and gradients. The views, which
+            are matrix products too, are not counted."""
             module.losses = losses
             self._counter.__enter__()
             return losses(*args, **kwargs)
@@ -93,7 +93,7 @@ class Recorder(pl.callbacks.Checkpoint):
             self.flops = self._counter.get_total_flops() * trainer.accumulate_grad_batches
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self._done:  # a micro-batch with others to follow
+        if trainer.global_step == self._done:  # not the last micro-batch of its step
             return
         self._done = trainer.global_step
         device = self.phases.device
@@ -116,8 +116,8 @@ class Recorder(pl.callbacks.Checkpoint):
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes there have been: on a GPU of tensors since the warm-up, on a CPU of this process (0 on Windows,
-    which does not say)."""
+    """Peak memory in bytes: of tensors since the warm-up (GPU), or of this process (CPU; 0 on Windows, which does not
+    say it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -128,7 +128,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def summary(recorder: Recorder, batch: int) -> dict[str, Any]:
-    """The figures: seconds of a step, of its parts and of its operators (`own`: less what they call), bytes, FLOP."""
+    """The figures: seconds of a step, of its parts and of its operators (`own`: without the operators that they call),
+    bytes, FLOP."""
     seconds, device = recorder.seconds, recorder.phases.device
     parts = {name: total / recorder.steps for name, total in recorder.phases.seconds.items() if total}
     found = [event for event in recorder.profiler.key_averages() if is_operator(event)]
@@ -153,6 +154,6 @@ def summary(recorder: Recorder, batch: int) -> dict[str, Any]:
 
 
 def is_operator(event: FunctionEventAvg) -> bool:
-    """Whether it is torch's: not a label of ours, and not a GPU's own record of a kernel, whose time its operator has
-    too."""
+    """Whether the event is an operator of torch. Our own labels are not. Kernels of a GPU are not either: their time is
+    that of their operator."""
     return event.device_type == DeviceType.CPU and str(event.key).startswith(("aten::", "autograd::", "torch"))

@@ -1,4 +1,4 @@
-"""The run directory: fresh, resumed, or refused, decided before anything is written."""
+"""The run directory. Whether a run is fresh, resumed or refused is decided before anything is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vit_suite.training.status import FILE as STATUS
 CONFIG = "config.yaml"
 ABOUT = "about.json"
 FIXED = ("start", "method", "backbone", "views", "optim", "data", "run.seed")
-"""What a resumed run may not change: the rest of its training would be another run's."""
+"""Options that a resumed run may not change, because the rest of its training would belong to another run."""
 FREE = (
     "data.root",
     "data.workers",
@@ -39,18 +39,18 @@ FREE = (
     "backbone.checkpointing",
     "method.crops_at_once",
 )
-"""Except these, which change where things are and how fast they come, not what they are."""
+"""Exceptions from FIXED: they change where the data is and how fast it comes, but not the training."""
 LEFT_BEHIND = ("quarantine.txt", "vit-suite-error.log", f".{CONFIG}.*", "status.json", LOCK)
-"""What a start that failed, or was killed while it wrote its config, may have put there."""
+"""Files that a start may leave if it fails, or is killed while it writes its config."""
 LAUNCHED = ("launch.*", "slurm-*.log")
-"""What a job that is about to start has there already, and writes to."""
+"""Files that `launch` and SLURM write before the training starts."""
 
 
 def check(cfg: PretrainConfig) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start. Writes nothing.
 
     Raises:
-        UserError: the directory is something else's, or its run was started with other settings.
+        UserError: the directory holds no run, or a run with other settings.
     """
     folder = Path(cfg.run.output)
     if not folder.exists():
@@ -60,9 +60,9 @@ def check(cfg: PretrainConfig) -> Path | None:
         return None
     if not folder.is_dir():
         raise UserError(f"run.output '{folder}' is a file; expected a directory.")
-    if main_process():  # the other ranks find the lock of their own first rank
+    if main_process():  # the other ranks would find the lock of their own first rank
         refuse_second(folder)
-    # Listed before the config is looked for: other ranks come while the first one starts the run.
+    # Listed before the config is looked for, because the first rank may be writing it now.
     found = list(folder.iterdir())
     written = _options(folder)
     if "run.output" not in written:
@@ -99,8 +99,8 @@ def check(cfg: PretrainConfig) -> Path | None:
 
 
 def check_images(folder: Path, source: ImageSource) -> None:
-    """UserError when the images of the run that is resumed were others, whatever its config says: files that came, went
-    or changed their class since."""
+    """UserError if the resumed run had other images, even with the same config: files were added, removed, or moved to
+    another class."""
     try:
         before = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["data"]
         images, classes, names = int(before["images"]), int(before["classes"]), str(before["fingerprint"])
@@ -120,8 +120,8 @@ def check_images(folder: Path, source: ImageSource) -> None:
 
 
 def _options(folder: Path) -> dict[str, Given]:
-    """The options in the folder's config.yaml. Only that of a run has run.output, and only what a run left may be
-    deleted."""
+    """The options in the folder's config.yaml; empty without one. Only the config of a run has run.output, and only the
+    folder of a run may be emptied."""
     try:
         return read_yaml(folder / CONFIG)
     except UserError:
@@ -129,10 +129,10 @@ def _options(folder: Path) -> dict[str, Given]:
 
 
 def steps_done(checkpoint: Path) -> int:
-    """Optimizer steps behind a checkpoint. UserError when it cannot be read."""
+    """Optimizer steps done at a checkpoint. UserError if it cannot be read."""
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:  # torch raises many types for the ways a file can be broken
+    except Exception as error:  # torch raises many types of errors for broken files
         others = [path.name for path in sorted(checkpoint.parent.glob("*.ckpt")) if path != checkpoint]
         instead = f"put another in its place ({', '.join(others)}), or " if others else ""
         raise UserError(
@@ -142,10 +142,10 @@ def steps_done(checkpoint: Path) -> int:
 
 
 def create(cfg: PretrainConfig) -> Path:
-    """Make the directory (emptied with run.overwrite) and save the resolved config in it.
+    """Make the directory (with run.overwrite: empty it) and save the resolved config in it.
 
-    The old config goes last, when the new one takes its place: a process that is killed in the middle leaves what is
-    known for a run.
+    The old config goes last, replaced by the new one. A process that is killed before leaves a folder that is still
+    recognized as a run.
     """
     folder = Path(cfg.run.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +159,8 @@ def create(cfg: PretrainConfig) -> Path:
 
 
 def take_back(folder: Path) -> None:
-    """Remove what `create` and a start that came to no step wrote into a fresh run directory; quarantine.txt, which the
-    message names, stays."""
+    """Remove what `create`, and a start without a single step, wrote into a fresh run directory. quarantine.txt stays,
+    because the error message names it."""
     for name in (CONFIG, ABOUT, STATUS, "metrics.csv", "checkpoints"):
         path = folder / name
         if path.is_dir():
@@ -171,7 +171,7 @@ def take_back(folder: Path) -> None:
 
 
 def recorded(folder: Path, sha256: str) -> bool:
-    """Whether results.json has the training of these weights."""
+    """Whether results.json has an entry for the training that ended with these weights."""
     return any(
         entry["task"] in ("pretrain", "finetune") and entry["sha256"] == sha256
         for entry in read_results(folder / "results.json")

@@ -1,4 +1,4 @@
-"""Sheets: pictures of what a method does with images, every few epochs, to watch it learn. SiT's rows are the clean,
+"""Sheets: pictures of what a method does with images, drawn every few epochs. SiT's rows, for example, are the clean,
 the corrupted and the reconstructed images."""
 
 from __future__ import annotations
@@ -19,30 +19,27 @@ from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
 
 COLUMNS = 8
+"""Images on a sheet."""
 SIDE = 64
-"""Least side in pixels of an image on the sheet; smaller ones are enlarged by a whole factor, pixel by pixel."""
+"""Smallest side of an image on the sheet in pixels. Smaller ones are enlarged by a whole factor, pixel by pixel."""
 
 
 class Sheets(pl.Callback):
-    """Writes `FOLDER/epoch_NNNN.png` with the rows of `Method.sheet` for the same 8 images; loggers get it too.
+    """Writes `FOLDER/epoch_NNNN.png` with the rows of `Method.sheet`, always for the same 8 images. Loggers get it too.
 
     Args:
-        folder: of the sheets.
-        source: where the images come from; the first 8 that decode.
+        folder: folder of the sheets.
+        source: the images; the first 8 that decode are drawn.
         image_size: side of a view in pixels.
-        every_epochs: epochs between two sheets; one is always drawn at the end.
-        precision: of the forward pass.
+        every_epochs: epochs between two sheets. The last epoch always has one.
+        precision: precision of the forward pass.
     """
 
     def __init__(
         self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: Precision
     ):
-        self.folder, self.image_size, self.every_epochs, self.precision = (
-            Path(folder),
-            image_size,
-            every_epochs,
-            precision,
-        )
+        self.folder, self.image_size = Path(folder), image_size
+        self.every_epochs, self.precision = every_epochs, precision
         found = (source.get(index) for index in range(len(source)))
         self.images = [
             image for image, _ in zip((image for image in found if image is not None), range(COLUMNS), strict=False)
@@ -70,7 +67,8 @@ class Sheets(pl.Callback):
 
 
 def draw_sheet(rows: list[Tensor], mean: list[float], std: list[float]) -> Image.Image:
-    """Normalized images (N, C, H, W) of each row as one picture; of other than 1 or 3 channels the first is shown."""
+    """Rows of normalized images (N, C, H, W) as one picture. Of images with other than 1 or 3 channels the first
+    channel is shown."""
     middle, spread = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     pixels = torch.cat([(row.cpu() * spread + middle).clamp(0, 1) for row in rows])
     if pixels.shape[1] not in (1, 3):

@@ -51,12 +51,8 @@ class AttentionSnapshots(pl.Callback):
     def __init__(
         self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: Precision
     ):
-        self.folder, self.image_size, self.every_epochs, self.precision = (
-            Path(folder),
-            image_size,
-            every_epochs,
-            precision,
-        )
+        self.folder, self.image_size = Path(folder), image_size
+        self.every_epochs, self.precision = every_epochs, precision
         self.images = [image for image in (source.get(index) for index in range(len(source))) if image is not None]
         self.side = image_size * max(1, -(-SIDE // image_size))
         self.blind = not self.images

@@ -1,4 +1,4 @@
-"""Training that starts from a checkpoint: the checkpoint decides the architecture and how images are normalized."""
+"""A training that starts from a checkpoint. The checkpoint decides the architecture and the normalization of images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vit_suite.weights.checkpoint import LoadedBackbone
 
 log = logging.getLogger("vit_suite")
 UNSAID = {"mlp_ratio": 4.0, "registers": 0}
-"""What a checkpoint means where it says None."""
+"""The value that None stands for in a checkpoint's options."""
 FREE = ("drop_path", "checkpointing", "image_size", "channels", "lora_rank")
-"""Options of the backbone that fine-tuning chooses, or that follow other options."""
+"""Options of the backbone that the checkpoint does not decide: free choices, and those that follow other options."""
 
 
 def check_start(cfg: PretrainConfig) -> None:
-    """UserError for options that need a checkpoint to start from, without one."""
+    """UserError for options that need --start, if it is not given."""
     if cfg.start_heads and not cfg.start:
         raise UserError("start_heads needs --start: the checkpoint to take the heads from.")
     if cfg.backbone.lora_rank and not (cfg.start or cfg.backbone.pretrained):
@@ -31,10 +31,10 @@ def check_start(cfg: PretrainConfig) -> None:
 
 
 def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
-    """`cfg` with the architecture, channels and statistics of `loaded`; positions at the size of the views.
+    """`cfg` with the architecture, channels and statistics of `loaded`. Positions get the size of the views.
 
     Raises:
-        UserError: an option of the backbone, or data.channels, was given and contradicts the checkpoint.
+        UserError: a given option of the backbone contradicts the checkpoint.
     """
     theirs, source = loaded.backbone.cfg, loaded.source
     for name in (field.name for field in fields(BackboneConfig) if field.name not in FREE):
@@ -69,15 +69,15 @@ def origin_of(start: LoadedBackbone | None) -> dict[str, str]:
 
 
 def averaged(values: list[float], channels: int) -> list[float]:
-    """The mean of the values, for each of `channels`."""
+    """The mean of the values, once for each of `channels`."""
     return [sum(values) / len(values)] * channels
 
 
 def take_weights(method: Method, start: LoadedBackbone | None, checkpoint: Path | None) -> None:
-    """Give the method the weights that it starts from, unless the run resumes from `checkpoint`.
+    """Give the method the weights of `start`, unless the run resumes from `checkpoint`.
 
     Raises:
-        UserError: the head in `checkpoint` has other classes than the data.
+        UserError: the run resumes, and the head in `checkpoint` has other classes than the data.
     """
     if checkpoint is None:
         if start is not None:

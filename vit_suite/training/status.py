@@ -1,5 +1,5 @@
-"""status.json in the run directory: how far a training is, for `vit-suite launch --status` and for people. Without
-torch, so that asking is quick."""
+"""status.json in the run directory: the state of a training, for `vit-suite launch --status` and for people. This file
+imports no torch, so that a command that asks for the state is quick."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ FILE = "status.json"
 
 @dataclass
 class Status:
-    """The state of a run. A process that was killed could not say so: its run is `running`, and `updated` stands
-    still."""
+    """The state of a run. A killed process cannot change it: the run then stays `running`, and `updated` gets old."""
 
     state: Literal["running", "stopped", "done", "failed"]
-    """stopped: by a signal, with a checkpoint; the same command goes on."""
+    """stopped = by a signal, with a checkpoint; the same command goes on."""
     step: int
     """Optimizer steps done."""
     max_steps: int
     epoch: int
     """Epochs done."""
     images_per_second: float | None = None
-    """Of all ranks, over the last seconds of training, scoring left out."""
+    """Of all ranks, over the last seconds of training. Scores do not count."""
     knn: float | None = None
     """Last online kNN top-1 in percent."""
     seconds_left: float | None = None
-    """Until max_steps at that speed, scoring left out."""
+    """Until max_steps at that speed, without scores."""
     waiting: float | None = None
-    """Share of that time, 0 to 1, in which the training loop waited for images."""
+    """Share of the last seconds, 0 to 1, in which the training loop waited for images."""
     reason: str | None = None
     """The signal, or the error."""
     job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
@@ -44,7 +43,7 @@ class Status:
 
 
 def progress_text(status: Status) -> str:
-    """How far a run is: `step 120 of 9750, 812 images/s, kNN 45.10%, 3% waiting for images, 12 min left`."""
+    """The progress of a run: `step 120 of 9750, 812 images/s, kNN 45.10%, 3% waiting for images, 12 min left`."""
     parts = [f"step {status.step} of {status.max_steps}"]
     if status.images_per_second:
         parts.append(f"{status.images_per_second:.0f} images/s")
@@ -66,13 +65,14 @@ def duration(seconds: float) -> str:
 
 
 def write_status(folder: str | Path, status: Status) -> None:
-    """Replace FOLDER/status.json in one step. Not synced to the disk: after a power cut an old one will do."""
+    """Replace FOLDER/status.json in one step. It is not synced to the disk, because after a power cut an old one is
+    enough."""
     text = json.dumps(asdict(status), indent=2) + "\n"
     write_atomically(Path(folder) / FILE, lambda path: path.write_text(text), sync=False)
 
 
 def read_status(folder: str | Path) -> Status | None:
-    """What FOLDER/status.json says; None when there is none, or none that can be read."""
+    """The content of FOLDER/status.json; None if there is none, or it cannot be read."""
     try:
         content = json.loads((Path(folder) / FILE).read_text())
         return Status(**{key: content[key] for key in (each.name for each in fields(Status))})

@@ -1,4 +1,4 @@
-"""What surrounds a training that a signal stops: whose handlers count, and back into SLURM's queue."""
+"""A training on SLURM that a signal stops: Lightning's own handlers stay out, and the job goes back into the queue."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from vit_suite.signals import WARNING, Stopped
 log = logging.getLogger("vit_suite")
 
 DRILL = "VIT_SUITE_DRILL"
-"""Environment variable by which a drill tells the training it starts what shall happen to it."""
+"""Environment variable with the event of a drill, for the training that the drill starts."""
 
 
 def cluster_environment() -> list[ClusterEnvironment]:
-    """What Lightning would find, except that it leaves SIGUSR1 to us: its own answer is a second checkpoint,
-    hpc_ckpt_N.ckpt, which is older than last.ckpt by the next stop.
+    """The environment that Lightning would find, but without its handler of SIGUSR1. That handler writes a second
+    checkpoint, hpc_ckpt_N.ckpt, which at the next stop would be older than last.ckpt.
 
-    UserError in a batch script that starts one process for many.
+    Raises:
+        UserError: a batch script started one process for a job of many.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
-    if (
-        int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_STEP_ID" not in os.environ
-    ):  # this process would wait for its peers for ever
+    # Such a process would wait forever for the other ranks.
+    if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_STEP_ID" not in os.environ:
         raise UserError(
             f"a SLURM job of {os.environ['SLURM_NTASKS']} tasks, but this is one process: start it with `srun vit-suite"
             " ...`."
@@ -37,16 +37,17 @@ def cluster_environment() -> list[ClusterEnvironment]:
 
 
 def requeued() -> bool:
-    """Whether SLURM has started this job before: then run.overwrite has been done, and what is there is this job's own
-    work."""
+    """Whether SLURM has started this job before. Then run.overwrite was obeyed already, and the run directory holds
+    this job's own work."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def answer(stop: Stopped, overwrite: bool) -> Stopped:
-    """Put a stopped run back into the queue, where SLURM warned it; says in `stop` how the run goes on and with what
-    status this ends.
+    """Put the job back into the queue if SLURM's warning stopped the run. Returns `stop` with the exit status, and with
+    the advice how the run goes on.
 
-    The command of a batch job is repeated by SLURM as it is; a person has to leave `overwrite` out.
+    SLURM repeats the command of a batch job unchanged (`requeued`). A person who repeats it has to leave out
+    `overwrite`.
     """
     if overwrite:
         stop.advice = "the same command without overwrite goes on"
@@ -55,16 +56,12 @@ def answer(stop: Stopped, overwrite: bool) -> Stopped:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    before = signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # SLURM ends a requeued job with SIGTERM, and it is about to end anyway
+    # SLURM ends a requeued job with SIGTERM. It is ignored, because this process is about to end anyway.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=30)
-        failure = (
-            None
-            if done.returncode == 0
-            else " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
-        )
+        words = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
+        failure = words if done.returncode else None
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     if failure is None:

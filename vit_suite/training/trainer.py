@@ -24,7 +24,7 @@ from vit_suite.training.stop import cluster_environment
 def build_trainer(
     cfg: PretrainConfig, folder: Path, callbacks: list[pl.Callback], precision: str, steps_done: int = 0
 ) -> pl.Trainer:
-    """The Lightning trainer of a run that writes into `folder`, where `steps_done` steps have been done before."""
+    """The Lightning trainer of a run that writes into `folder` and resumes after `steps_done` steps."""
     found: dict[str, Any] = dict(layout(cfg.trainer))
     options = replace(cfg.trainer, **found)
     cuda = pick_device(options.accelerator).type == "cuda"
