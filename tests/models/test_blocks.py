@@ -166,6 +166,11 @@ def test_drawn_paths_are_kept_at_their_rates():
     assert backbone.eval().drawn_paths(alone(4), 1) is None
 
 
+def test_uniform_drop_path_has_one_rate():
+    assert tiny(drop_path=0.4, drop_path_uniform=True).drop_rates == [0.4] * 6
+    assert tiny(drop_path=0.4).drop_rates == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4])
+
+
 def test_drop_path_without_drawn_paths_is_timms():
     """Outside a training step it draws from torch's generator, for batches of any size."""
     for count in (8, 4):

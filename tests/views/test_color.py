@@ -9,6 +9,9 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as reference
 
 from vit_suite.views import color
+from vit_suite.views.draw import ViewParameters
+from vit_suite.views.planes import Planes
+from vit_suite.views.planes_color import recolor_planes_
 
 PEERS = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
 TOLERANCE = 1e-3
@@ -33,12 +36,16 @@ def test_each_jitter_operation_is_torchvisions(operation):
     assert (ours - x).abs().max() > 0.3  # it did something
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_jitter_runs_each_sample_in_its_own_order(merge, monkeypatch):
-    steps = color._steps
-    monkeypatch.setattr(
-        color, "_steps", lambda order, apply, **_: steps(order, apply, merge)
-    )  # True is the GPU's grouping
+def jitter_as_a_gpu(x, factors, order, apply):
+    none = torch.zeros_like(apply)
+    drawn = ViewParameters(torch.zeros(1, 1, 4), none[None], apply, factors, order, none, none, factors[:, 0], none)
+    planes = Planes.of(x)
+    recolor_planes_(planes, [drawn])
+    return next(planes.groups()).squeeze(1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("jitter", [color.jitter_, jitter_as_a_gpu])
+def test_jitter_runs_each_sample_in_its_own_order(jitter):
     orders = torch.tensor(list(itertools.permutations(range(4))) * 2)  # each twice
     count = len(orders)
     generator = torch.Generator().manual_seed(1)
@@ -52,7 +59,7 @@ def test_jitter_runs_each_sample_in_its_own_order(merge, monkeypatch):
     for index in apply.nonzero().flatten().tolist():
         for operation in orders[index].tolist():
             expected[index] = PEERS[operation](expected[index], float(factors[index, operation]))
-    ours = color.jitter_(x.clone(), factors, orders, apply)
+    ours = jitter(x.clone(), factors, orders, apply)
     torch.testing.assert_close(ours, expected, atol=2 * TOLERANCE, rtol=0)
     assert torch.equal(ours[~apply], x[~apply])
 

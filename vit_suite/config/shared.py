@@ -94,6 +94,8 @@ class BackboneConfig:
     """Input channels; follows data.channels in a run."""
     drop_path: ShareBelow = 0.1
     """Stochastic depth of the student, rising linearly over blocks; the teacher has none (DINO main_dino.py)."""
+    drop_path_uniform: bool = False
+    """Give all blocks the rate backbone.drop_path, as DINOv2's configurations do, instead of the linear rise."""
     lora_rank: Annotated[int, Range(0, ceiling=1024)] = 0
     """LoRA (arXiv 2106.09685), for training that starts from a checkpoint: rank of the pairs that learn beside the
     blocks' linear layers (8 to 32), while everything else of the backbone is frozen. What is exported is a plain

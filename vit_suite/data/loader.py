@@ -10,7 +10,6 @@ shape, and every run draws the same replacement. The main process reports such f
 from __future__ import annotations
 
 import functools
-import math
 import os
 import shutil
 import time
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.gpu_decode import decode_jpegs, read_file
 from vit_suite.data.order import Batch, EpochLoader, EpochPlan
+from vit_suite.data.packed import Packed
 from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.reading import try_load
 from vit_suite.data.source import ImageSource, ResidentSource, stable_seed
@@ -270,9 +270,8 @@ class _Packed(NamedTuple):
     pixels: Tensor
     shapes: list[torch.Size]
 
-    def unpack(self) -> list[Tensor]:
-        parts = self.pixels.split([math.prod(shape) for shape in self.shapes])
-        return [part.view(*shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    def unpack(self) -> Packed:
+        return Packed(self.pixels, [torch.Size(shape) for shape in self.shapes])
 
 
 def _stack(images: list[Tensor]) -> Tensor | list[Tensor] | _Packed:

@@ -37,6 +37,7 @@ from vit_suite.errors import UserError
 from vit_suite.hardware import send
 from vit_suite.models.blocks import DropPath, answers_first, causal_mask, of_first, queries_and_keys
 from vit_suite.models.build import build_vit, check_image_size
+from vit_suite.models.casts import cast_together, linear_tensors
 from vit_suite.models.lora import add_pairs
 from vit_suite.models.positions import resize_position, sincos_positions
 from vit_suite.views.draw import Draw
@@ -190,14 +191,25 @@ class Backbone(nn.Module):
                 arguments["attn_mask"] = causal_mask(x.shape[1], self.prefix_tokens, x.device)
             if kept is not None:
                 arguments["kept"] = kept[2 * index : 2 * index + 2]
-            x = self._run(block, x, **arguments)
+            x = self._run(index, block, x, **arguments)
             yield x
 
-    def _run(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Call `function`; with backbone.checkpointing the backward pass calls it a second time."""
+    @functools.cached_property
+    def linear_tensors(self) -> list[list[tuple[nn.Module, str]]]:
+        """The weights that autocast casts in each block."""
+        return [linear_tensors(block) for block in self.vit.blocks]
+
+    def _run(self, index: int, function: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
+        """Call `function(x)` of block `index`; with backbone.checkpointing the backward pass calls it a second time."""
+        if x.device.type != "cpu":  # a CPU has no launches to save
+            function = functools.partial(self._run_cast, index, function)
         if self.cfg.checkpointing and self.training and torch.is_grad_enabled():
             function = functools.partial(checkpoint, function, use_reentrant=False)
-        return function(*args, **kwargs)
+        return function(x, **kwargs)
+
+    def _run_cast(self, index: int, function: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
+        with cast_together(self.linear_tensors[index], x.device.type):
+            return function(x, **kwargs)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) of the last block -> representation (B, D)."""
@@ -211,7 +223,8 @@ class Backbone(nn.Module):
         block = self.vit.blocks[-1]
         if self.cfg.pool == "cls" and answers_first(block):  # nothing reads the patches of the last block
             x = last(islice(self.blocks(x, grid, kept), self.depth - 1), x)
-            return self.pooled(self._run(of_first, block, x, first=1, kept=None if kept is None else kept[-2:]))
+            kept = None if kept is None else kept[-2:]
+            return self.pooled(self._run(-1, functools.partial(of_first, block), x, first=1, kept=kept))
         return self.pooled(last(self.blocks(x, grid, kept), x))
 
     def tokens(

@@ -48,9 +48,14 @@ class DropPath(nn.Module):
         return x.new_empty(len(x)).bernoulli_(1 - self.rate) / (1 - self.rate)
 
 
-def replace_drop_path(vit: Any) -> None:
-    """Replace timm's DropPath by this module's in blocks whose `forward` takes `kept`. UserError for other blocks."""
+def replace_drop_path(vit: Any, uniform: float = 0.0) -> None:
+    """Replace timm's DropPath by this module's in blocks whose `forward` takes `kept`. UserError for other blocks.
+
+    uniform: the rate of all blocks, in place of timm's rates, which rise linearly.
+    """
     for block in vit.blocks:
+        if uniform and isinstance(block, OWN_BLOCKS):
+            block.drop_path1, block.drop_path2 = DropPath(uniform), DropPath(uniform)
         for name, part in list(block.named_modules()):
             if isinstance(part, TimmDropPath):
                 if not isinstance(block, OWN_BLOCKS):
@@ -171,10 +176,13 @@ class Attention(TimmAttention):
         if first is not None:
             return self.of_first(x, first)
         masked = attn_mask is not None or is_causal
-        if x.device.type != "cpu" or masked or not self.plain or (self.training and self.attn_drop.p):
+        if masked or not self.plain or (self.training and self.attn_drop.p):
             return super().forward(x, attn_mask, is_causal)
         qkv = self.qkv(x)
-        if x.shape[1] < PLAIN.get(qkv.dtype, 0):
+        if x.device.type != "cpu":  # timm's permutes before it takes apart, and the gradient of that is one more copy
+            q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2))
+            x = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+        elif x.shape[1] < PLAIN.get(qkv.dtype, 0):
             x = PlainAttention.apply(qkv, self.num_heads, self.scale)
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -85,7 +85,7 @@ def build_vit(cfg: BackboneConfig) -> VisionTransformer | Eva:
         common["img_size"] = pair(cfg.image_size)
     vit = _explicit(cfg, common) if cfg.name == EXPLICIT else _named(cfg, common)
     replace_rope_blocks(vit)
-    replace_drop_path(vit)
+    replace_drop_path(vit, cfg.drop_path if cfg.drop_path_uniform else 0.0)
     return vit
 
 

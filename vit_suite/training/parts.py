@@ -13,7 +13,7 @@ from vit_suite.data.gpu_decode import check_decoder
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.quarantine import Quarantine
 from vit_suite.errors import UserError, unknown_name
-from vit_suite.hardware import pick_device, pick_precision
+from vit_suite.hardware import own_gpu, pick_device, pick_precision
 from vit_suite.methods.base import Method
 from vit_suite.methods.compiled import check_compile, compile_blocks
 from vit_suite.registry import Column
@@ -85,4 +85,4 @@ def check_decode(cfg: PretrainConfig, data: ImageDataModule, device: torch.devic
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"data.decode is gpu, but {reason}: use data.decode cpu.")
-    check_decoder(device)
+    check_decoder(own_gpu(device))

@@ -29,7 +29,7 @@ from torch import Tensor
 from vit_suite.config.limits import pair
 from vit_suite.config.sit import SiTConfig
 from vit_suite.errors import UserError
-from vit_suite.hardware import send
+from vit_suite.hardware import full_precision, send
 from vit_suite.views.blocks import (
     GMML_SIDE,
     Axis,
@@ -46,7 +46,6 @@ from vit_suite.views.blocks import (
     slots_of_union,
 )
 from vit_suite.views.draw import Draw
-from vit_suite.views.resample import full_precision
 
 CPU_CHUNK = 1 << 20
 """Elements of views and blocks worked on at a time on a CPU (4 MiB). Views/s of 32 px in `blocks` and in `gmml` at 2^16

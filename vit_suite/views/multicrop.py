@@ -10,7 +10,6 @@ Axes: B images, V = G + L views (global, then local), C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -22,48 +21,16 @@ from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
 from vit_suite.hardware import send
 from vit_suite.views import color
-from vit_suite.views.draw import Draw
-from vit_suite.views.resample import crop_resize_views
+from vit_suite.views.draw import Draw, ViewParameters
+from vit_suite.views.planes import Group, Planes, crop_planes
+from vit_suite.views.planes_color import normalized, recolor_planes_
+from vit_suite.views.resample import as_pair, check_pixels, crop_resize_views
 
 ATTEMPTS = 10
 """Tries of torchvision's RandomResizedCrop before it takes the center."""
 DRAWS = 2 * ATTEMPTS + 16
 """Uniform numbers a view consumes: area and ratio of each attempt, place (2), flip, jitter, its factors (4) and order
 (4), gray, blur, sigma, solarize."""
-
-
-@dataclass
-class ViewParameters:
-    """Everything random about the views of a batch; tensors on the CPU, first axes (B, V)."""
-
-    boxes: Tensor
-    """(B, V, 4) int64 top, left, height, width in pixels."""
-    flip: Tensor
-    """(B, V) bool."""
-    jitter: Tensor
-    """(B, V) bool."""
-    factors: Tensor
-    """(B, V, 4) brightness, contrast, saturation factors, hue shift in turns."""
-    order: Tensor
-    """(B, V, 4) int64 order of those four operations."""
-    gray: Tensor
-    """(B, V) bool."""
-    blur: Tensor
-    """(B, V) bool."""
-    sigma: Tensor
-    """(B, V) standard deviation of the blur in pixels of the view."""
-    solarize: Tensor
-    """(B, V) bool."""
-
-    def views(self, part: slice) -> ViewParameters:
-        """Those of some views, flattened view by view: first axis V * B, except boxes and flip, which stay (B, V)."""
-        chosen = {field.name: getattr(self, field.name)[:, part] for field in fields(self)}
-        return ViewParameters(
-            **{
-                key: value if key in ("boxes", "flip") else value.transpose(0, 1).flatten(0, 1)
-                for key, value in chosen.items()
-            }
-        )
 
 
 def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ratio: Sequence[float]) -> Tensor:
@@ -154,15 +121,29 @@ class MultiCrop:
 
     def apply(self, images: Tensor | Sequence[Tensor], parameters: ViewParameters) -> list[Tensor]:
         """The views for parameters already drawn."""
+        return self.groups(images, self.sizes(parameters))
+
+    def sizes(self, parameters: ViewParameters) -> list[tuple[ViewParameters, int]]:
+        """The parameters of the views of each size (`ViewParameters.views`), and their side in pixels."""
         count = self.cfg.global_crops
-        groups = [(slice(0, count), self.cfg.global_size)]
+        found = [(parameters.views(slice(0, count)), self.cfg.global_size)]
         if self.cfg.local_crops:
             local: Any = self.cfg
-            groups.append((slice(count, None), local.local_size))
-        return [view for part, size in groups for view in self.group(images, parameters.views(part), size)]
+            found.append((parameters.views(slice(count, None)), local.local_size))
+        return found
 
-    def group(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
-        """The views that `drawn` describes (`ViewParameters.views`), with sides of `size` pixels."""
+    def groups(self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[ViewParameters, int]]) -> list[Tensor]:
+        """The views of each (parameters, side) in turn. A GPU makes those of all sizes together."""
+        check_pixels(images)
+        if images[0].device.type == "cpu":
+            return [view for drawn, size in sizes for view in self._on_cpu(images, drawn, size)]
+        check_channels(images[0].shape[0], self.mean, self.std)
+        groups = [Group(drawn.boxes, drawn.flip, as_pair(size)) for drawn, size in sizes]
+        planes = crop_planes(images, groups)
+        recolor_planes_(planes, [drawn for drawn, _ in sizes])
+        return [view for views in normalized(planes, self.mean, self.std) for view in views.unbind(0)]
+
+    def _on_cpu(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
         views = crop_resize_views(images, drawn.boxes, drawn.flip, size)
         x = views.flatten(0, 1)  # (V * B, C, S, S)
         recolor_(x, drawn)
@@ -172,18 +153,28 @@ class MultiCrop:
 
 def recolor_(x: Tensor, drawn: ViewParameters) -> None:
     """Jitter, gray, blur and solarize x (N, C, S, S) in 0..1, in place; `drawn` has first axes N."""
+    if x.device.type != "cpu":
+        planes = Planes.of(x)
+        recolor_planes_(planes, [drawn])
+        x.copy_(next(planes.groups()).squeeze(1).transpose(0, 1))
+        return
     color.jitter_(x, drawn.factors, drawn.order, drawn.jitter)
     color.grayscale_(x, drawn.gray)
     color.blur_(x, drawn.sigma, drawn.blur)
     color.solarize_(x, drawn.solarize)
 
 
+def check_channels(channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    """UserError unless there is a mean and a deviation for each channel."""
+    if len(mean) != channels or len(std) != channels:
+        raise UserError(
+            f"the images have {channels} channels but data.mean has {len(mean)} and data.std {len(std)} values."
+        )
+
+
 def normalize_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std per channel of (N, C, H, W), in place."""
-    if len(mean) != x.shape[1] or len(std) != x.shape[1]:
-        raise UserError(
-            f"the images have {x.shape[1]} channels but data.mean has {len(mean)} and data.std {len(std)} values."
-        )
+    check_channels(x.shape[1], mean, std)
     gain = torch.tensor([1 / value for value in std])
     shift = -torch.tensor(list(mean)) * gain
     gain, shift = (send(values.view(-1, 1, 1), x.device) for values in (gain, shift))

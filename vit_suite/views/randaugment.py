@@ -31,9 +31,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from vit_suite.config import SupervisedViewsConfig
-from vit_suite.hardware import send
+from vit_suite.hardware import full_precision, send
 from vit_suite.views.draw import Draw
-from vit_suite.views.resample import full_precision
 
 MOST = 10.0
 """The strength that stands for the full range."""

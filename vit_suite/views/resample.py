@@ -1,15 +1,16 @@
-"""Crop, resize and flip a batch, every image by its own box: two batched products with antialiased weights.
+"""Crop, resize and flip a batch, each image by its own box: two batched products with antialiased weights.
 
-A separable resize is linear along each axis, so a crop, a resize and a mirror of one image are `Wy @ image @ Wx.T`, and
-a batch with one box a sample is two `bmm`. The weights are Pillow's (Resample.c): the Catmull-Rom kernel (a = -0.5),
-stretched by the scale factor when it shrinks, normalized over the taps that fall inside the crop box (a crop followed
-by a resize sees nothing outside). As in Pillow the horizontal pass comes first and its result is clamped before the
-vertical pass: skipping that clamp moves pixels beside hard edges by up to 10 / 255.
+A separable resize is linear along each axis. So a crop, a resize and a mirror of one image are `Wy @ image @ Wx.T`, and
+a batch with a box for each image is two `bmm`. The weights are Pillow's (Resample.c): the Catmull-Rom kernel (a =
+-0.5), stretched by the scale factor if the resize shrinks, and normalized over the taps inside the crop box, because a
+resize after a crop sees nothing outside. As in Pillow the horizontal pass comes first, and its result is clamped before
+the vertical pass: without that clamp pixels beside hard edges move by up to 10 / 255.
 
-Deviation: Pillow rounds to 8 bits after each pass, here values stay float; the tests hold the two within 2 / 255.
-Products run in fp32, autocast off: bf16 has 8 bits of mantissa and would cost more than that tolerance. Pillow 13 runs
-the
-vertical pass first for some shapes (seen where the height shrinks and the width grows); here, as in torchvision, it
+This is the code for a CPU. On a GPU, and for lists of images by products, `planes.py` does the same in fewer operators.
+
+Deviations: Pillow rounds to 8 bits after each pass, and here values stay float; the tests hold the two within 2 / 255.
+Products run without autocast, because the 8 bits of bf16's mantissa would move pixels more than that. Pillow 13 runs
+the vertical pass first for some shapes (seen where the height shrinks and the width grows); here, as in torchvision, it
 comes second.
 
 Axes: B images, V boxes an image, C channels, H x W pixels of the image, h x w of the output.
@@ -18,7 +19,6 @@ Axes: B images, V boxes an image, C channels, H x W pixels of the image, h x w o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -26,21 +26,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from vit_suite.errors import UserError
-from vit_suite.hardware import send
+from vit_suite.hardware import full_precision
+from vit_suite.views.kernels import Kernel, kernel_
+from vit_suite.views.planes import Group, crop_planes
 
-Kernel = Literal["bicubic", "bilinear"]
 Method = Literal["auto", "dense", "single"]
 Size = int | Sequence[int]
 
 CPU_CHUNK = 1 << 19
-"""Elements of weights and intermediates that a chunk of images may hold on a CPU (2 MiB of fp32). Microseconds an image
-of 32 px (2 x 32 + 8 x 16, one core) at 2^16 .. 2^20: 249, 143, 100, 85, 88. Below, calls cost more than arithmetic."""
-DEVICE_CHUNK = 1 << 28
-"""The same on a GPU (1 GiB), where it only bounds memory."""
+"""Numbers of weights and intermediates that a chunk of images may hold (2 MiB of fp32). Microseconds an image of 32 px
+(2 x 32 + 8 x 16, one core) at 2^16, 2^17 .. 2^20: 249, 143, 100, 85, 88. In smaller chunks calls cost more than
+arithmetic."""
 ROUNDING = 1e-3
 """How far floats may lie outside 0..1: a resize in half precision overshoots by about so much."""
-BUCKET = 128
-"""Ragged images are padded to multiples of this side on a GPU: 500x375 photographs fall into two or three groups."""
 
 
 def as_pair(size: Size) -> tuple[int, int]:
@@ -51,8 +49,9 @@ def as_pair(size: Size) -> tuple[int, int]:
 def check_pixels(images: Tensor | Sequence[Tensor]) -> None:
     """UserError unless every image is uint8, or floating point in 0..1.
 
-    Other values would be clamped without a word: normalized images lose their dark half, and integers of 0..255 turn
-    white. Floats on a GPU cost a wait for their extremes; uint8, which the suite's own loaders give, costs nothing.
+    Other values would be clamped without a warning: normalized images would lose their dark half, and integers of
+    0..255 would turn white. Float images on a GPU make the host wait for their extremes; uint8 images, which the
+    suite's own loaders give, do not.
     """
     for batch in [images] if isinstance(images, Tensor) else images:
         if batch.dtype == torch.uint8 or not batch.numel():
@@ -63,22 +62,6 @@ def check_pixels(images: Tensor | Sequence[Tensor]) -> None:
                 f"images are {str(batch.dtype).removeprefix('torch.')} with values from {least:g} to {most:g}; views"
                 " take uint8 (0..255), or floats in 0..1, and normalize them themselves."
             )
-
-
-def kernel_(distance: Tensor, kernel: Kernel) -> Tensor:
-    """The kernel at signed distances, in place.
-
-    With p2 = max(2 - |d|, 0) and p1 = max(1 - |d|, 0) both cubic pieces of Catmull-Rom are one expression without
-    branches, -p2^2 (1 - p2) / 2 + p1^2 (1 - 2 p1), a third of the passes over memory that two `where` take.
-    """
-    if kernel == "bilinear":
-        return distance.abs_().neg_().add_(1).clamp_(min=0)
-    outer = distance.abs_().neg_().add_(2).clamp_(min=0)
-    inner = (outer - 1).clamp_(min=0)
-    square = outer * outer
-    outer.sub_(1).mul_(square).mul_(0.5)
-    torch.mul(inner, inner, out=square)
-    return outer.addcmul_(square, inner.mul_(-2).add_(1))
 
 
 def axis_weights(
@@ -105,19 +88,17 @@ def axis_weights(
 
 
 def _dense(images: Tensor, boxes: Tensor, flip: Tensor | None, size: tuple[int, int], kernel: Kernel) -> Tensor:
-    """(V, B, C, h, w) from images (B, C, H, W) and boxes (B, V, 4), by chunks of images that fit the cache."""
+    """(V, B, C, h, w) from images (B, C, H, W) and boxes (B, V, 4), in chunks of images that fit the cache."""
     count, channels, height, width = images.shape
     views, (h, w) = boxes.shape[1], size
     out = torch.empty(views, count, channels, h, w, device=images.device)
     each = channels * height * (width + w) + views * (h * height + w * width) + channels * h * w
-    budget = CPU_CHUNK if images.device.type == "cpu" else DEVICE_CHUNK
-    step = max(1, budget // each)
+    step = max(1, CPU_CHUNK // each)
     top, left, tall, wide = boxes.transpose(0, 1).unbind(-1)  # each (V, B)
     mirror = None if flip is None else flip.transpose(0, 1)
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))
-        # (b, H, C, W): the first product then leaves (b, H, C * w), which is what the second one contracts, without a
-        # transpose.
+        # (b, H, C, W): the result of the first product is then (b, H, C * w), as the second one takes it.
         pixels = images[part].permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
         rows = pixels.reshape(-1, height * channels, width)
         across = axis_weights(
@@ -134,10 +115,10 @@ def _dense(images: Tensor, boxes: Tensor, flip: Tensor | None, size: tuple[int, 
 
 
 def resize(images: Tensor, size: tuple[int, int], kernel: Kernel = "bicubic") -> Tensor:
-    """Antialiased resize of whole images (B, C, H, W) by PyTorch's own sparse kernels, clamped between the passes as
-    Pillow does.
+    """Antialiased resize of whole images (B, C, H, W) by PyTorch's own sparse kernels, clamped between the passes as in
+    Pillow.
 
-    uint8 stays uint8 on a CPU (PyTorch resizes 8 bits there only); everything else becomes float in 0..1.
+    uint8 stays uint8 on a CPU; PyTorch resizes 8 bits there only. All other images become float in 0..1.
     """
     if images.dtype == torch.uint8 and images.device.type == "cpu":
         return functional.interpolate(images, size=size, mode=kernel, antialias=True, align_corners=False)
@@ -152,7 +133,7 @@ def resize(images: Tensor, size: tuple[int, int], kernel: Kernel = "bicubic") ->
 def _single(
     image: Tensor, boxes: list[list[int]], flip: list[bool], size: tuple[int, int], kernel: Kernel, out: Tensor
 ) -> None:
-    """Writes the crops of one image (C, H, W) to out (V, C, h, w)."""
+    """Write the crops of one image (C, H, W) to out (V, C, h, w)."""
     for view, (top, left, tall, wide) in enumerate(boxes):
         crop = image[None, :, top : top + tall, left : left + wide]
         if crop.shape[-2:] != size:
@@ -173,35 +154,21 @@ def _one_by_one(
     return out
 
 
-def _buckets(
-    images: Sequence[Tensor], boxes: Tensor, flip: Tensor | None, size: tuple[int, int], kernel: Kernel
-) -> Tensor:
-    """(V, B, C, h, w) of ragged images: padded to a few common sizes, one dense call each."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, image in enumerate(images):
-        key = (-(-image.shape[1] // BUCKET) * BUCKET, -(-image.shape[2] // BUCKET) * BUCKET)
-        groups.setdefault(key, []).append(index)
-    device, channels = images[0].device, images[0].shape[0]
-    out = torch.empty(boxes.shape[1], len(images), channels, *size, device=device)
-    for (height, width), members in groups.items():
-        padded = torch.zeros(len(members), channels, height, width, dtype=images[0].dtype, device=device)
-        for place, index in enumerate(members):
-            padded[place, :, : images[index].shape[1], : images[index].shape[2]] = images[index]
-        rows = send(torch.tensor(members), device)
-        mirror = None if flip is None else flip.index_select(0, rows)
-        out.index_copy_(1, rows, _dense(padded, boxes.index_select(0, rows), mirror, size, kernel))
-    return out
-
-
 SPARSE_AREA = 48 * 48
-"""Pixels of an image above which a CPU resizes image by image. Microseconds an image for 2 global and 8 local crops,
-dense products beside sparse image by image, one core with AVX-512 of a busy machine: 32 px (to 32 and 16) 134 / 334, 48
-px (to 48 and 24) 327 / 364, 64 px 479 / 417, 96 px 1,120 / 566, 500x375 (to 224 and 96) 43,100 / 6,190. Dense work
-grows with the image's area times the output's side, and almost all of its weights are zeros."""
+"""Pixels of an image above which a CPU resizes image by image. Dense products take time with the area of the image
+times the side of the output, and almost all of their weights are zeros. Microseconds an image for 2 global and 8 local
+crops, dense products / sparse kernels image by image, one core with AVX-512 of a busy machine:
+
+- 32 px (to 32 and 16): 134 / 334
+- 48 px (to 48 and 24): 327 / 364
+- 64 px: 479 / 417
+- 96 px: 1,120 / 566
+- 500x375 (to 224 and 96): 43,100 / 6,190
+"""
 
 
 def _sparse_is_faster(images: Tensor | Sequence[Tensor], boxes: Tensor) -> bool:
-    """Whether PyTorch's resize, image by image, beats the dense products."""
+    """Whether PyTorch's resize, image by image, is faster than the dense products."""
     if images[0].device.type != "cpu" or boxes.is_floating_point():
         return False
     several = images[:1] if isinstance(images, Tensor) else images
@@ -220,11 +187,9 @@ def crop_resize_views(
 
     images: uint8, or float in 0..1, (B, C, H, W); or a list of such (C, H_i, W_i).
     boxes: (B, V, 4) of top, left, height, width in pixels, inside the image; whole (int) or fractional (float).
-    flip: (B, V) bool or None. Boxes and flips may be on the CPU while the images are on a GPU; they are sent without a
-    wait.
-    method: `dense` products (on a list: padded groups), or `single` images through `interpolate` (CPU, whole boxes
-    only); auto
-    takes the faster as measured: see SPARSE_AREA.
+    flip: (B, V) bool or None. Boxes and flips are on the CPU, and the images on any device.
+    method: `dense` products, or `single` images through `interpolate` (CPU, whole boxes only); `auto` takes the one
+    that was faster where it was measured (SPARSE_AREA).
     """
     pair = as_pair(size)
     check_pixels(images)
@@ -234,13 +199,11 @@ def crop_resize_views(
         return _one_by_one(list(images), boxes, flip, pair, kernel)
     if not isinstance(images, Tensor) and len({image.shape for image in images}) == 1:
         images = torch.stack(list(images))
-    device = images[0].device
-    boxes = send(boxes, device)
-    flip = None if flip is None else send(flip, device)
-    with full_precision(device):
-        if isinstance(images, Tensor):
+    if isinstance(images, Tensor) and images.device.type == "cpu":
+        with full_precision(images.device):
             return _dense(images, boxes, flip, pair, kernel)
-        return _buckets(images, boxes, flip, pair, kernel)
+    views = next(crop_planes(images, [Group(boxes, flip, pair)], kernel).groups())
+    return views.permute(1, 2, 0, 3, 4).contiguous()
 
 
 def crop_resize(
@@ -255,8 +218,3 @@ def crop_resize(
     return crop_resize_views(
         images, boxes.unsqueeze(1), None if flip is None else flip.unsqueeze(1), size, kernel, method
     )[0]
-
-
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off, on devices that have it."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()

@@ -34,9 +34,8 @@ class StagedMultiCrop:
         late = self.cfg.late_from_epoch is not None and draw.epoch >= self.cfg.late_from_epoch
         crop = self.late if late else self.early
         parameters = draw_views(crop.cfg, image_sizes(images), draw)
-        views = crop.apply(images, parameters)
+        sizes = crop.sizes(parameters)
         if self.cfg.gram_size:
-            drawn = parameters.views(slice(0, crop.cfg.global_crops))
-            drawn = replace(drawn, sigma=drawn.sigma * (self.cfg.gram_size / crop.cfg.global_size))
-            views += crop.group(images, drawn, self.cfg.gram_size)
-        return views
+            drawn = replace(sizes[0][0], sigma=sizes[0][0].sigma * (self.cfg.gram_size / crop.cfg.global_size))
+            sizes.append((drawn, self.cfg.gram_size))
+        return crop.groups(images, sizes)
