@@ -1,26 +1,28 @@
-"""Training on a GPU: images a second, memory, and the share of what the GPU multiplies at best, beside the official
-DINO code and lightly.
+"""Training on a GPU: images a second, memory, what Python takes of a step, and the share of what the GPU multiplies at
+best, beside the official DINO code and lightly.
 
-    python scripts/bench_gpu.py --peer DINO_CHECKOUT --output benchmarks/gpu.json     once, on a GPU python
-    scripts/bench_gpu.py --device cpu --tiny                                   on a CPU, only to see that it works
+    python scripts/bench_gpu.py --peer DINO_CHECKOUT --output benchmarks/gpu.json     once, on a GPU
+    python scripts/bench_gpu.py --plan                                                what it would run, and how long
+    python scripts/bench_gpu.py --device cpu --tiny                                   on a CPU, to see that it works
 
-Cases `step ...` are DINO steps on ready views of 2 x 224 and 8 x 96 pixels, K 65,536 (bench_step.py), ours beside:
+Cases `step ...` are steps on ready views (bench_step.py): DINO and DINOv2 with 2 x 224 and 8 x 96 pixels and 65,536
+prototypes, MAE with 224 pixels, each at several numbers of images a rank. Beside ours on DINO:
 
-    official fp16, bf16   `--peer`, a checkout of facebookresearch/dino, as its own training runs (loss scaling, the
-    loss read in every
-                          step), and with bf16 in place of fp16; without --peer they are left out
-    lightly bf16          its DINO loss and head on a timm ViT, one crop after the other as in its example (pip install
-    'vit-suite[bench]')
+- official fp16, bf16: `--peer`, a checkout of facebookresearch/dino, as its own training runs (loss scaling, the loss
+  read in every step), and with bf16 in place of fp16. Without --peer they are left out.
+- lightly bf16: its DINO loss and head on a timm ViT, one crop after the other as in its example (pip install
+  'vit-suite[bench]').
 
 Cases `training ...` are trainings as `vit-suite pretrain` runs them, Lightning's loop and logging included, from
 generated images that lie on the GPU as 8 bits and are augmented there. `compiled` and `graphs` are ours with
 trainer.compile blocks and graphs.
 
-Each contender has a process of its own: one that fails is reported and the others go on. Speed is the median of the
-rounds, spread
-(largest - smallest) / median; FLOP are those of a contender's own matrix products; ratios are to the last row of a case
-that ran, which `ratio to` names. Aims on an H100: steps 2.5 times as fast as the official code and at 45% of the matmul
-rate, `training cifar` 8,000 images/s.
+Each contender has a process of its own: if one fails, it is reported, and the others go on. After `--minutes` no
+further one is started. Speed is the median of the rounds, spread (largest - smallest) / median. `host ms` is how long
+Python takes to launch a step on an idle GPU; if it is near `step ms`, the GPU waits for Python. `launches` are kernels
+a step. FLOP are those of a contender's own matrix products. Ratios are to the last row of a case and batch that ran,
+which `ratio to` names. Aims on an H100: steps 2.5 times as fast as the official code and at 45% of the matmul rate,
+DINO S/16 2,000 images/s, `training cifar` 8,000 images/s.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ import argparse
 import multiprocessing
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -61,15 +65,32 @@ from vit_suite.config import (
     ViewsConfig,
 )
 from vit_suite.hardware import matmul_rate
+from vit_suite.reports.results import table
 from vit_suite.training.parts import build_parts
 from vit_suite.training.phases import Phases, now
 from vit_suite.training.profile import Recorder, peak_memory
 from vit_suite.training.trainer import build_trainer
 
-STEPS = {
-    "step vits16": CASES["vits16"] | {"batch": 64},
-    "step vitb16": CASES["vits16"] | {"dim": 768, "heads": 12, "batch": 64},
+
+def whole(case: dict) -> dict:
+    """A case without local crops."""
+    return {key: value for key, value in case.items() if key != "local"}
+
+
+VITS16 = CASES["vits16"]
+STEPS: dict[str, dict] = {
+    "step vits16": VITS16 | {"batches": [16, 64, 128, 256]},
+    "step vitb16": VITS16 | {"dim": 768, "heads": 12, "batches": [64]},
+    "step dinov2 vits16": VITS16 | {"method": "dinov2", "batches": [64]},
+    "step mae vits16": whole(VITS16) | {"method": "mae", "sizes": (224,), "batches": [256]},
 }
+START, COMPILES, SETTLES = 20, 60, 3
+"""Seconds by which --plan counts: a process with torch and CUDA, a compilation, a batch size's first window. Estimated,
+not measured."""
+EXPECTED = 1500
+"""Images a second by which --plan counts."""
+IDLE = 5
+"""Steps from an idle GPU whose launching is timed."""
 TINY = {"dim": 24, "depth": 2, "heads": 3, "patch": 8, "sizes": (32, 16), "local": 2, "batch": 4, "prototypes": 64}
 COMPILE = {"ours graphs": "graphs", "ours compiled": "blocks", "ours": "none"}
 PEERS = ["lightly bf16", "official bf16", "official fp16"]
@@ -112,8 +133,21 @@ def trainings(tiny: bool) -> dict[str, PretrainConfig]:
     }
 
 
-def measure_step(name: str, case: dict, device: torch.device, options: argparse.Namespace) -> dict:
-    """The figures of one contender of a `step` case."""
+def measure_step(name: str, case: dict, device: torch.device, options: argparse.Namespace) -> list[dict]:
+    """The figures of one contender of a `step` case at each batch size that fits the memory."""
+    rows = []
+    for batch in case["batches"]:
+        try:
+            rows.append({"batch": batch} | measure_batch(name, case | {"batch": batch}, device, options))
+        except torch.OutOfMemoryError:
+            break
+    if not rows:
+        raise RuntimeError("out of memory at the smallest batch")
+    return rows
+
+
+def measure_batch(name: str, case: dict, device: torch.device, options: argparse.Namespace) -> dict:
+    """The figures at one batch size."""
     if name in COMPILE:
         step = ours(case, "bf16", device=device, compile=COMPILE[name])
     else:
@@ -130,7 +164,32 @@ def measure_step(name: str, case: dict, device: torch.device, options: argparse.
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = in_turn({name: window}, options.rounds)[name]
-    return figures(times.wall, case["batch"] * options.steps, flops / case["batch"], peak_memory(device))
+    found = figures(times.wall, case["batch"] * options.steps, flops / case["batch"], peak_memory(device))
+    milliseconds = 1e3 * statistics.median(times.wall) / options.steps
+    return found | {"step ms": milliseconds, "host ms": host_time(step, device), "launches": launches(step, device)}
+
+
+def host_time(step: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds until a step that starts on an idle device is launched: the median of `IDLE`. On a CPU all of it."""
+    found = []
+    for _ in range(IDLE):
+        now(device)
+        started = time.perf_counter()
+        step()
+        found.append(1e3 * (time.perf_counter() - started))
+    now(device)
+    return statistics.median(found)
+
+
+def launches(step: Callable[[], Any], device: torch.device) -> int | None:
+    """Kernels and graphs that a step launches; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        now(device)
+    return sum(event.count for event in profiler.key_averages() if "Launch" in event.key and event.key.startswith("cu"))
 
 
 class Clock(Recorder):
@@ -155,7 +214,7 @@ class Clock(Recorder):
         trainer.should_stop = windows == self.rounds
 
 
-def measure_training(name: str, cfg: PretrainConfig, device: torch.device, options: argparse.Namespace) -> dict:
+def measure_training(name: str, cfg: PretrainConfig, device: torch.device, options: argparse.Namespace) -> list[dict]:
     """The figures of one contender of a `training` case."""
     trainer = replace(cfg.trainer, accelerator="gpu" if device.type == "cuda" else "cpu", compile=COMPILE[name])
     cfg, batch = replace(cfg, trainer=trainer), cfg.data.batch_size
@@ -164,7 +223,9 @@ def measure_training(name: str, cfg: PretrainConfig, device: torch.device, optio
         clock = Clock(device, options.steps, options.rounds)
         data.trainer = build_trainer(cfg, Path(folder), [clock], precision)
         data.trainer.fit(method, data)
-    return figures(clock.windows, batch * options.steps, clock.flops / batch, peak_memory(device))
+    found = figures(clock.windows, batch * options.steps, clock.flops / batch, peak_memory(device))
+    milliseconds = 1e3 * statistics.median(clock.windows) / options.steps
+    return [{"batch": batch} | found | {"step ms": milliseconds, "host ms": None, "launches": None}]
 
 
 def figures(seconds: list[float], images: int, flops: float, peak: int) -> dict:
@@ -183,23 +244,57 @@ def apart(start: str, function: Callable, *args: Any) -> Any:
 def measure(
     case: str, device: torch.device, options: argparse.Namespace, rate: float, failed: dict[str, str]
 ) -> list[dict]:
-    """A row for each contender of a case that runs; why the others do not goes into `failed`."""
-    sizes = STEPS if not options.tiny else dict.fromkeys(STEPS, TINY)
-    function, what = (measure_step, sizes[case]) if case in STEPS else (measure_training, trainings(options.tiny)[case])
-    rows = []
-    for name in [*COMPILE, *PEERS] if case in STEPS else COMPILE:
-        if name not in options.contender or (name.startswith("official") and not options.peer):
+    """Rows of each contender of a case that runs; why the others do not goes into `failed`."""
+    function, what = (measure_step, step_case(case, options)) if case in STEPS else (
+        measure_training, trainings(options.tiny)[case])  # fmt: skip
+    rows: list[dict] = []
+    for name in contenders(case, options):
+        if time.monotonic() > options.end:
+            failed[f"{case}: {name}"] = f"not started within --minutes {options.minutes:g}"
             continue
         print(f"{case}: {name} ...", file=sys.stderr, flush=True)
         try:
-            row = {"case": case, "contender": name} | apart(options.start, function, name, what, device, options)
+            found = apart(options.start, function, name, what, device, options)
         except Exception as error:  # whatever it is: the others are to be measured
             failed[f"{case}: {name}"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             print(f"  failed: {failed[f'{case}: {name}']}", file=sys.stderr)
             continue
-        rows.append(row | {"of matmul rate": row["TFLOP/s"] * 1e12 / rate})
-        print(f"  {row['images/s']:.1f} images/s", file=sys.stderr, flush=True)
-    return [row | {"ratio": row["images/s"] / rows[-1]["images/s"], "ratio to": rows[-1]["contender"]} for row in rows]
+        for row in found:
+            row = {"case": case, "contender": name} | row
+            rows.append(row | {"of matmul rate": row["TFLOP/s"] * 1e12 / rate})
+            print(f"  {row['batch']}: {row['images/s']:.1f} images/s", file=sys.stderr, flush=True)
+    last = {row["batch"]: row for row in rows}  # the last contender at each batch size
+    for row in rows:
+        base = last[row["batch"]]
+        row |= {"ratio": row["images/s"] / base["images/s"], "ratio to": base["contender"]}
+    return rows
+
+
+def step_case(case: str, options: argparse.Namespace) -> dict:
+    """The sizes of a `step` case."""
+    if not options.tiny:
+        return STEPS[case]
+    found = TINY | {"batches": [2, 4], "method": STEPS[case].get("method", "dino")}
+    return whole(found) | {"sizes": (32,)} if found["method"] == "mae" else found
+
+
+def contenders(case: str, options: argparse.Namespace) -> list[str]:
+    """Who runs in a case: the peers only in DINO steps."""
+    peers = PEERS if case in STEPS and "method" not in STEPS[case] else []
+    there = [name for name in (*COMPILE, *peers) if not name.startswith("official") or options.peer]
+    return [name for name in there if name in options.contender]
+
+
+def plan(options: argparse.Namespace) -> list[tuple[str, str, float]]:
+    """(case, contender, estimated seconds) of all that would run."""
+    found = []
+    for case in options.case:
+        batches = STEPS[case]["batches"] if case in STEPS else [trainings(tiny=False)[case].data.batch_size]
+        for name in contenders(case, options):
+            each = (COMPILES if name != "ours" and name in COMPILE else 0) / len(batches) + SETTLES
+            images = sum(batches) * options.steps * (options.rounds + 2)
+            found.append((case, name, START + each * len(batches) + images / EXPECTED))
+    return found
 
 
 def hardware(device: torch.device) -> dict[str, str]:
@@ -230,18 +325,31 @@ def versions() -> dict[str, str]:
 def main() -> None:
     """Parses the options, measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases, contenders = [*STEPS, *trainings(tiny=False)], [*COMPILE, *PEERS]
+    cases, names = [*STEPS, *trainings(tiny=False)], [*COMPILE, *PEERS]
     parser.add_argument("--case", nargs="+", choices=cases, default=cases, help="which cases (default: all)")
     parser.add_argument(
-        "--contender", nargs="+", choices=contenders, default=contenders, help="which contenders (default: all)"
+        "--contender",
+        nargs="+",
+        choices=names,
+        default=["ours", *PEERS],
+        help="which contenders (default: ours and the peers)",
     )
     parser.add_argument("--peer", type=Path, help="checkout of facebookresearch/dino to run beside ours")
-    parser.add_argument("--rounds", type=int, default=5, help="timed windows of each contender (default: 5)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a window (default: 20)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed windows of each contender (default: 3)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a window (default: 10)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no contender after so long (default: 8)")
+    parser.add_argument("--plan", action="store_true", help="print what would run, with estimated seconds, and end")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where (default: cuda)")
     parser.add_argument("--tiny", action="store_true", help="networks and images of no size, to try the script")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
+    if options.plan:
+        rows = plan(options)
+        print(table(["case", "contender", "seconds, estimated"], [[*row[:2], round(row[2])] for row in rows]))
+        total = sum(row[2] for row in rows) / 60
+        print(f"together {total:.1f} minutes, estimated; none starts after --minutes {options.minutes:g}")
+        return
+    options.end = time.monotonic() + 60 * options.minutes
     options.start = "spawn" if options.device == "cuda" else "fork"  # quicker, but CUDA does not survive it
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(

@@ -74,8 +74,8 @@ def pick_precision(precision: AskedPrecision, device: torch.device) -> Precision
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for each tensor operation, also in threads that are started inside. On two threads a matrix product may
-    round differently."""
+    """One thread for each tensor operation, also in threads that start inside. Two threads may round a matrix product
+    differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -112,7 +112,7 @@ def tf32_products(device: torch.device) -> Iterator[None]:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`. A GPU is not waited for: the copy, from pinned memory, queues behind its other work."""
+    """A host tensor on `device`. A GPU is not waited for: the copy is from pinned memory and queues behind its work."""
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.contiguous().pin_memory()  # of strided memory `to` would make a copy that is not pinned
     return values.to(device, non_blocking=True)

@@ -1,5 +1,6 @@
 """Weights that are cast together give what autocast gives, and leave nothing behind."""
 
+import contextlib
 import copy
 
 import pytest
@@ -32,6 +33,26 @@ def test_same_bits_as_autocast(more, monkeypatch):
     found = (outputs_and_gradients(backbone, together, monkeypatch) for together in (True, False))
     for one, other in zip(*found, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_compiled_blocks_keep_their_weights(monkeypatch):
+    backbone = Backbone(BackboneConfig(**SMALL))
+    used: list[object] = []
+    monkeypatch.setattr(
+        "vit_suite.models.backbone.cast_together", lambda *_: used.append(1) or contextlib.nullcontext()
+    )
+    for block in list(backbone.vit.blocks)[:1]:
+        block._compiled_call_impl = block._call_impl
+    for index in range(2):
+        backbone._run_cast(index, backbone.vit.blocks[index], torch.randn(1, 5, 32))
+    assert len(used) == 1
+
+
+def test_sharded_weights_are_left_to_fsdp(monkeypatch):
+    layer = torch.nn.Linear(4, 4)
+    monkeypatch.setattr("vit_suite.models.casts.distributed.is_sharded", lambda tensor: tensor.ndim == 2)
+    with torch.autocast("cpu", torch.bfloat16), cast_together(linear_tensors(layer), "cpu"):
+        assert layer.weight.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
 
 
 def test_without_autocast_the_weights_stay():

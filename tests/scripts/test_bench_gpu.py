@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
-STEPS = ["step vits16", "step vitb16"]
+STEPS = ["step vits16", "step vitb16", "step dinov2 vits16", "step mae vits16"]
 TRAININGS = ["training cifar", "training sit vits16", "training supervised vits16"]
 
 
@@ -31,7 +31,9 @@ def test_every_case_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = [row for row in found["rows"] if row["contender"] == "ours"]
-    assert [row["case"] for row in rows] == STEPS + TRAININGS
+    ran = [(row["case"], row["batch"]) for row in rows]
+    assert ran == [(case, batch) for case in STEPS for batch in (2, 4)] + [(case, 4) for case in TRAININGS]
+    assert all(row["host ms"] > 0 and row["step ms"] > 0 for row in rows if row["case"] in STEPS)
     for row in rows:
         assert row["images/s"] > 0 and row["GFLOP an image"] > 0 and row["peak MiB"] > 0 and row["case"] in done.stdout
         assert row["TFLOP/s"] == pytest.approx(row["images/s"] * row["GFLOP an image"] / 1e3)
@@ -52,6 +54,14 @@ def test_every_case_on_a_cpu(tmp_path):
         found["versions"]["lightly"] != "not installed"
         or "No module named 'lightly'" in found["failed"]["step vits16: lightly bf16"]
     )
+
+
+def test_the_plan_fits_nine_minutes(tmp_path):
+    done = bench("--plan", "--peer", tmp_path)
+    assert done.returncode == 0, done.stderr
+    minutes = float(done.stdout.split("together ")[1].split()[0])
+    assert 3 < minutes < 9 and all(case in done.stdout for case in STEPS + TRAININGS)
+    assert "official fp16" in done.stdout and "ours graphs" not in done.stdout
 
 
 def test_without_a_gpu():

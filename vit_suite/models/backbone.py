@@ -208,6 +208,8 @@ class Backbone(nn.Module):
         return function(x, **kwargs)
 
     def _run_cast(self, index: int, function: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
+        if self.vit.blocks[index]._compiled_call_impl is not None:  # a compiled block merges the casts itself
+            return function(x, **kwargs)
         with cast_together(self.linear_tensors[index], x.device.type):
             return function(x, **kwargs)
 

@@ -55,7 +55,8 @@ def replace_drop_path(vit: Any, uniform: float = 0.0) -> None:
     """
     for block in vit.blocks:
         if uniform and isinstance(block, OWN_BLOCKS):
-            block.drop_path1, block.drop_path2 = DropPath(uniform), DropPath(uniform)
+            for name in ("drop_path1", "drop_path2"):
+                setattr(block, name, DropPath(uniform))
         for name, part in list(block.named_modules()):
             if isinstance(part, TimmDropPath):
                 if not isinstance(block, OWN_BLOCKS):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from vit_suite import distributed
+
 
 class _CastTogether(torch.autograd.Function):
     """Copies of tensors in another type; the backward pass casts their gradients back together."""
@@ -41,22 +43,25 @@ def linear_tensors(block: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(layer, name) for layer in layers for name in ("weight", "bias") if getattr(layer, name) is not None]
 
 
+def _is_whole_fp32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and not distributed.is_sharded(tensor)
+
+
 @contextlib.contextmanager
 def cast_together(tensors: list[tuple[nn.Module, str]], device_type: str) -> Iterator[None]:
     """Within, the layers read their fp32 tensors in the type of autocast.
 
-    The copy stands in the layer's own dictionary, where Python looks before it asks the module for its parameter. Does
-    nothing without autocast, in compiled code, which merges casts itself, and where the tensors have that type already.
+    The copy stands in the layer's own dictionary, where Python looks before it asks the module for its parameter.
+    Nothing happens without autocast, nor to tensors that are sharded (FSDP2 gathers them later, in that type).
     """
-    known = torch.amp.is_autocast_available(device_type)
-    if not known or not torch.is_autocast_enabled(device_type) or torch.compiler.is_compiling():
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        yield
+        return
+    chosen = [(layer, name) for layer, name in tensors if _is_whole_fp32(getattr(layer, name))]
+    if not chosen:
         yield
         return
     dtype = torch.get_autocast_dtype(device_type)
-    chosen = [(layer, name) for layer, name in tensors if getattr(layer, name).dtype == torch.float32]
-    if dtype == torch.float32 or not chosen:
-        yield
-        return
     low = _CastTogether.apply(dtype, *(getattr(layer, name) for layer, name in chosen))
     for (layer, name), weight in zip(chosen, low, strict=True):
         layer.__dict__[name] = weight

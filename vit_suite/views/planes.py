@@ -144,7 +144,7 @@ def _buckets(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int
     while len(found) > MOST_BUCKETS:
         keys = list(found)
         pairs = [(one, other) for place, one in enumerate(keys) for other in keys[place + 1 :]]
-        one, other = min(pairs, key=lambda pair: _padding(*pair, len(found[pair[0]]), len(found[pair[1]])))
+        one, other = min(pairs, key=lambda pair: _padding(pair[0], pair[1], len(found[pair[0]]), len(found[pair[1]])))
         members = found.pop(one) + found.pop(other)
         found.setdefault(_both(one, other), []).extend(members)
     return found
