@@ -76,7 +76,7 @@ next, with a folder of your own (source .venv/bin/activate puts vit-suite on the
 
 
 def recipe(cfg: DemoConfig) -> PretrainConfig:
-    """Minutes of supervised training on two CPU cores, from the backbone that comes along; the labels are the ten
+    """A supervised training of minutes on two CPU cores. It starts from the builtin backbone; the labels are the ten
     outlines."""
     return PretrainConfig(
         method=SupervisedConfig(label_smoothing=0.1, mixup=0.0, cutmix=0.0, ema=0.99),
@@ -98,11 +98,10 @@ def recipe(cfg: DemoConfig) -> PretrainConfig:
 
 
 def run(cfg: DemoConfig) -> None:
-    """Look with the backbone that comes along, train one, score both beside what knows nothing, draw, and say what is
-    next."""
+    """Look with the builtin backbone, train one, score both beside baselines, draw, and say what to do next."""
     speak()
     pretrain, shipped, folder = recipe(cfg), load_backbone(BUILTIN), Path(cfg.output)
-    rundir.check(adopt(pretrain, shipped))  # says now, before anything is computed, when the folder is something else's
+    rundir.check(adopt(pretrain, shipped))  # before anything is computed: the folder may hold something else
     data = ImageDataModule(pretrain.data, seed=cfg.seed)
     scorer = Scorer(data, KS, TEMPERATURE, shipped.image_size, 256, pick_device(), "auto", progress=False)
     log.info("1/4 the backbone that comes along, %s, on %d generated images", BUILTIN, cfg.test_images)
@@ -125,7 +124,7 @@ def run(cfg: DemoConfig) -> None:
 
 
 def show_knn(results: dict[str, KNNResult], scorer: Scorer, sha256: str, folder: Path) -> None:
-    """The table of kNN, and an entry in results.json under the weights that were trained here."""
+    """Print the table of kNN, and add an entry to results.json, under the weights that were trained here."""
     rows = [[name, *result.top1.values()] for name, result in results.items()]
     rows.append(["chance", *[CHANCE] * len(KS)])
     header = ["kNN top-1 %", *(f"k={k}" for k in KS)]
@@ -135,7 +134,7 @@ def show_knn(results: dict[str, KNNResult], scorer: Scorer, sha256: str, folder:
 
 
 def show_masks(backbones: dict[str, LoadedBackbone], source: ImageSource, seed: int, folder: Path) -> Localized:
-    """The table of attention masks against the true objects; the first backbone is the one that was trained here."""
+    """Print the table of attention masks against the true objects. The first backbone is the one trained here."""
     truths = source_truths(source)
     if truths is None:
         raise RuntimeError("generated images have masks")

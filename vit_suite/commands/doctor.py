@@ -68,7 +68,7 @@ def checkpoint(target: str) -> Iterator[Finding]:
 
 
 def folder(path: Path, cfg: DoctorConfig) -> Iterator[Finding]:
-    """What a folder of images holds, read as class folders where it has splits or classes, else as one heap."""
+    """What a folder of images holds. It is read as class folders where it has splits or classes, else as flat."""
     classes = bool(split_folders(path)) or len(subfolders(path)) > 1
     options = replace(cfg.data, name="folder" if classes else "flat", root=str(path), batch_size=1, resident=False)
     try:

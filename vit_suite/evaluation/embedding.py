@@ -1,9 +1,8 @@
 """Features of a whole image set, written down: `vit-suite embed`.
 
-The images are cut into parts, and a part into batches, by their list and the batch size alone. Ranks take parts in
-turn; the threads of a rank take batches, and each tensor operation has one thread. The last bits of a matrix product
-depend on its shape and its threads, so this makes the numbers, and the bytes of the file, the same on any number of
-ranks and threads.
+The list of images and the batch size alone decide how images are cut into parts, and parts into batches. Ranks take
+parts in turn; the threads of a rank take batches, and each tensor operation has one thread. The last bits of a matrix
+product depend on its shape and its threads, so the bytes of the file are the same on any number of ranks and threads.
 
 A part is written when it is done, into `OUTPUT.parts`. A run that was stopped goes on with the parts that are missing.
 Rank 0 joins them into the output file and removes the folder.
@@ -229,7 +228,7 @@ def _run(
     threads: int,
     progress: bool,
 ) -> None:
-    """Compute and write these parts. (Seven parameters: the four things that a part is made from, and how.)"""
+    """Compute and write these parts. (Seven parameters: four say what a part is made from, three say how.)"""
 
     def batch(item: tuple[int, range]) -> _Batch:
         number, indices = item

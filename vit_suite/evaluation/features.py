@@ -1,9 +1,9 @@
 """Features of a whole image set: the CLS token after the final norm, L2-normalized, as DINO's eval_knn.py takes it.
 
-Where there are several ranks, each takes every so many-th batch, and all get the rows in the order of the images: call
-these functions on every rank. What is in a batch is settled by the list of images alone, because the last bits of a
-matrix product depend on its shape: so the features are the same, bit for bit, on any number of ranks (that have the
-same number of threads, or the same GPU).
+With several ranks, call these functions on every rank. Ranks take batches in turn, and all get the rows in the order of
+the images. The last bits of a matrix product depend on its shape, so the list of images alone decides what is in a
+batch. Then the features are the same, bit for bit, on any number of ranks (with the same number of threads, or the same
+GPU).
 
 Axes: N images that decode, D feature width, C channels, H x W pixels.
 """
@@ -47,8 +47,8 @@ class Features(NamedTuple):
     failures: list[DecodeError]
     """The files that did not decode; also reported to the source's quarantine where it has one."""
     rows: Tensor | None = None
-    """int64 (n,): the rows that `features` (n, D) holds of the whole, where ranks share them (`own_rows`); None where
-    it holds all."""
+    """int64 (n,): which rows of the whole `features` (n, D) holds, where ranks share them (`own_rows`); None where it
+    holds all."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ def raw_pixel_features(
     std: Sequence[float],
     options: FeatureOptions | None = None,
 ) -> Features:
-    """The baseline that any training must beat: the normalized pixels of the evaluation view as (N, C * H * W),
-    L2-normalized. They are made on the CPU."""
+    """The normalized pixels of the evaluation view, (N, C * H * W), L2-normalized: a baseline that training must beat.
+
+    They are made on the CPU.
+    """
 
     def flatten(images: Tensor) -> Tensor:
         return functional.normalize(images.float().flatten(1), dim=1)
@@ -118,8 +120,8 @@ def raw_pixel_features(
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule gets its own mode back (a frozen part of a training model stays
-    frozen)."""
+    """Within it, `module` is in eval mode without gradients. Afterwards every submodule gets its own mode back, so a
+    frozen part of a model in training stays frozen."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -135,11 +137,10 @@ View = tuple[int | Sequence[int], Sequence[float], Sequence[float]]
 
 
 def collect(source: Any, view: View, embed: Callable[[Tensor], Tensor], options: FeatureOptions) -> Features:
-    """Run `embed` over every batch of evaluation views, (B, C, H, W) -> (B, ...) on `options.device`; drop and report
-    what does not decode.
+    """Run `embed`, (B, C, H, W) -> (B, ...), over every batch of evaluation views on `options.device`.
 
-    Rows keep the shape and the type that `embed` gives them; `options.unit` and `precision` are its own affair. A
-    UserError of one rank, of its images or of `embed`, is raised on all.
+    Images that do not decode are dropped and reported. Rows keep the shape and type that `embed` gives them;
+    `options.unit` and `options.precision` are not used here. A UserError of one rank is raised on all ranks.
     """
     if len(source) == 0:
         raise UserError(f"{_title(source)} holds no images")
@@ -154,20 +155,19 @@ def collect(source: Any, view: View, embed: Callable[[Tensor], Tensor], options:
     bar = _bar(len(source), options.title)
 
     def next_part() -> tuple[list[int], Tensor | UserError | None, list[DecodeError]]:
-        """Numbers, rows and failures of this rank's next batch; of an error, which all ranks raise below, no
-        numbers."""
+        """(numbers, rows, failures) of this rank's next batch; in place of the rows an error, which all ranks raise."""
         try:
             numbers, images, bad = next(batches, ([], [], []))
             return numbers, embed(eval_view(_on(images, device), size, mean, std)).cpu() if numbers else None, bad
         except UserError as error:
             return [], error, []
 
-    for _ in range(-(-count // world)):  # as many on each rank; in the last round some have no batch
+    for _ in range(-(-count // world)):  # as many rounds on each rank; in the last one some ranks have no batch
         for found, part, failed in distributed.gather_objects(next_part()):
             if isinstance(part, UserError):
                 raise part
             if part is not None:
-                if rows is None:  # once for the whole set: joining batches at the end would hold it twice
+                if rows is None:  # memory for the whole set: joining batches at the end would hold the set twice
                     rows = torch.empty(
                         len(own_rows(len(source))) if shared else len(source), *part.shape[1:], dtype=part.dtype
                     )
@@ -203,14 +203,14 @@ def is_own(rows: Tensor) -> Tensor:
 
 
 def own_rows(total: int) -> Tensor:
-    """The rows that this rank keeps, ascending, of `total` that ranks share: tiles in turn, so that 1/N of them (but
-    for a tile) are its own whichever ranks there are, and no tile is cut."""
+    """The rows that this rank keeps, ascending, of `total` rows that ranks share. Ranks take whole tiles in turn, so
+    each of N ranks keeps 1/N of the rows, to within a tile."""
     rows = torch.arange(total)
     return rows[is_own(rows)]
 
 
 def pick_rows(features: Features, rows: Tensor) -> Features:
-    """These rows of the whole alone, renumbered from 0; shared if `features` are."""
+    """Only these rows of the whole, renumbered from 0; shared among ranks if `features` are."""
     chosen = features._replace(labels=features.labels[rows], indices=features.indices[rows])
     if features.rows is None:
         return chosen._replace(features=features.features[rows])
@@ -232,8 +232,8 @@ def _on(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Te
 def _batches(
     source, batch_size: int, which: range, workers: int | None
 ) -> Iterator[tuple[list[int], Any, list[DecodeError]]]:
-    """(indices, images, failures) of these batches in order; images are a uint8 (B, C, H, W) tensor or a list of (C,
-    H_i, W_i)."""
+    """(indices, images, failures) of these batches in order. Images are uint8: a tensor (B, C, H, W), or a list of
+    (C, H_i, W_i)."""
     spans = [range(number * batch_size, min((number + 1) * batch_size, len(source))) for number in which]
     held = getattr(source, "images", None)
     if isinstance(held, Tensor):
@@ -250,7 +250,7 @@ def _batches(
 
 
 def _stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
-    """One tensor when the sizes agree: the view of a batch costs far less than that of its images one by one."""
+    """One tensor when all sizes agree, because the view of a batch is far faster than the views of single images."""
     return torch.stack(images) if images and len({image.shape for image in images}) == 1 else images
 
 

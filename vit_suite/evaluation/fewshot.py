@@ -45,8 +45,8 @@ def draw_shots(
 ) -> Tensor:
     """Sorted indices of `shots` images of each class; labels (N,) from 0.
 
-    The result depends on the arguments alone. The images of fewer shots are among those of more shots, so a curve over
-    shots is smooth.
+    The result depends on the arguments alone. The images of fewer shots are a part of the images of more shots, so a
+    curve over shots is smooth.
 
     Raises:
         UserError: a class of `classes` (or of those in `labels`) has fewer images; the message names the one with the
@@ -97,8 +97,8 @@ def few_shot_probe(
 ) -> dict[int, ShotResult]:
     """Train heads on few labeled images of `train` (parts (N, P, D)) and score them on `test`: count -> result.
 
-    One setting serves all draws of a count: the best on average on held-out training images, which are never drawn. So
-    the labels of those images choose a setting and do nothing else; with a single setting they are not used. `test` is
+    All draws of a count use one setting: the best on average on held-out training images, which are never drawn. The
+    labels of these images choose the setting and do nothing else; with a single setting they are not used. `test` is
     called once, last. UserError as in `draw_shots` and `linear_probe`.
     """
     options = options or ProbeOptions()
@@ -129,7 +129,7 @@ def few_shot_probe(
     found = test()
     results = {}
     for n, winner in winners.items():
-        # The winner is trained again: a head takes milliseconds, and the heads of all draws may not fit in memory.
+        # The winner is trained again: that takes milliseconds, and the heads of all draws may not fit in memory.
         own = {winner.feature: columns[winner.feature]}
         scores = [final_score(trained(rows, own, (winner.lr,)), found, winner) for rows in chosen[n]]
         top1, top5 = Spread(tuple(one.top1 for one in scores)), Spread(tuple(one.top5 for one in scores))

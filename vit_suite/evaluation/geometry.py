@@ -22,9 +22,9 @@ SAMPLE = 8192
 BLOCK = 2048
 """Rows whose similarities are held at a time."""
 SLACK = 1e-5
-"""More than a float32 product of two unit rows errs by (1e-6 at D = 1024)."""
+"""Above the error of a float32 product of two unit rows (1e-6 at D = 1024)."""
 MOST_PAIRS = 1_000_000
-"""Pairs that are listed at most."""
+"""Largest number of pairs that are listed."""
 
 
 class Pair(NamedTuple):
@@ -42,13 +42,13 @@ def rankme(features: Tensor) -> float:
 
 
 def effective_rank(features: Tensor) -> float:
-    """Effective rank (Roy and Vetterli 2007, definition 2) of the features less their mean: how many directions the
-    images differ in. RankMe counts the common direction too."""
+    """Effective rank (Roy and Vetterli 2007, definition 2) of the centered features: in how many directions the images
+    differ. RankMe counts the direction of the mean too."""
     return _exp_entropy(_singular(features.double() - features.double().mean(0)), 0.0)
 
 
 def _singular(features: Tensor) -> Tensor:
-    """Singular values, float64, by the eigenvalues of the smaller Gram matrix."""
+    """Singular values in float64, from the eigenvalues of the smaller Gram matrix."""
     rows = features.double()
     gram = rows.T @ rows if rows.shape[1] <= rows.shape[0] else rows @ rows.T
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
@@ -64,7 +64,7 @@ def _exp_entropy(values: Tensor, eps: float) -> float:
 
 def uniformity(features: Tensor, seed: int = 0) -> float:
     """log of the mean of exp(-2 |x - y|^2) over pairs of unit rows (Wang and Isola 2020, arXiv 2005.10242, section
-    4.1.2): -4 at best, 0 when all rows are the same. Of more than `SAMPLE` rows a random sample."""
+    4.1.2): -4 at best, 0 when all rows are the same. More than `SAMPLE` rows are sampled at random."""
     rows, _ = _sample(features, None, seed)
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(rows), BLOCK):
@@ -103,8 +103,11 @@ def _sample(features: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor,
 
 
 def nearest_rows(bank: Tensor, queries: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(cosines, row numbers) (Q, k) of the rows of `bank` (N, D) nearest to each query (Q, D), exactly, most similar
-    first. `own` (Q,): the row that is the query itself and is left out, -1 where none is."""
+    """(cosines, row numbers), (Q, k) each, of the rows of `bank` (N, D) that are nearest to each query (Q, D).
+
+    The search is exact; the most similar row comes first. `own` (Q,): the row that is the query itself, which is left
+    out; -1 where there is none.
+    """
     k = min(k, len(bank) - int(own is not None and len(bank) > 1))
     size, columns = chunk_sizes(len(queries), len(bank), k, 0, DEFAULT_MEMORY)
     found = []
@@ -117,8 +120,10 @@ def nearest_rows(bank: Tensor, queries: Tensor, k: int, own: Tensor | None = Non
 
 
 def alike(features: Tensor, cosine: float, others: Tensor | None = None) -> list[Pair]:
-    """Pairs of rows whose cosine is at least `cosine`, most alike first: two rows of `features` (N, D), or one of
-    it and one of `others` (M, D). UserError where there are more than `MOST_PAIRS`."""
+    """Pairs of rows whose cosine is at least `cosine`, the most similar first. UserError above `MOST_PAIRS` pairs.
+
+    A pair is two rows of `features` (N, D), or with `others` (M, D) a row of each.
+    """
     found = []
     rows, columns = unit_rows(features), None if others is None else unit_rows(others)
     for pair in _candidates(rows, columns, cosine - SLACK):
@@ -137,7 +142,7 @@ def alike(features: Tensor, cosine: float, others: Tensor | None = None) -> list
 
 
 def _candidates(rows: Tensor, columns: Tensor | None, least: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row and column numbers of products from `least` on, a block at a time."""
+    """(row numbers, column numbers) of the products that reach `least`, block by block."""
     with torch.no_grad(), plain_products(rows.device):
         for start in range(0, len(rows), BLOCK):
             block = rows[start : start + BLOCK]

@@ -4,11 +4,11 @@ The vote is that of Wu et al. 2018 (arXiv 1805.01978, section 3.4) as DINO's eva
 c is the sum of exp(similarity / temperature) over those of a query's k nearest bank rows that have label c.
 Deliberate deviations from eval_knn.py:
 
-- The bank is searched in chunks, as the queries are, so memory is bounded for any size. Ranks may share the bank: each
-  searches its own rows for all queries, and the nearest of all ranks are merged.
+- Bank and queries are searched in chunks, so memory is bounded for any size. Ranks may share the bank: each searches
+  its own rows for all queries, and the nearest rows of all ranks are merged.
 - Similarities are exact (`evaluation/search.py`). The same unit rows give the same neighbours and similarities, bit for
   bit, on every machine, with any memory limit and any number of ranks.
-- Votes are added up by label. The official code multiplies by a (k, classes) one-hot, whose size grows with classes.
+- Votes are added up by label. The official code multiplies by a one-hot (k, classes), whose size grows with classes.
 - The vote runs in float64 and subtracts the largest similarity first. The ranking stays the same, and a small
   temperature cannot overflow.
 - Ties are resolved: the lower index wins, between bank rows and between classes. A class without a vote is never a
@@ -37,6 +37,17 @@ DEFAULT_MEMORY = 256 * 2**20
 
 _BYTES_PER_PAIR = 12
 """Peak memory of one (query, bank row) pair: product (4), candidates (4), masks (4)."""
+_BYTES_PER_NEIGHBOUR = 160
+"""Peak memory of a query for each of its k neighbours: about 2 k candidates (query 8, row 8, value 4 bytes), which are
+sorted, gathered and laid out."""
+_BYTES_PER_CLASS = 16
+"""Peak memory of a query for each class: a score (8) and a comparison (8)."""
+_LEAST_ROWS = 256
+"""Bank rows of a chunk at least."""
+_WANTED_ROWS = 4096
+"""Bank rows of a chunk that are worth having fewer queries for."""
+_MOST_QUERIES = 1024
+"""More queries at a time make the matrix product no faster."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class KNNResult:
 
 
 class _Found(TypedDict, total=False):
-    """Of one query chunk and one k."""
+    """What one query chunk found for one k."""
 
     prediction: Tensor
     scores: Tensor
@@ -96,7 +107,7 @@ class _Found(TypedDict, total=False):
 
 @dataclass
 class _Part:
-    """Of one query chunk."""
+    """What one query chunk found."""
 
     by_k: dict[int, _Found]
     neighbours: Tensor | None
@@ -153,24 +164,24 @@ def knn_classify(
 
 def chunk_sizes(queries: int, bank: int, k: int, classes: int, memory: int) -> tuple[int, int]:
     """(query rows, bank rows) of a chunk, so that similarities, candidates and votes stay within `memory` bytes."""
-    # Bytes of a query besides its products. Candidates: about 2 k pairs (query 8, row 8, value 4 bytes), which are
-    # sorted, gathered and laid out. Votes: a score (8) and a comparison (8) of each class.
-    row = 160 * k + 16 * classes
-    least = row + _BYTES_PER_PAIR * min(bank, 256)
+    row = _BYTES_PER_NEIGHBOUR * k + _BYTES_PER_CLASS * classes  # of a query, besides its products
+    least = row + _BYTES_PER_PAIR * min(bank, _LEAST_ROWS)
     if memory < least:
         raise UserError(
             f"memory {memory} bytes is too small for one query of this search (k {k}, {classes} classes): give at least"
             f" {least}"
         )
-    # Merging a bank chunk costs the same however short it is, so take fewer queries rather than chunks of a few k rows.
-    # More than 1024 queries make the matrix product no faster.
-    rows = max(1, min(queries, 1024, memory // (row + _BYTES_PER_PAIR * min(bank, max(4096, 16 * k)))))
+    # Merging a bank chunk costs the same however short it is, so fewer queries are better than chunks of a few k rows.
+    wanted = min(bank, max(_WANTED_ROWS, 16 * k))
+    rows = max(1, min(queries, _MOST_QUERIES, memory // (row + _BYTES_PER_PAIR * wanted)))
     return rows, min(bank, (memory - rows * row) // (rows * _BYTES_PER_PAIR))
 
 
 def _merge(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of what all ranks found, (Q, k) each; of equal values the lower row comes first. `values` and `rows`,
-    (Q, at most k) each, are what this rank found."""
+    """The k best of what all ranks found: (values, rows), (Q, k) each; of equal values the lower row comes first.
+
+    `values` and `rows`, (Q, at most k) each, are what this rank found.
+    """
     parts = distributed.gather_objects((values.cpu(), rows.cpu()))
     found, numbers = (torch.cat(column, 1).to(values.device) for column in zip(*parts, strict=True))
     numbers, order = numbers.sort(dim=1)
@@ -181,11 +192,13 @@ def _merge(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _vote(
     similarities: Tensor, labels: Tensor, result: KNNResult, truth: Tensor | None, keep_scores: bool
 ) -> dict[int, _Found]:
-    """The vote of one query chunk for every k of `result`. similarities, labels (Q, K): of the neighbours, most similar
-    first; truth (Q,): labels of the queries."""
+    """The vote of one query chunk for every k of `result`.
+
+    similarities, labels (Q, K): of the neighbours, most similar first. truth (Q,): labels of the queries.
+    """
     classes = result.classes
     exponent = similarities.double() / result.temperature
-    offset = exponent[:, :1]  # the largest; subtracting it scales all scores of a query by a constant
+    offset = exponent[:, :1]  # the largest one; subtracting it scales all scores of a query by one factor
     weights = (exponent - offset).exp()
     scores = weights.new_zeros(len(weights), classes)
     counted = 0

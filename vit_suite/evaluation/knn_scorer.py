@@ -23,8 +23,10 @@ Shots = dict[int, list[KNNResult]]
 
 
 class Scorer:
-    """kNN of one backbone after another on the same images under the same protocol. Ranks share the bank, and all get
-    the results."""
+    """Scores one backbone after another by kNN, on the same images under the same protocol.
+
+    Ranks share the bank, and all get the results.
+    """
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class Scorer:
         return max(len(self.bank.classes), 1 + int(labels.max()) if labels is not None and len(labels) else 0)
 
     def features(self, loaded: LoadedBackbone) -> tuple[Features, Features]:
-        """Of bank and test: the backbone's representation, L2-normalized."""
+        """Features of bank and test: the backbone's representation, L2-normalized."""
         network = loaded.backbone.to(self.device)
         self.representation = representation(network)
         common = (self.image_size, loaded.mean, loaded.std)
@@ -60,7 +62,7 @@ class Scorer:
         return bank, extract_features(network, self.test, *common, self.options)
 
     def pixel_features(self) -> tuple[Features, Features]:
-        """Of bank and test: the normalized pixels themselves, which a backbone has to beat."""
+        """Features of bank and test: the normalized pixels themselves, which a backbone has to beat."""
         common = (self.image_size, self.mean, self.std)
         options = replace(self.options, title=None)
         bank = raw_pixel_features(self.bank, *common, replace(options, shared=True))
@@ -75,13 +77,13 @@ class Scorer:
         return self.vote(*self.pixel_features())
 
     def vote(self, bank: Features, test: Features) -> KNNResult:
-        """Of the whole bank."""
+        """The vote of the whole bank."""
         vote = KNNOptions(ks=self.ks, temperature=self.temperature, device=self.device)
         return knn_classify(*bank[:2], *test[:2], options=vote, rows=bank.rows)
 
     def few_shot(self, features: tuple[Features, Features], shots: Sequence[int], draws: int, seed: int) -> Shots:
-        """Votes of banks of few images of each class; features are those of the whole sets. UserError as
-        `draw_shots`."""
+        """Votes of small banks, with `shots` images of each class, drawn `draws` times from the features of the whole
+        bank. UserError as in `draw_shots`."""
         bank, test = features
         drawn = {n: [draw_shots(bank.labels, n, draw, seed, self.bank.classes) for draw in range(draws)] for n in shots}
         return {n: [self.vote(pick_rows(bank, rows), test) for rows in banks] for n, banks in drawn.items()}

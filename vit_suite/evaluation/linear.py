@@ -1,9 +1,7 @@
-"""Linear evaluation of frozen features. The setting is chosen on held-out TRAINING images; the winner is scored once,
-on test.
+"""Linear evaluation of frozen features. Held-out TRAINING images choose a setting, which is scored once, on test.
 
-DINO's and SiT's published protocols report the best epoch on the test split, and DINOv2's reports the best setting on
-it. We do neither: heads are scored after their last epoch, and `test` is a function that is called once, after the
-choice.
+The published protocols of DINO and SiT report the best epoch on the test split, that of DINOv2 the best setting on it.
+We do neither: heads are scored after their last epoch, and `test` is a function that is called once, after the choice.
 
 Axes: N images, P parts, D width of a part.
 """
@@ -43,7 +41,7 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class FreshBatches:
-    """Training batches that change from epoch to epoch, because their images are augmented."""
+    """Training batches of augmented images, which differ from epoch to epoch."""
 
     batches: Batches
     per_epoch: int
@@ -74,7 +72,7 @@ def linear_probe(
     columns: Columns | None = None,
     options: ProbeOptions | None = None,
 ) -> ProbeResult:
-    """Choose among learning rates and inputs on held-out images of `train`, train the winner on all of `train`, score
+    """Choose a learning rate and an input on held-out images of `train`, train the winner on all of `train`, and score
     it on `test`.
 
     Args:
@@ -114,10 +112,10 @@ def linear_probe_on_batches(
     columns: Columns,
     options: ProbeOptions,
 ) -> ProbeResult:
-    """The same on augmented images; `options` must name `classes` and `device`.
+    """The same on augmented images. `options` must name `classes` and `device`.
 
-    All heads train in one pass over the epochs. The winner on `held` is scored as it is: training it again on all
-    images would need all those passes through the backbone again. `held` is None where there is nothing to choose.
+    All heads train in one pass over the epochs. The winner on `held` is scored as it is, because training it again on
+    all images would need all passes through the backbone again. `held` is None where there is nothing to choose.
     """
     if options.classes is None or options.device is None:
         raise ValueError("batches do not say how many classes there are and where heads train: name both in `options`")
@@ -129,8 +127,10 @@ def linear_probe_on_batches(
 
 
 def final_score(sweep: Sweep, test: Features | Callable[[], Features], setting: Setting) -> HeadScore:
-    """Score the head with `setting` on the test split. This is the only place that asks for the test images. UserError
-    when the head has diverged."""
+    """Score the head of `setting` on the test split. UserError when the head has diverged.
+
+    This is the only place that asks for the test images.
+    """
     found = test() if callable(test) else test
     checked_classes(found.labels, sweep.classes, "test")
     parts = found.features if found.features.ndim == 3 else found.features.unsqueeze(1)

@@ -1,13 +1,10 @@
-"""Classification heads on frozen features: many at once, each with its own learning rate and input, in the same
-batches.
+"""Classification heads on frozen features. Many train at once, in the same batches, each with its own rate and input.
 
-The idea of training every setting of a sweep side by side is DINOv2's (arXiv 2304.07193, eval/linear.py); theirs are
-separate modules, here the heads that share an input are one tensor, so that a step is a few products however many rates
-there are.
+DINOv2 trains all settings of a sweep side by side (arXiv 2304.07193, eval/linear.py), as separate modules. Here the
+heads that share an input are one tensor, so that a step is a few matrix products, however many rates there are.
 
 Axes: B images, P parts, D width of a part, W width of a head's input, T heads of a feature that are averaged (1, or one
-a token), L
-learning rates, H hidden width, K classes.
+for each token), L learning rates, H hidden width, K classes.
 """
 
 from __future__ import annotations
@@ -47,23 +44,24 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads train.
-
-    lr: for a batch of 256, scaled by batch_size / 256. warmup_epochs: of linear warm-up. min_lr: what the cosine falls
-    to, not scaled.
-    steps: optimizer steps instead of `epochs`. hidden_dim: 0 for a linear head. seed: of first weights and batches.
-    """
+    """How heads train."""
 
     lr: tuple[float, ...]
+    """Peak learning rates for a batch of 256; scaled by batch_size / 256."""
     epochs: int
     batch_size: int = 256
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 0.0
     warmup_epochs: int = 0
+    """Epochs of linear warm-up."""
     min_lr: float = 0.0
+    """The rate that the cosine ends at; not scaled."""
     steps: int | None = None
+    """Optimizer steps in place of `epochs`."""
     hidden_dim: int = 0
+    """Width of the hidden layer; 0 for a linear head."""
     seed: int = 0
+    """Seed of the first weights and of the batches."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,10 @@ class HeadScore:
 
 
 class Heads(nn.Module):
-    """The heads of one feature, one for each learning rate; all rates start from the same weights.
+    """The heads of one feature, one for each learning rate. All rates start from the same weights.
 
-    First weights: N(0, 0.01) before the logits (DINO eval_linear.py), N(0, 1 / W) before tanh, which gets inputs of
-    order one.
+    First weights have a standard deviation of 0.01 before the logits (DINO eval_linear.py), and of 1 / sqrt(W) before
+    tanh, so that tanh gets inputs of order one.
     """
 
     def __init__(
@@ -129,7 +127,7 @@ class Sweep(nn.Module):
         return torch.cat([heads(parts).mean(1) for heads in self.heads], dim=1)
 
     def losses(self, parts: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each setting (settings,): the mean over images of the sum over its T heads, which SiT trains
+        """Cross-entropy of each setting (settings,): the mean over images of the sum over its T heads. SiT trains these
         one by one."""
         found = []
         for heads in self.heads:
@@ -144,11 +142,10 @@ class Sweep(nn.Module):
         return torch.cat(found)
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, Tensor, float]:
-        """The optimizer, the factor on each setting's loss (settings,), and the peak learning rate.
+        """(the optimizer, the factor on each setting's loss (settings,), the peak learning rate).
 
-        A head of its own rate in one tensor with others: SGD's step is linear in the gradient, momentum included and
-        without weight
-        decay, so a factor on the loss is a factor on the rate. AdamW has no such property, and takes one rate.
+        Heads of several rates share a tensor. Without weight decay, SGD's step is linear in the gradient, with momentum
+        too, so a factor on the loss acts as a factor on the rate. AdamW does not have this property and takes one rate.
         """
         recipe = self.recipe
         rates = torch.tensor([setting.lr for setting in self.settings]) * recipe.batch_size / 256
@@ -167,8 +164,10 @@ class Sweep(nn.Module):
 
 
 def fit(sweep: Sweep, batches: Batches, per_epoch: int, desc: str | None = None) -> Sweep:
-    """Train every head of `sweep` in the same batches (`per_epoch` of them an epoch). `desc` is the title of a progress
-    bar."""
+    """Train every head of `sweep` in the same batches, `per_epoch` of them in an epoch.
+
+    desc: title of a progress bar; none is shown when None.
+    """
     recipe, device = sweep.recipe, next(sweep.parameters()).device
     total = recipe.steps or recipe.epochs * per_epoch
     optimizer, factors, peak = sweep.optimizer()
@@ -198,10 +197,9 @@ def _endless(batches: Batches, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def stored(parts: Tensor, labels: Tensor, rows: Tensor, batch_size: int, seed: int) -> tuple[Batches, int]:
-    """(batches, batches an epoch) of the `rows` (N,) of features that are in memory, on the device where they are.
+    """(batches, batches in an epoch) of these `rows` (N,) of features in memory, on the device where they are.
 
-    An epoch is a permutation of its own; a last batch that would be smaller is dropped, so that no step hangs on a few
-    images.
+    Each epoch has its own permutation. A smaller last batch is dropped, so that no step depends on a few images.
     """
     size = min(batch_size, len(rows))
     rows, labels = rows.to(parts.device), labels.to(parts.device)
@@ -216,7 +214,7 @@ def stored(parts: Tensor, labels: Tensor, rows: Tensor, batch_size: int, seed: i
 
 @torch.no_grad()
 def score(sweep: Sweep, parts: Tensor, labels: Tensor, rows: Tensor | None = None) -> list[HeadScore]:
-    """Score each head on (N, P, D) parts, or on some `rows` of them. A row whose logits are not finite counts as
+    """Score each head on parts (N, P, D), or on some `rows` of them. An image whose logits are not finite counts as
     wrong."""
     device = next(sweep.parameters()).device
     rows = torch.arange(len(parts)) if rows is None else rows.cpu()

@@ -1,8 +1,8 @@
 """What a linear head sees of an image: tokens of the last blocks, pooled; or raw pixels.
 
-One forward pass gives every part that any head of a sweep wants (the CLS token of the last block, of the one before,
-...), stacked as (B, P, D); a head's input is some of those columns side by side. So the pass is made once, and the
-parts are stored once.
+One forward pass gives every part that any head of a sweep needs, such as the CLS token of the last block and of the
+block before, stacked as (B, P, D). The input of a head is some of these columns side by side. So the pass is made once,
+and the parts are stored once.
 
 Axes: B images, P parts, D width of a part (of a token), C channels, S side in pixels.
 """
@@ -79,8 +79,8 @@ def registers(backbone: Backbone) -> int:
 
 
 def features_of(backbone: Backbone, pools: Iterable[str], blocks: Iterable[int], what: str) -> list[Feature]:
-    """Every pooling of every number of blocks, without repetitions. UserError for what the backbone `what` does not
-    have."""
+    """Every pooling with every number of blocks, each pair once. UserError for tokens or blocks that the backbone of
+    `what` does not have."""
     found: dict[Feature, None] = {}
     for pool in pools:
         if pool not in pools_of(backbone):
@@ -97,10 +97,10 @@ def features_of(backbone: Backbone, pools: Iterable[str], blocks: Iterable[int],
 
 
 def parts_of(feature: Feature, has_cls: bool, registers: int) -> list[list[Part]]:
-    """The parts each head of a feature sees, the last block's last.
+    """The parts that each head of a feature sees, in the order of the blocks.
 
-    cls with 4 blocks is what DINO's eval_linear.py gives ViT-S, cls_mean with 1 what it gives ViT-B; tokens is SiT's: a
-    head each.
+    DINO's eval_linear.py gives ViT-S the feature cls with 4 blocks, and ViT-B cls_mean with 1. SiT's is tokens, with a
+    head for each token.
     """
     cls = [("cls", place) for place in range(feature.blocks, 0, -1)]
     if feature.pool == "tokens":
@@ -117,7 +117,7 @@ def backbone_subject(
     std: Sequence[float],
     precision: Precision = "fp32",
 ) -> Subject:
-    """The tokens of a frozen backbone: run in eval mode, and every module gets its own mode back after each pass."""
+    """The tokens of a frozen backbone. It runs in eval mode, and gets its own mode back after each pass."""
     wanted = {feature: parts_of(feature, backbone.has_cls, registers(backbone)) for feature in features}
     parts = list(dict.fromkeys(part for heads in wanted.values() for head in heads for part in head))
     columns = {feature: [[parts.index(part) for part in head] for head in heads] for feature, heads in wanted.items()}
@@ -141,7 +141,7 @@ def backbone_subject(
 
 
 def pixel_subject(channels: int, size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Subject:
-    """The normalized pixels themselves: what any backbone has to beat."""
+    """The normalized pixels themselves, which any backbone has to beat."""
 
     def embed(images: Tensor) -> Tensor:
         return images.flatten(1).unsqueeze(1).half()

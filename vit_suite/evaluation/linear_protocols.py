@@ -1,20 +1,19 @@
 """Which heads a linear evaluation trains and how: a sweep of our own, DINO's protocol, or that of SiT's first version.
 
-dino, facebookresearch/dino eval_linear.py: SGD 0.9, lr 1e-3 for 256 images, 100 epochs, a random resized crop and a
-flip, CLS of the last 4 blocks (ViT-S), or CLS and the mean of the patches of the last one (ViT-B). Deviations: the last
-epoch is scored, not the best one on the test split; the cosine moves every step, not every epoch; crops are resized
-bicubically.
+dino (facebookresearch/dino eval_linear.py): SGD with momentum 0.9, lr 1e-3 for 256 images, 100 epochs, random resized
+crop and flip. Heads see CLS of the last 4 blocks (ViT-S), or CLS and the mean patch of the last block (ViT-B).
+Deviations: the last epoch is scored, not the best one on the test split; the cosine moves every step, not every epoch;
+crops are resized bicubically.
 
-sit, Sara-Ahmed/SiT of April 2021, main.py --SiT_LinearEvaluation 1: AdamW, lr 1e-3 for 512 images, weight decay 5e-4,
-501 epochs, 5 of warm-up, down to 5e-6, a head on each token, their losses added and their logits averaged; the
-two-layer head has 1,024 tanh units a token. Deviations: the last epoch is scored, not the best one on the test split;
-the backbone is in eval mode (theirs keeps drop path on); crop and flip without RandAugment, mixup, cutmix, erasing and
-label smoothing, which theirs inherits from DeiT's defaults; no average of the heads.
+sit (Sara-Ahmed/SiT of April 2021, main.py --SiT_LinearEvaluation 1): AdamW, lr 1e-3 for 512 images, weight decay 5e-4,
+501 epochs, 5 of them warm-up, down to 5e-6. Each token has a head; losses are added, logits averaged. The two-layer
+head has 1,024 tanh units for each token. Deviations: the last epoch is scored, not the best one on the test split; the
+backbone is in eval mode (theirs keeps drop path on); crop and flip only (theirs inherits RandAugment, mixup, cutmix,
+erasing and label smoothing from DeiT's defaults); the weights of the heads are not averaged over steps.
 
-sweep: the paper's learning rate is right for its own widths alone. On CIFAR-10 and a width of 128 (50,000 images, 42
-heads), the best
-held-out rates were 0.1 to 0.3, and 1e-3 lost 3 to 8 points; 30 epochs of the sweep scored 58.1 in 48 s on one core, 100
-epochs 58.7.
+sweep: the paper's learning rate suits only the paper's widths. On CIFAR-10 with a width of 128 (50,000 images, 42
+heads), the best held-out rates were 0.1 to 0.3, and 1e-3 lost 3 to 8 points. 30 epochs of the sweep scored 58.1 in 48 s
+on one core, 100 epochs 58.7.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def _published(name: str, backbone: Backbone) -> Protocol:
 def resolve(cfg: LinearConfig, backbone: Backbone) -> tuple[Protocol, list[Feature]]:
     """The protocol that `cfg` names with what `cfg` says otherwise, and the inputs of its heads.
 
-    A default number of blocks shrinks to what the backbone has; one that was asked for does not.
+    A default number of blocks is reduced to what the backbone has; a number that was asked for is not.
 
     Raises:
         UserError: the backbone lacks what a pooling or the protocol needs, or the options do not go together.

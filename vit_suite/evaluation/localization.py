@@ -1,24 +1,23 @@
 """How well masks, boxes and points find the objects of images, with the baselines that make such a score readable.
 
-Truth is a mask (Jaccard index; pixels can be left out, as VOC's borders are) or boxes (IoU of the box around the mask's
-largest region with the truth box it fits best; CorLoc: the share of images where that reaches 0.5), and for both the
-pointing game: whether the maximum of the map lies on an object (Zhang et al. 2016, without their tolerance of 15
-pixels).
+The truth of an image is a mask or boxes. Scores against a mask: the Jaccard index, in which pixels can be left out, as
+VOC's borders are. Scores against boxes: the IoU of the box around the mask's largest region with the truth box that it
+fits best, and CorLoc, the share of images where that IoU reaches 0.5. For both there is the pointing game: whether the
+maximum of the map lies on an object (Zhang et al. 2016, without their tolerance of 15 pixels).
 
-DINO (arXiv 2104.14294, section 4.2.2) lets the truth choose the head of every image, which flatters any model, so three
+DINO (arXiv 2104.14294, section 4.2.2) lets the truth choose the head of every image, which flatters any model. So three
 rows stand side by side:
 
 - best head: the paper's; the truth chooses the head of each image;
 - fixed head: one head for all images;
 - mean map: the mean over heads.
 
-What a row needs to be told (threshold, fixed head) is chosen on OTHER images than the scored ones. Beside them stand a
-centered box of the best fixed size, which is chosen on the scored images themselves and so an upper bound for any fixed
-centered box, and the whole image.
+Threshold and fixed head are chosen on OTHER images than the scored ones. Two baselines stand beside the rows: the whole
+image, and a centered box of the best fixed size. That size is chosen on the scored images themselves, so the box is an
+upper bound for any fixed centered box.
 
-Deviations from published protocols: objects of all classes are one mask (there is no published code of DINO's score;
-the re-implementation
-of Naseer et al. 2021 scores class by class and averages); images without an object are left out.
+Deviations from published protocols: objects of all classes are one mask (DINO's score has no published code; the
+re-implementation of Naseer et al. 2021 scores class by class and averages); images without an object are left out.
 
 Axes: N images, M maps (heads, then their mean), T thresholds, H x W pixels, gh x gw cells of a mask, K truth boxes.
 """
@@ -44,15 +43,15 @@ STEPS = 20
 
 
 def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of masks with one truth: bool (..., gh, gw), int8 (H, W) of 1 object, 0 ground, -1 left
-    out -> float64 (...).
+    """Intersection over union of masks, bool (..., gh, gw), with one truth: float64 (...).
 
-    Cells cover the pixels whose center they hold (attention.maps.upsample, nearest). Two empty masks agree: 1.
-    ValueError when a mask is not bool (0/255 bytes would count as sizes).
+    truth: int8 (H, W) of 1 object, 0 ground, -1 left out. A cell covers the pixels whose center it holds
+    (attention.maps.upsample, nearest). Two empty masks agree: 1. ValueError when a mask is not bool, because bytes of
+    0 and 255 would count as sizes.
     """
     if masks.dtype != torch.bool:
         raise ValueError(f"Jaccard needs bool masks, not {masks.dtype}")
-    # Counting the pixels of each cell once makes a mask cost gh x gw products, not H x W.
+    # The pixels of each cell are counted once. Then a mask costs gh x gw products, not H x W.
     grid = masks.shape[-2], masks.shape[-1]
     objects, counted = _in_cells(truth == 1, grid), _in_cells(truth >= 0, grid)
     chosen = masks.double().flatten(-2)
@@ -73,7 +72,7 @@ def _in_cells(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def overlap(masks: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
-    """How well each mask (..., gh, gw) fits the truth of an image of `size` (H, W), in 0..1: (...) float64.
+    """How well each mask (..., gh, gw) fits the truth of an image of `size` (H, W): float64 (...), 0..1.
 
     truth int8 (H, W): the Jaccard index. truth float (K, 4) in pixels: IoU of the box around the mask's largest region
     with the truth box that it fits best.
@@ -87,8 +86,10 @@ def overlap(masks: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def on_object(cells: Tensor, grid: tuple[int, int], truth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Whether the centers of these cells (...), row-major, lie on an object (truth int8 (H, W)) or in a box (float (K,
-    4)): bool (...)."""
+    """Whether the centers of these cells (...), row-major, lie on an object: bool (...).
+
+    truth: int8 (H, W), or boxes float (K, 4).
+    """
     y = (cells // grid[1] + 0.5) * size[0] / grid[0]
     x = (cells % grid[1] + 0.5) * size[1] / grid[1]
     if not truth.is_floating_point():
@@ -103,10 +104,9 @@ def on_object(cells: Tensor, grid: tuple[int, int], truth: Tensor, size: tuple[i
 
 
 def center_overlaps(truth: Tensor, size: tuple[int, int], steps: int = STEPS) -> Tensor:
-    """`overlap` of centered boxes of 1/steps .. steps/steps of the height and of the width: (steps, steps); the last is
-    the whole image.
+    """`overlap` of centered boxes whose height and width are 1/steps .. steps/steps of the image's: (steps, steps).
 
-    For a mask the boxes are rounded to whole pixels.
+    The last one is the whole image. Against a mask, boxes are rounded to whole pixels.
     """
     (height, width), shares = size, torch.arange(1, steps + 1) / steps
     if truth.is_floating_point():
@@ -135,8 +135,8 @@ def _box_sums(pixels: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: 
 
 
 def covered(truth: Tensor, size: tuple[int, int]) -> float:
-    """Share of the image that is object (of pixels that count) or in a box: how often a point anywhere wins the
-    pointing game."""
+    """Share of the image that is object (among the pixels that count) or lies in a box: how often a random point wins
+    the pointing game."""
     if not truth.is_floating_point():
         return float((truth == 1).sum() / (truth >= 0).sum().clamp_min(1))
     x, y = (torch.arange(side) + 0.5 for side in reversed(size))
@@ -192,10 +192,10 @@ class Score:
 
 
 def score(found: Found, choosing: Tensor) -> dict[str, Score]:
-    """Rows by name: best head, fixed head, mean map for heads, else one named "" (the method itself).
+    """Rows by name: for heads "best head", "fixed head" and "mean map"; for other methods one row named "".
 
-    `choosing` bool (N,): the images that choose thresholds and heads; the others are scored. ValueError when one part
-    is empty.
+    `choosing` bool (N,): the images that choose thresholds and heads; the others are scored. ValueError when either
+    part is empty.
     """
     if not 0 < int(choosing.sum()) < len(choosing):
         raise ValueError(f"{len(choosing)} images cannot be split into some that choose and some that are scored")

@@ -42,7 +42,7 @@ Result = ProbeResult | dict[int, ShotResult]
 
 @dataclass(frozen=True)
 class Turns(EpochPlan):
-    """Every `turns`-th batch of a plan, from number `turn` on; its length is that of the whole plan."""
+    """Every `turns`-th batch of a plan, starting with batch `turn`. Its length is that of the whole plan."""
 
     turn: int = 0
     turns: int = 1
@@ -52,12 +52,11 @@ class Turns(EpochPlan):
 
 
 class Prober:
-    """The same heads under the same protocol on one backbone after another. Test images are decoded when a winner is to
-    be scored.
+    """Trains the same heads under the same protocol on one backbone after another.
 
-    Ranks share the passes through the backbone. Each then has the features of all images and trains the same heads in
-    the same batches, which takes seconds, and gives the numbers of one rank bit for bit; sums of gradients over ranks
-    would not.
+    Test images are decoded when a winner is to be scored, not before. Ranks share the passes through the backbone. Then
+    each rank has the features of all images and trains the same heads in the same batches. That takes seconds and gives
+    the numbers of one rank bit for bit; summing gradients over ranks would not.
     """
 
     def __init__(self, cfg: LinearConfig, data: ImageDataModule, size: list[int], protocol: Protocol):
@@ -76,16 +75,16 @@ class Prober:
         self.choosing = False  # whether images were held out for the last subject
 
     def backbone(self, loaded: LoadedBackbone, features: Sequence[Feature]) -> Result:
-        """Of a backbone's tokens."""
+        """Heads on a backbone's tokens."""
         network = loaded.backbone.to(self.device)
         return self.probe(backbone_subject(network, features, loaded.mean, loaded.std, self.precision))
 
     def pixels(self) -> Result:
-        """Of the normalized pixels."""
+        """Heads on the normalized pixels."""
         return self.probe(pixel_subject(self.data.cfg.channels, self.size, self.data.mean, self.data.std))
 
     def probe(self, subject: Subject) -> Result:
-        """UserError when the features do not fit `memory_gb`, and for what the heads cannot be trained on."""
+        """Train and score heads. UserError when the features do not fit `memory_gb`, or heads cannot train on them."""
         recipe, cfg = self.protocol.recipe, self.cfg
         self.choosing = len(subject.columns) * len(recipe.lr) > 1
         self._check_memory(subject)
@@ -108,8 +107,7 @@ class Prober:
         return linear_probe_on_batches(fresh, held, lambda: self._test(subject), recipe, subject.columns, self.options)
 
     def _batches(self, subject: Subject, source: ImageSource, size: int) -> tuple[Batches, int]:
-        """(batches, batches an epoch) of parts of randomly cropped and flipped images (the only colors are the image's
-        own)."""
+        """(batches, batches in an epoch) of parts of randomly cropped and flipped images; colors are not changed."""
         seed, device = self.cfg.seed, self.device
         config = SupervisedViewsConfig(global_size=self.size[0], randaugment=0, erase=0.0)
         views = MultiCrop(config, subject.mean, subject.std)
@@ -142,7 +140,7 @@ class Prober:
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             mine = own(epoch)
-            for _ in range(-(-len(loader) // plan.turns)):  # a batch of each rank; in the last round some have none
+            for _ in range(-(-len(loader) // plan.turns)):  # a batch of each rank; some have none in the last round
                 for part in distributed.gather_objects(next(mine, None)):
                     if isinstance(part, UserError):
                         raise part

@@ -14,11 +14,11 @@ from torch.nn import functional
 
 
 def regions(masks: Tensor) -> Tensor:
-    """bool (..., h, w) -> int64 (..., h, w): the number of each cell's region, counted row by row from its first cell;
-    -1 outside.
+    """bool (..., h, w) -> int64 (..., h, w): the number of each cell's region; -1 outside.
 
-    Every cell takes the least number among its neighbours, then the number of the cell that this one names (pointer
-    jumping), so long regions need about as many rounds as they have turns, not cells.
+    The number of a region is that of its first cell, row by row. In a round, every cell takes the least number among
+    its neighbours, and then the number of the cell with that number (pointer jumping). So a long region needs about as
+    many rounds as it has turns, not as it has cells.
     """
     height, width = masks.shape[-2:]
     cells = height * width
@@ -36,7 +36,7 @@ def regions(masks: Tensor) -> Tensor:
 
 
 def largest_region(masks: Tensor) -> Tensor:
-    """bool (..., h, w) -> the region with most cells of each mask, of equals the first row by row; an empty mask stays
+    """bool (..., h, w) -> the largest region of each mask; of equal ones the first, row by row. An empty mask stays
     empty."""
     numbers = regions(masks).flatten(-2)
     sizes = torch.zeros_like(numbers).scatter_add_(-1, numbers.clamp_min(0), (numbers >= 0).long())
@@ -44,8 +44,8 @@ def largest_region(masks: Tensor) -> Tensor:
 
 
 def region_at(masks: Tensor, cells: Tensor) -> Tensor:
-    """bool (..., h, w) and the numbers (...) of one cell each, row-major -> the region that holds the cell; empty if it
-    is outside."""
+    """bool (..., h, w) and the number of a cell of each mask, (...), row-major -> the region that holds the cell; empty
+    when the cell is outside."""
     numbers = regions(masks).flatten(-2)
     chosen = numbers.gather(-1, cells.unsqueeze(-1))
     return ((numbers == chosen) & (numbers >= 0)).view(masks.shape)

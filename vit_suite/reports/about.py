@@ -21,7 +21,7 @@ from vit_suite.files import write_atomically
 
 PACKAGES = ("vit-suite", "torch", "torchvision", "pytorch-lightning", "timm", "numpy", "pillow")
 FINGERPRINTED = 100_000
-"""Names that a fingerprint reads; of a larger set it takes so many, evenly spread, so that millions cost a second."""
+"""Largest number of names that a fingerprint reads, evenly spread over the set: millions of files cost a second."""
 
 
 def write_about(folder: Path, source: ImageSource, ranks: int, origin: Mapping[str, str]) -> None:
@@ -41,8 +41,10 @@ def write_about(folder: Path, source: ImageSource, ranks: int, origin: Mapping[s
 
 
 def fingerprint(source: ImageSource) -> str:
-    """16 hex digits of the files' names below their common folder and their labels: the same set gives the same value
-    wherever it lies. Contents are not read."""
+    """16 hex digits of the names of the files, below their common folder, and of their labels.
+
+    The same set gives the same value wherever it lies. Contents are not read.
+    """
     count = len(source)
     step = max(1, count // FINGERPRINTED)
     chosen = range(0, count, step)
@@ -92,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> str:
-    """Commit of the checkout that the package runs from, and whether files differ from it; "" outside a checkout."""
+    """Commit of the checkout that the package runs from, and how many files differ from it; "" outside a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(

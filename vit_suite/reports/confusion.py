@@ -13,9 +13,17 @@ from torch import Tensor
 from vit_suite.files import safe_cell, write_atomically
 
 NAMED = 50
-"""Classes up to which the picture names every row and column; beyond, cells get too small to label."""
+"""Largest number of classes whose rows and columns are named; cells of more classes are too small."""
 NUMBERED = 25
-"""Classes up to which every cell shows its share in percent."""
+"""Largest number of classes whose cells show their share in percent."""
+TOP = 40
+"""Pixels above the matrix, for the title."""
+LARGEST_CELL, LARGEST_SIDE = 44, 1000
+"""Pixels of a cell, and of the whole matrix as long as cells have 2 pixels or more."""
+WRITTEN = 0.005
+"""Share from which a cell shows a number: it rounds to 1 percent."""
+DARK = 0.3
+"""Share from which a cell is so dark that its number is white."""
 BLUE = np.array([[247, 251, 255], [107, 174, 214], [8, 48, 107]], dtype=np.float64)
 """Colors of the shares 0, 1/2 and 1."""
 
@@ -37,11 +45,11 @@ def save_confusion(folder: str | Path, counts: Tensor, classes: Sequence[str], t
 
 
 def confusion_picture(counts: Tensor, classes: Sequence[str], title: str) -> Image.Image:
-    """Rows: the true class, normalized to shares; columns: what the images were taken for. Darker is more."""
+    """Rows are true classes, normalized to shares; columns are what the images were taken for. Darker is more."""
     count = len(classes)
     values = counts.double().numpy()
     shares = values / values.sum(1, keepdims=True).clip(min=1)
-    cell = max(2, min(44, 1000 // count))
+    cell = max(2, min(LARGEST_CELL, LARGEST_SIDE // count))
     named = count <= NAMED
     font = ImageFont.load_default(size=max(8, min(15, cell - 4)) if named else 14)
     heading = ImageFont.load_default(size=16)
@@ -49,26 +57,26 @@ def confusion_picture(counts: Tensor, classes: Sequence[str], title: str) -> Ima
     margin = 34 + max((round(font.getlength(name)) for name in names), default=0)
     side = count * cell
     width = max(margin + side + 20, round(heading.getlength(title)) + 40)
-    canvas = Image.new("RGB", (width, 40 + side + margin + 12), "white")
+    canvas = Image.new("RGB", (width, TOP + side + margin + 12), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((width // 2, 20), title, "black", heading, "mm")
     grid = Image.fromarray(colored(shares)).resize((side, side), Image.Resampling.NEAREST)
-    canvas.paste(grid, (margin, 40))
-    pen.rectangle((margin - 1, 39, margin + side, 40 + side), outline="gray")
+    canvas.paste(grid, (margin, TOP))
+    pen.rectangle((margin - 1, TOP - 1, margin + side, TOP + side), outline="gray")
     for index, name in enumerate(names):
         middle = index * cell + cell // 2
-        pen.text((margin - 6, 40 + middle), name, "black", font, "rm")
-        paste_upright(canvas, name, font, margin + middle, 40 + side + 6)
+        pen.text((margin - 6, TOP + middle), name, "black", font, "rm")
+        paste_upright(canvas, name, font, margin + middle, TOP + side + 6)
     if count <= NUMBERED:
-        write_shares(pen, shares, cell, (margin, 40))
+        write_shares(pen, shares, cell, (margin, TOP))
     unit = "percent of each row" if count <= NUMBERED else "darker: a larger share of the row"
     pen.text((margin + side // 2, canvas.height - 14), f"predicted ({unit})", "black", heading, "mm")
-    paste_upright(canvas, "true", heading, 14, 40 + side // 2 - 16)
+    paste_upright(canvas, "true", heading, 14, TOP + side // 2 - 16)
     return canvas
 
 
 def colored(shares: np.ndarray) -> np.ndarray:
-    """uint8 (K, K, 3) of shares 0..1; the square root keeps rare confusions visible."""
+    """Colors uint8 (K, K, 3) of shares 0..1. The square root keeps rare confusions visible."""
     place = np.sqrt(shares)
     return (
         np.stack([np.interp(place, [0, 0.5, 1], BLUE[:, channel]) for channel in range(3)], -1).round().astype(np.uint8)
@@ -78,10 +86,10 @@ def colored(shares: np.ndarray) -> np.ndarray:
 def write_shares(pen: ImageDraw.ImageDraw, shares: np.ndarray, cell: int, corner: tuple[int, int]) -> None:
     """The share in percent in every cell that rounds to 1 or more."""
     font = ImageFont.load_default(size=max(8, round(cell * 0.36)))
-    for row, column in np.argwhere(shares >= 0.005):
+    for row, column in np.argwhere(shares >= WRITTEN):
         place = (corner[0] + column * cell + cell // 2, corner[1] + row * cell + cell // 2)
         pen.text(
-            place, f"{100 * shares[row, column]:.0f}", "white" if shares[row, column] > 0.3 else "black", font, "mm"
+            place, f"{100 * shares[row, column]:.0f}", "white" if shares[row, column] > DARK else "black", font, "mm"
         )
 
 

@@ -35,8 +35,10 @@ class Tile:
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Tile]], titles: Sequence[str], folder: Path | None = None) -> None:
-    """Write a PNG of `rows`, each with its title above it. `folder`: what relative paths start from. A file that does
-    not decode is a gray tile."""
+    """Write a PNG of `rows`, each below its title. A file that does not decode is a gray tile.
+
+    folder: the folder that relative paths start from; the working directory when None.
+    """
     sheet = draw_sheet(rows, titles, folder)
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
 

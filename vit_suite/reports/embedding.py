@@ -1,4 +1,4 @@
-"""What a trained backbone makes of some test images: a 2-D map of their features, and each image's nearest others.
+"""How a trained backbone arranges some test images: a 2-D map of their features, and the nearest others of an image.
 
 Axes: N images, D feature width.
 """
@@ -21,6 +21,8 @@ from vit_suite.weights.checkpoint import LoadedBackbone
 QUERIES = 8
 """Images whose neighbours are shown."""
 NEIGHBOURS = 7
+LEAST_IMAGES = 30
+"""Fewer images make no map of neighbourhoods."""
 THUMBNAIL = 48
 """Longest side in pixels of a picture in the map."""
 
@@ -75,8 +77,8 @@ def principal_axes(features: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def further_maps(features: np.ndarray) -> dict[str, np.ndarray]:
-    """UMAP, else t-SNE, where `umap-learn` or `scikit-learn` is installed and there are images enough."""
-    if len(features) < 30:
+    """UMAP, else t-SNE, where `umap-learn` or `scikit-learn` is installed and there are `LEAST_IMAGES` or more."""
+    if len(features) < LEAST_IMAGES:
         return {}
     try:
         from umap import UMAP
@@ -88,14 +90,14 @@ def further_maps(features: np.ndarray) -> dict[str, np.ndarray]:
         from sklearn.manifold import TSNE
     except ImportError:
         return {}
-    perplexity = min(30, len(features) // 4)  # 30 is the paper's middle choice; it must stay below the count
+    perplexity = min(30, len(features) // 4)  # 30 is in the middle of the paper's range; it must be below the count
     return {
         "t-SNE": TSNE(2, perplexity=perplexity, metric="cosine", init="pca", random_state=0).fit_transform(features)
     }
 
 
 def neighbours(features: np.ndarray, queries: int = QUERIES, count: int = NEIGHBOURS) -> list[tuple[int, list[int]]]:
-    """(query, its nearest others by cosine) of `queries` images that are spread evenly over the rows."""
+    """(query, its nearest others by cosine) of `queries` images, evenly spread over the rows."""
     chosen = np.unique(np.linspace(0, len(features) - 1, min(queries, len(features))).round().astype(int))
     similar = features[chosen] @ features.T
     similar[np.arange(len(chosen)), chosen] = -np.inf

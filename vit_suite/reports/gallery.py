@@ -1,8 +1,8 @@
 """index.html of an attention export: every image with its maps, in one file that works from disk.
 
-The page (gallery.html beside this file) holds everything it shows: pictures as small JPEGs, maps as 16 bits a patch, so
-that the browser draws the mask of any threshold itself; a page from disk may read no other file. Links to the exported
-files are relative. An image takes about 15 KB + 2.7 bytes a map and patch.
+A page that is opened from disk may read no other file. So the page (gallery.html beside this file) holds everything
+that it shows: pictures as small JPEGs, and maps with 16 bits a patch, from which the browser draws the mask of any
+threshold. Links to the exported files are relative. An image takes about 15 KB, and 2.7 bytes for each map and patch.
 
 Axes: n maps, h heads, gh x gw patches.
 """
@@ -44,7 +44,7 @@ SUMMARIES = ("mean", "max", "rollout")
 def write_gallery(folder: str | Path, source: ImageSource | None = None) -> Path:
     """Write FOLDER/index.html from manifest.csv and the npz files that an export left in FOLDER; returns its path.
 
-    Pictures are read from the files that the manifest names, for a data set without files from `source`, else from the
+    Pictures come from the files that the manifest names; for a data set without files from `source`; else from the
     first overlay. UserError when there is no manifest, an image has no npz, images do not have the same maps, or the
     page would be too large.
     """
@@ -136,7 +136,7 @@ def _item(
 
 
 def _read(image: str, folder: Path, rows: list[dict[str, str]]) -> np.ndarray | None:
-    """uint8 (C, H, W) of the image, else of its first overlay, else None."""
+    """uint8 (C, H, W) of the image; where it cannot be read, of its first overlay; else None."""
     overlays = [folder / row["file"] for row in rows if row["kind"] == "overlay"]
     for path in [Path(image), *overlays[:1]]:
         try:
@@ -147,14 +147,14 @@ def _read(image: str, folder: Path, rows: list[dict[str, str]]) -> np.ndarray | 
 
 
 def quantized(maps: np.ndarray) -> np.ndarray:
-    """Maps (n, gh, gw), not negative -> little-endian uint16 of the same shape, the largest value of each map at
+    """Maps (n, gh, gw), 0 or more -> little-endian uint16 of the same shape. The largest value of each map becomes
     65535."""
     most = maps.max((1, 2), keepdims=True)
     return np.rint(maps * np.divide(65535, most, out=np.zeros_like(most), where=most > 0)).astype("<u2")
 
 
 def data_uri(picture: np.ndarray | None) -> str:
-    """A picture uint8 (C, H, W) as a data URI of at most `SIDE` pixels a side; a gray pixel for None."""
+    """A picture uint8 (C, H, W) as a data URI of at most `SIDE` pixels a side; None gives a gray pixel."""
     pixels = np.full((1, 1, 3), 64, np.uint8) if picture is None else np.ascontiguousarray(as_picture(picture))
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -170,5 +170,5 @@ def _title(row: dict[str, str]) -> str:
 
 
 def _shown(name: str) -> str:
-    """Names that are no UTF-8, with a mark where they are not."""
+    """The name; bytes that are no UTF-8 become a mark."""
     return os.fsencode(name).decode("utf-8", "replace")

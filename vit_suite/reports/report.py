@@ -1,7 +1,7 @@
 """The report of one run, or the comparison of several, as one HTML file that works from disk.
 
-What a section shows was measured by the training or the scores that the run directory holds. The one thing that is
-computed here is the map of test embeddings, from the exported backbone.
+A section shows what the training or a score has measured and left in the run directory. Only the map of test embeddings
+is computed here, from the exported backbone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ OWN = ("run.", "data.root", "logger.")
 def write_report(folder: str | Path, output: str | Path | None = None, images: int = 500, further: bool = True) -> Path:
     """Write the report of the run in `folder` to `output` (`folder/report.html`); returns its path.
 
-    images: how many test images the map of embeddings shows; 0 leaves it out. further: UMAP or t-SNE beside PCA, which
-    take seconds. UserError when `folder` is no run.
+    images: number of test images on the map of embeddings; 0 leaves the map out. further: draw UMAP or t-SNE beside
+    PCA, which takes seconds. UserError when `folder` is no run.
     """
     run = RunFiles(folder)
     path = Path(output) if output else run.folder / "report.html"
@@ -83,6 +83,7 @@ def _write(path: Path, document: str) -> Path:
 
 
 # Parts of a page
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def curves(runs: Sequence[RunFiles], names: Sequence[str] | None = None) -> list[Any]:
@@ -164,9 +165,9 @@ def scores(run: RunFiles) -> str:
     parts = []
     for entry in run.results:
         numbers = [
-            [name, value]
+            [name, "{:.1f} to {:.1f}".format(*value) if name.endswith("_interval") else value]
             for name, value in flat(entry.get("metrics", {})).items()
-            if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+            if name.endswith("_interval") or (isinstance(value, (int, float, str)) and not isinstance(value, bool))
         ]
         protocol = yaml.safe_dump(entry.get("protocol", {}), sort_keys=False, allow_unicode=True)
         details = f"{protocol}\nweights sha256 {entry.get('sha256')}\n{entry.get('time')}\n{entry.get('command')}"

@@ -1,7 +1,6 @@
 """What a run directory holds, read for its report: options, metrics, scores, pictures, provenance.
 
-Nothing here needs torch, and nothing fails on a run that is still going or that was stopped: what is not there yet is
-empty.
+Nothing here needs torch. A run that is still going, or that was stopped, can be read too: what is not there is empty.
 """
 
 from __future__ import annotations
