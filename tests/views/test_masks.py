@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vit_suite.views.draw import Draw
+from vit_suite.views.draw import Draw, alone
 from vit_suite.views.masks import GROUP, Spread, draw_block_masks, random_patches
 
 CPU = torch.device("cpu")
@@ -73,3 +73,18 @@ def test_the_smallest_noise_is_visible_and_the_largest_is_predicted():
     part = random_patches(noise, 0.75, 0.25)
     assert part.visible.tolist() == [[1, 5]]
     assert part.predicted.nonzero()[:, 1].tolist() == part.asked[0].tolist() == [0, 6]
+
+
+def test_masks_that_are_shifted_around_the_edges():
+    """As torch.roll would shift each, by numbers of its own; the patches of a mask stay as many."""
+    draw, grid = alone(16), (5, 7)
+    plain = draw_block_masks(draw, 2, grid, Spread(), torch.device("cpu"))
+    moved = draw_block_masks(draw, 2, grid, Spread(shift=True), torch.device("cpu"))
+    assert moved.most == plain.most and torch.equal(moved.hidden.sum(-1), plain.hidden.sum(-1))
+    shifts = (draw.uniform(2, 2, purpose="mask shift") * torch.tensor(grid)).long()  # (B, V, 2)
+    assert len(shifts.flatten(0, 1).unique(dim=0)) > 10
+    for view in range(2):
+        for image in range(16):
+            mask = plain.hidden[view, image].view(grid)
+            expected = torch.roll(mask, tuple(shifts[image, view].tolist()), (0, 1))
+            assert torch.equal(moved.hidden[view, image].view(grid), expected)

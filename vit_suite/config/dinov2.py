@@ -89,6 +89,9 @@ class DINOv2Config(MethodConfig):
     """Share of the global crops that get a mask."""
     mask_ratio: Pair = field(default_factory=lambda: [0.1, 0.5])
     """Share of a masked crop's patches that is masked, [least, most], spread evenly over the crops."""
+    mask_shift: bool = False
+    """Shift each mask by random rows and columns, around the edges, so that border patches are masked as often as
+    others (DINOv3's mask_random_circular_shift, false by default there too)."""
     gram_weight: Rate = 0.0
     """Weight of Gram anchoring: the similarities between a crop's patches are held to those of an earlier copy of the
     teacher (DINOv3's 7B run: 2); 0 turns it off."""

@@ -158,7 +158,8 @@ class DINOv2(SelfDistillation):
             self.gram_teacher = Backbone(still)
             copy_weights(self.gram_teacher, self.student.backbone)
         check_sizes(method, self.views_config, self.student.backbone.patch_size)
-        self.spread = Spread(method.mask_probability, *method.mask_ratio)
+        least, most = method.mask_ratio
+        self.spread = Spread(method.mask_probability, least, most, method.mask_shift)
         self.ibot = bool(method.ibot_weight and method.mask_probability)
         if method.centering == "ema":
             self.register_buffer("center", torch.zeros(method.out_dim))
@@ -339,6 +340,7 @@ def check_options(method: DINOv2Config, views: DINOv2ViewsConfig) -> None:
             " method.ibot_weight 0 too."
         )
     serves = {
+        "mask_shift": (method.mask_probability, "method.mask_probability above 0"),
         "gram_from": (method.gram_weight, "method.gram_weight above 0"),
         "gram_every": (method.gram_weight, "method.gram_weight above 0"),
         "gram_refreshes": (method.gram_weight and method.gram_every, "method.gram_every"),

@@ -91,6 +91,9 @@ class Spread:
     """Least share of a masked crop's patches."""
     most: float = 0.5
     """Largest share of a masked crop's patches."""
+    shift: bool = False
+    """Whether each mask is shifted by a random number of rows and columns, around the edges (DINOv3
+    `ibot.mask_random_circular_shift`)."""
 
     def masked(self, crops: int) -> int:
         """Crops with a mask among `crops`."""
@@ -128,7 +131,19 @@ def draw_block_masks(draw: Draw, views: int, grid: tuple[int, int], spread: Spre
         targets[first:last] = targets_of(places[first:last], shares[first:last], edges, patches)
     numbers = draw.uniform(views, ATTEMPTS, 4, purpose="mask blocks")
     hidden = block_masks(send(numbers.flatten(0, 1), device), send(targets.flatten(), device), grid)
+    if spread.shift:
+        hidden = shifted(hidden, send(draw.uniform(views, 2, purpose="mask shift").flatten(0, 1), device), grid)
     return Masks(hidden.unflatten(0, (count, views)).transpose(0, 1), most)
+
+
+def shifted(masks: Tensor, numbers: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Shift masks (M, N) down and right, around the edges, by (M, 2) uniform numbers times the rows and columns."""
+    maps = masks.unflatten(1, grid)
+    for axis, side in ((1, grid[0]), (2, grid[1])):
+        places = torch.arange(side, device=masks.device) - (numbers[:, axis - 1 : axis] * side).floor().long()
+        index = places.remainder(side).unsqueeze(3 - axis)
+        maps = maps.gather(axis, index.expand_as(maps))
+    return maps.flatten(1)
 
 
 def groups_of(draw: Draw) -> Draw:
