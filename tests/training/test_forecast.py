@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.commands.conftest import vit_suite, words  # noqa: F401 (a fixture)
+from vit_suite import cli, registry
+from vit_suite.commands.pretrain import next_commands
+from vit_suite.parsing import load_config
 from vit_suite.training import forecast
 from vit_suite.training.forecast import Forecast
 from vit_suite.training.progress import Length
@@ -77,3 +82,14 @@ def test_what_is_paid_once_is_not_taken_for_the_time_of_images(monkeypatch, capl
     with caplog.at_level("INFO", "vit_suite"):
         Forecast([], Length(64, 10, 100), 1, None).on_train_start(SimpleNamespace(world_size=1, global_step=0), module)
     assert counts == [2, 2, 4, 8, 16, 32] and "100 steps of 64 images, 0.64 s each" in caplog.text
+
+
+def test_the_next_commands_of_an_unlabeled_tree_need_no_labels():
+    """Each parses; what scores names a folder to fill in, and holds a share of it out."""
+    cfg = load_config(None, {"data.name": "flat", "data.root": "two words"})
+    commands = [shlex.split(line, comments=True) for line in next_commands(cfg, Path("runs/a"))]
+    assert [line[0] for line in commands] == ["attention", "embed", "knn"]
+    for name, *typed in commands:
+        options = load_config(None, typed, registry.load(cli.COMMANDS[name].config))
+        assert options.data.root == ("CLASSES" if name == "knn" else "two words")
+    assert options.data.holdout == 0.2

@@ -43,5 +43,6 @@ def next_commands(cfg: PretrainConfig, folder: Path) -> list[str]:
     return [
         f"attention --checkpoint {run} {options} --output {run}/attention --gallery",
         f"embed --checkpoint {run} {options} --output {run}/features.npz",
-        f"knn --checkpoint {run} --data.name folder --data.root CLASSES --baselines  # with labels: CLASSES/NAME/*.jpg",
+        f"knn --checkpoint {run} --data.name folder --data.root CLASSES --data.holdout 0.2"
+        " --baselines  # with labels: CLASSES/NAME/*.jpg",
     ]
