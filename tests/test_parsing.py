@@ -281,6 +281,13 @@ def test_a_method_has_the_names_of_its_own_code():
     assert "drop_area" not in error_of(load_config, None, ["--method.drop_perc", "0.5"])
 
 
+def test_an_empty_mapping_is_a_section_and_no_value(tmp_path):
+    assert load_config(write(tmp_path / "a.yaml", "optim: {}\n")) == load_config(None, {"optim": {}}) == load_config()
+    said = error_of(load_config, write(tmp_path / "b.yaml", "optim:\n  lr: {}\n"))
+    assert "optim.lr: expected float" in said and said.endswith("got {}")
+    assert "optim.lr: expected float" in error_of(load_config, None, {"optim": {"lr": {}}})
+
+
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 

@@ -78,7 +78,7 @@ def resolve(cls: type, given: Mapping[str, Given]) -> Any:
             values[key] = _convert(schema.options[key], item)
         elif key not in schema.groups:
             raise UserError(item.unknown + schema.suggest(key, "--" if item.argument else ""))
-        elif item.value is not None:  # a section that is empty, or whose lines are all commented out, is no mistake
+        elif item.value not in (None, {}):  # a section that is empty, or whose lines are all comments, is no mistake
             example = next(option for option in schema.options if option.startswith(key + "."))
             raise UserError(f"{item.where}: is a group of options such as {example}, not a value")
     missing = [key for key, option in schema.options.items() if option.default is REQUIRED and key not in values]
@@ -147,7 +147,7 @@ def read_mapping(values: Mapping[str, Any], group: str = "") -> dict[str, Given]
     given: dict[str, Given] = {}
     for name, value in values.items():
         key = join(group, str(name))
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             given |= read_mapping(value, key)
         else:
             given[key] = Given(
@@ -218,7 +218,7 @@ def _collect(root: Node, group: str, path: Path, given: dict[str, Given]) -> Non
         if key in seen or key in given:
             raise UserError(f"{where}: key '{short(key)}' stands twice")
         seen.add(key)
-        if value.kind == "mapping":
+        if value.kind == "mapping" and value.items:
             _collect(value, key, path, given)
         else:
             given[key] = Given(plain(value), f"{where}: {short(key)}", f"{where}: unknown key '{short(key)}'.")
