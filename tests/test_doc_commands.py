@@ -121,10 +121,11 @@ def small_files(folder: Path) -> None:
     (folder / "photos" / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
-def made_small(line: str) -> list[str]:
+def made_small(line: str, made: set[str]) -> list[str]:
     """The words of a documented command, on small data, with a tiny network, for one step.
 
-    A run directory that no command before wrote is the README's, `runs/photos`.
+    `made` are the run directories that commands before write; the one that this command writes is added. Any other is
+    the README's, `runs/photos`.
     """
     line = re.sub(r"--data\.name (cifar10|tiny_imagenet|stl10)( --data\.root \S+)?", SHAPES, line)
     line = re.sub(r"(--config \S+) --data\.root DIR", rf"\1 {SHAPES}", line)
@@ -133,8 +134,10 @@ def made_small(line: str) -> list[str]:
     command = words[0]
     for place, word in enumerate(words):
         words[place] = NAMES.get(word, word) if words[place - 1] == "--config" else word
-        if word.startswith("runs/") and words[place - 1] not in ("--run.output", "--output"):
-            words[place] = word if Path(word).exists() else "runs/photos"
+        if words[place - 1] == "--run.output":
+            made.add(word)
+        elif word.startswith("runs/") and words[place - 1] != "--output":
+            words[place] = word if word in made else "runs/photos"
     if command in ("knn", "linear") and "--data.name" not in words:
         words += SHAPES.split()
     if "shapes" in words and command in ("knn", "linear", "finetune", "pretrain", "profile", "doctor"):
@@ -169,6 +172,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys, caplog):
     parsed: dict[str, int] = dict.fromkeys(PARSED, 0)
     ran: dict[str, int] = {}
     seconds: dict[str, float] = {}
+    made: set[str] = set()
     failed = []
     for shown in documented():
         if shown.line.startswith(("COMMAND", "--")):
@@ -176,7 +180,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys, caplog):
         if reason := next((reason for reason, holds in PARSED.items() if holds(shown)), None):
             parsed[reason] += 1
             continue
-        words = made_small(shown.line)
+        words = made_small(shown.line, made)
         if "test.npz" in words and not Path("test.npz").exists():
             shutil.copy("train.npz", "test.npz")
         key = " ".join(words)

@@ -81,7 +81,8 @@ def test_the_readme_works_outside_the_checkout(python, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     small_files(tmp_path)
-    commands = [made_small(shown.line) for shown in documented() if shown.page == "README.md"]
+    made: set[str] = set()
+    commands = [made_small(shown.line, made) for shown in documented() if shown.page == "README.md"]
     for words in commands:
         words += ["--dry-run"] if words[0] == "launch" and "--status" not in words else []
     commands = [["--version"], DEMO.split(), *commands]
