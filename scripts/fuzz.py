@@ -631,7 +631,8 @@ def judge(case: Case, folder: Path) -> tuple[str, Finding | None]:
 def fuzz(kind: str, cases: int, seed: int) -> tuple[collections.Counter, list[Finding]]:
     """Try `cases` cases of a kind; counts of accepted and refused, and what is wrong."""
     rng, counts, findings = random.Random(f"{kind} {seed}"), collections.Counter(), []
-    logging.getLogger("vit_suite").setLevel(logging.CRITICAL)
+    for logger in ("vit_suite", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     here = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="vit-suite-fuzz-") as name:
         folder, empty = Path(name) / "files", Path(name) / "empty"
