@@ -1,8 +1,8 @@
-"""Random rectangular blocks of a batch of views: how they lie, and the pixels that enough of them for an area cover.
+"""Random rectangular blocks of a batch of views: where they lie, and masks of as many of them as an area needs.
 
-Blocks are chosen in turn among a fixed number of drawn ones ("slots"), so a batch takes a few products and no loop over
-images; `slots_of_sum` and `slots_of_union` draw enough for all but less than one view in 1,000, which then gets all of
-them.
+A fixed number of blocks ("slots") is drawn for each view, and they are taken in turn until the area is reached. So a
+batch takes a few products, and no loop over images. `slots_of_sum` and `slots_of_union` choose the number: it is too
+small for less than one view in 1,000, which then gets all of its blocks.
 
 Axes: n views, H x W pixels of a view, M slots.
 """
@@ -16,39 +16,38 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.05
-"""Share of a side that a block's corner keeps from the far border, and the least side of a gray or blurred block
-(v1)."""
+"""Least distance of a block's corner from the far border, and least side of a gray or blurred block (v1), as a share of
+the side of the view."""
 GMML_SIDE = 0.3
 """Sides of gmml's blocks are below this share of the view's."""
 GROUP = 16
-"""Slots whose powers of two add up without rounding in fp32."""
+"""Number of slots whose powers of two add up without rounding in fp32."""
 MOST_SLOTS = 1024
-"""Slots of gmml at most: an area close to the whole view would take any number."""
+"""Largest number of slots of gmml. An area close to the whole view would need an unlimited number."""
 
 
 class Axis(NamedTuple):
-    """How blocks lie along one axis: start from whole numbers 0 .. starts - 1, side from least .. most - 1, in pixels
-    of `size`."""
+    """Blocks along an axis of `size` pixels: start is one of 0 .. starts - 1, and side one of least .. most - 1."""
 
     size: int
     starts: int
     least: int
     most: int
     align: int = 1
-    """Start and side become multiples of it (start down, side to the nearest, halves to even)."""
+    """Start and side become multiples of it: start is rounded down, side to the nearest (halves to even)."""
 
     def extent(self, start: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """First pixel, and the one after the last, cut at the border, from whole numbers in floats of any one shape."""
+        """First pixel, and the pixel after the last one, cut at the border. start, side: whole numbers, as floats."""
         start = (start / self.align).floor() * self.align
         side = (torch.minimum(side, self.size - start) / self.align).round() * self.align
         return start, (start + side).clamp(max=self.size)
 
     def drawn(self, start: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from uniform numbers in [0, 1)."""
+        """`extent` from uniform numbers in [0, 1)."""
         return self.extent(integers(start, 0, self.starts), integers(side, self.least, self.most))
 
     def every(self) -> tuple[Tensor, Tensor]:
-        """First pixel and the one after the last of all equally likely blocks, each (starts * sides,)."""
+        """`extent` of all equally likely blocks, (starts * sides,) each."""
         start = torch.arange(max(self.starts, 1), device="cpu").double()
         side = torch.arange(self.least, max(self.most, self.least + 1), device="cpu").double()
         return self.extent(*(grid.flatten() for grid in torch.meshgrid(start, side, indexing="ij")))
@@ -60,7 +59,7 @@ class Axis(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """How blocks lie on a view."""
+    """Blocks on a view: along its columns and along its rows."""
 
     down: Axis
     across: Axis
@@ -120,8 +119,8 @@ def reached(plane: Plane) -> float:
 
 @functools.lru_cache(maxsize=64)
 def slots_of_sum(plane: Plane, area: float) -> int:
-    """Blocks to draw so that their areas add up to `area` pixels: the fewest whose expected sum is that and 5
-    deviations."""
+    """Number of blocks to draw so that their areas add up to `area` pixels: the expected sum less 5 deviations is at
+    least `area`."""
     mean, square = plane.area()
     spread = 5 * (square - mean**2) ** 0.5
     return (
@@ -131,12 +130,13 @@ def slots_of_sum(plane: Plane, area: float) -> int:
 
 @functools.lru_cache(maxsize=64)
 def slots_of_union(plane: Plane, area: float) -> int:
-    """Blocks to draw so that their union has `area` pixels: the fewest, in whole groups, whose expected union is 5
-    deviations more.
+    """Number of blocks to draw, in whole groups, so that their union has `area` pixels: the expected union less 5
+    deviations is at least `area`.
 
-    A block adds, of its area a, on average the share q that the others leave free, so the union's variance is about m
-    q^2 E[a^2] (Efron and Stein); where little is free, single cells of align x align pixels decide, each there or not:
-    q H W align^2. Together 2 to 8 times the measured one for 30% to 75% of a view of 32 pixels, `align` 1 and 4.
+    Of its area a, a block adds on average the share q that the other blocks leave free. So the variance of the union of
+    m blocks is about m q^2 E[a^2] (Efron and Stein). If little is free, single cells of align x align pixels decide,
+    which adds q H W align^2. The sum is 2 to 8 times the measured variance for 30% to 75% of a view of 32 pixels with
+    `align` 1 and 4.
     """
     missed, (_, square), most = 1 - plane.covered(), plane.area(), reached(plane)
     pixels, cell = missed.numel(), plane.down.align * plane.across.align
@@ -148,8 +148,8 @@ def slots_of_union(plane: Plane, area: float) -> int:
 
 
 def mask_of_sum(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
-    """(n, H, W) bool of blocks taken in turn while the sum of the areas so far, overlaps counted twice, is below the
-    budget.
+    """(n, H, W) bool of blocks. They are taken in turn while the sum of the areas before is below the budget; overlaps
+    count twice.
 
     uniform: (n, M, 4). budget: (n,) pixels.
     """
@@ -161,12 +161,12 @@ def mask_of_sum(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
 
 
 def mask_of_union(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
-    """(n, H, W) bool of blocks taken in turn while the pixels covered so far, each counted once, are below the budget.
+    """(n, H, W) bool of blocks. They are taken in turn while the pixels covered before are below the budget; overlaps
+    count once.
 
-    uniform: (n, M, 4), M in whole groups. budget: (n,) pixels. First of all, which is the first block to cover a pixel:
-    slot k of a
-    group adds 2^-k to its pixels, 16 powers add up exactly, and the exponent of the sum is that of the first. How many
-    pixels each slot is the first to cover then says how far the slots are used.
+    uniform: (n, M, 4), M in whole groups. budget: (n,) pixels. First the slot that covers each pixel first is found:
+    slot k of a group adds 2^-k to its pixels, 16 such powers add up exactly, and the exponent of the sum is that of the
+    first slot. Then the number of pixels that each slot covers first tells how many slots are used.
     """
     count, slots = uniform.shape[:2]
     top, bottom, left, right = plane.drawn(uniform)
@@ -182,7 +182,7 @@ def mask_of_union(plane: Plane, uniform: Tensor, budget: Tensor) -> Tensor:
     new = torch.zeros(count, slots + 1, dtype=torch.int32, device=uniform.device)
     new.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
     new = new[:, :slots]
-    used = (new.cumsum(-1) - new < budget.unsqueeze(-1)).sum(-1)  # slots, for the areas before them only grow
+    used = (new.cumsum(-1) - new < budget.unsqueeze(-1)).sum(-1)  # how many slots: the areas before them only grow
     return first < used.view(-1, 1, 1)
 
 

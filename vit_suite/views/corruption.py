@@ -1,14 +1,17 @@
-"""SiT's corruptions of normalized views, batched: what the network sees while it reconstructs the clean view.
+"""SiT's corruptions of normalized views, in batches. The network sees the corrupted view and reconstructs the clean
+one.
 
-`blocks` is version 1 (Atito, Awais, Kittler 2021, arXiv 2104.03602, code of July 2021): in turn a gray block, a blurred
-block, blocks of noise, blocks of another image. `gmml` is version 3 (group masked model learning): blocks dropped to
-noise or zero, or instead replaced by another image. `mask` hides whole patches behind a mask token (BERT). Zero is the
-mean color, for views are normalized.
+- `blocks`, version 1 (Atito, Awais, Kittler 2021, arXiv 2104.03602, code of July 2021): one after the other a gray
+  block, a blurred block, blocks of noise, and blocks of another image.
+- `gmml`, version 3 (group masked model learning): blocks become noise or zero, or else those of another image.
+- `mask`: a mask token replaces whole patches (BERT).
+
+Views are normalized, so zero is the mean color.
 
 Deviations from the authors' code:
-- The other image is the partner's CLEAN view; there it is whatever image the loop over the batch has left in that place
-  so far.
-- Blur of a block smaller than its kernel reflects as often as it takes; there it fails.
+- The other image is the CLEAN view of the partner. There it is the view that the loop over the batch has left in that
+  place so far.
+- The blur of a block that is smaller than its kernel reflects several times. There it fails.
 - `replace_area` 0 replaces nothing and `drop_area` 0 drops nothing; `gmml` then does the other to every view.
 - Blocks are chosen among a fixed number of drawn ones (blocks.py); there they are drawn until the area is reached.
 - Noise is a window, at a random place, of one field a step of four views' length: cheap, and the same on every number
@@ -48,9 +51,9 @@ from vit_suite.views.blocks import (
 from vit_suite.views.draw import Draw
 
 CPU_CHUNK = 1 << 20
-"""Elements of views and blocks worked on at a time on a CPU (4 MiB). Views/s of 32 px in `blocks` and in `gmml` at 2^16
-.. 2^20, one core of a busy machine: 3,799 and 6,806; 6,110 and 9,693; 8,660 and 11,815; 11,366 and 14,981; 12,638 and
-16,747."""
+"""Numbers of views and blocks worked on at a time on a CPU (4 MiB of fp32). Views/s of 32 px in `blocks` and in `gmml`,
+one core of a busy machine: 3,799 and 6,806 at 2^16; 6,110 and 9,693; 8,660 and 11,815; 11,366 and 14,981; 12,638 and
+16,747 at 2^20."""
 DEVICE_CHUNK = 1 << 27
 """The same on a GPU (512 MiB), where it only bounds memory."""
 REACH = 7
@@ -60,7 +63,7 @@ ONE, BLUR = 4, 6
 
 
 class Corrupted(NamedTuple):
-    """Corrupted views and what was done to them."""
+    """Corrupted views, and where they are corrupted."""
 
     images: Tensor
     """(V, B, C, H, W) fp32; the very views that came in where no pixel is touched (`none`, `mask` with `token`)."""
@@ -76,11 +79,10 @@ def paste(x: Tensor, mask: Tensor, content: Tensor) -> Tensor:
 
 
 def blur_matrix(axis: Axis, start: Tensor, stop: Tensor, taps: Tensor) -> Tensor:
-    """(n, size, size) Gaussian along an axis that sees pixels from start to before stop (n,) only, reflected at both
-    ends.
+    """(n, size, size) Gaussian along an axis over the pixels from start to before stop (n,), reflected at both ends.
 
-    taps: (n, 15) weights. Rows outside of the block mean nothing. One tap at a time: a sum in fixed order repeats on a
-    GPU.
+    taps: (n, 15) weights. Rows outside of the block are not used. Taps are added one by one, so that the order of the
+    sum, and with it the result, is the same each time on a GPU.
     """
     pixels = torch.arange(axis.size, device=start.device, dtype=start.dtype)
     first, last = start.unsqueeze(-1), (stop - 1).unsqueeze(-1)
@@ -113,13 +115,13 @@ def blurred(x: Tensor, plane: Plane, uniform: Tensor) -> Tensor:
 
 
 def recolored(x: Tensor, uniform: Tensor) -> Tensor:
-    """x (n, C, H, W), each channel times 0.5 to 1.5 and plus -0.5 to 0.5, in normalized units. uniform: (n, 2 C)."""
+    """x (n, C, H, W) with each channel times 0.5 to 1.5, plus -0.5 to 0.5 in normalized units. uniform: (n, 2 C)."""
     gain, shift = uniform.view(len(x), 2, -1, 1, 1).unbind(1)
     return x * (gain + 0.5) + (shift - 0.5)
 
 
 class _Views:
-    """The views of one call, flat, with what the corruptions draw from. clean: (V * B, C, H, W)."""
+    """The views of one call in one axis, and the random numbers of the corruptions. clean: (V * B, C, H, W)."""
 
     def __init__(self, views: Tensor, draw: Draw) -> None:
         self.shape, self.draw, self.device = views.shape, draw, views.device
@@ -135,7 +137,7 @@ class _Views:
         return send(uniform.transpose(0, 1).flatten(0, 1), self.device)
 
     def noise(self) -> Tensor:
-        """(3 C H W + 1, C H W) standard normal windows, every one of one field."""
+        """(3 C H W + 1, C H W) windows, all of one field of standard normal numbers."""
         size = self.clean[0].numel()
         field = torch.randn(4 * size, generator=self.draw.generator("corruption: field"))
         return send(field, self.device).unfold(0, size, 1)
@@ -147,7 +149,7 @@ class _Views:
         return [slice(first, min(first + step, len(self.clean))) for first in range(0, len(self.clean), step)]
 
     def recolor(self, share: float) -> None:
-        """Recolors one block of a view with that probability."""
+        """Recolor a block of each view with probability `share`."""
         if share == 0:
             return
         plane = plane_of_one(*self.shape[-2:])
@@ -159,7 +161,7 @@ class _Views:
             self.changed[part] |= mask
 
     def result(self) -> Corrupted:
-        """In the shapes of the views."""
+        """The result, in the shapes of the views."""
         return Corrupted(self.images.view(self.shape), self.changed.view(*self.shape[:2], *self.shape[-2:]), None)
 
 
@@ -233,7 +235,7 @@ def _none(cfg: SiTConfig, views: Tensor, draw: Draw, patch: tuple[int, int]) -> 
 
 
 def _mask(cfg: SiTConfig, views: Tensor, draw: Draw, patch: tuple[int, int]) -> Corrupted:
-    """Exactly round(mask_ratio * N) patches; of `80/10/10` each by a draw of its own."""
+    """Mask exactly round(mask_ratio * N) patches. With `80/10/10` each has a draw of its own."""
     flat = _Views(views, draw)
     height, width = views.shape[-2:]
     rows, columns = height // patch[0], width // patch[1]

@@ -1,4 +1,4 @@
-"""The deterministic view that features are measured on: shorter side to 256/224 of the crop, center crop, normalize.
+"""The deterministic view of evaluations: shorter side to 256/224 of the crop, center crop, normalize.
 
 Source: DINO eval_knn.py (Resize(256), CenterCrop(224)), its proportion kept for other sizes.
 """
@@ -14,15 +14,14 @@ from vit_suite.views.multicrop import normalize_
 from vit_suite.views.resample import Size, as_pair, check_pixels, resize
 
 MARGIN = 256 / 224
-"""Shorter side after the resize over the side of the crop."""
+"""Ratio of the shorter side after the resize to the side of the crop."""
 
 
 def _center(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, h, w) fp32 in 0..1 from (B, C, H, W) of one size."""
     (height, width), (h, w) = images.shape[-2:], size
     if (height, width) != (h, w):
-        # The side that limits reaches its target exactly; the other follows, cut to whole pixels as torchvision's
-        # Resize does.
+        # One side gets its exact length. The other keeps the ratio, and is rounded down as in torchvision's Resize.
         down, across = round(h * MARGIN), round(w * MARGIN)
         if down / height >= across / width:
             resized = (down, max(across, int(down * width / height)))

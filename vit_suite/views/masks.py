@@ -2,15 +2,15 @@
 dinov2/data/collate.py), and MAE's random patches (arXiv 2111.06377; facebookresearch/mae models_mae.py
 `random_masking`).
 
-Every image has its own random numbers, keyed like the views. So the masks do not depend on the number of ranks, on
+Every image has its own random numbers, as in the views (draw.py). So the masks do not depend on the number of ranks, on
 accumulation or on a resume. No function reads a value on the host, so a GPU does not wait.
 
 Deliberate differences from the official code of the blocks:
 
 - Which crops are masked, and how much of each, is spread evenly over groups of `GROUP` images of the global batch;
   DINOv2 spreads it over the images of a rank.
-- The search for blocks ends after `ATTEMPTS` rectangles. The official loop is open-ended; the test of the statistics
-  says how many crops this cuts short.
+- The search for blocks ends after `ATTEMPTS` rectangles. The official loop has no such limit. The test of the
+  statistics says for how many crops the search ends early.
 
 Axes: V = 2 crops of an image, B images, N = h w patches (row-major).
 """

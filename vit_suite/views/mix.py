@@ -1,9 +1,12 @@
-"""Mixup (Zhang et al. 2017, arXiv 1710.09412), CutMix (Yun et al. 2019, arXiv 1905.04899) and smoothed labels, timm's
-batch mode.
+"""Mixup (Zhang et al. 2017, arXiv 1710.09412), CutMix (Yun et al. 2019, arXiv 1905.04899) and smoothed labels, in
+timm's batch mode.
 
-One lambda and one rectangle for each slice of 128 rows of the global batch (`Draw.slices`), where timm draws them for a
-rank's batch (DeiT: 128 images): so any number of ranks mixes alike. Deviation: an image is mixed with its neighbour
-(`Draw.partners`), where timm takes the batch in reverse: neighbours are on one rank.
+Deviations from timm, so that any number of ranks mixes the same images in the same way:
+
+- Each slice of 128 rows of the global batch (`Draw.slices`) has one lambda and one rectangle. In timm each batch of a
+  rank has them (DeiT: 128 images).
+- An image is mixed with its neighbour (`Draw.partners`), which is on the same rank. timm mixes the batch with the batch
+  in reverse order.
 
 Axes: B images, C channels, K classes.
 """
@@ -37,8 +40,7 @@ def cut_box(height: int, width: int, lam: float, y: float, x: float) -> tuple[in
 
 
 def mix(images: Tensor, labels: Tensor, draw: Draw, cfg: SupervisedConfig, classes: int) -> tuple[Tensor, Tensor]:
-    """Mixed images (B, C, H, W) and their targets (B, K), each row of which sums to 1; the arguments stay as they
-    are."""
+    """Mixed images (B, C, H, W) and their targets (B, K), whose rows sum to 1. The arguments do not change."""
     targets = smoothed(labels, classes, cfg.label_smoothing)
     if not (cfg.mixup or cfg.cutmix):
         return images, targets
@@ -53,11 +55,11 @@ def mix(images: Tensor, labels: Tensor, draw: Draw, cfg: SupervisedConfig, class
 
 
 class _Mixture(NamedTuple):
-    """What a slice draws."""
+    """How the images of a slice are mixed."""
 
     kind: Literal["none", "mixup", "cutmix"]
     lam: float
-    """Share of the image itself."""
+    """Weight of the image itself; its partner has 1 - lam."""
     y: float
     x: float
     """Center of CutMix's rectangle, in shares of the image's height and width."""
@@ -80,7 +82,7 @@ def _mix(
 ) -> tuple[Tensor, Tensor]:
     """Images (n, C, H, W) and targets (n, K) mixed with those of their partners.
 
-    CutMix's share is that of the pixels that stay, after the rectangle was cut off at the edges.
+    In CutMix lam becomes the share of the pixels outside the rectangle, after the rectangle is cut off at the edges.
     """
     lam = mixture.lam
     if mixture.kind == "none":

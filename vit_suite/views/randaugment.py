@@ -1,17 +1,17 @@
 """RandAugment of a batch (Cubuk et al. 2020, arXiv 1909.13719), by torchvision's operations, in two sets:
 
-- `increasing`, timm's `rand-mM-mstdS-inc1`, with which DeiT trains: 15 operations, all of which change more with more
-  strength.
-- `original`, the TensorFlow code's, with which Beyer et al. (arXiv 2205.01580) train: Cutout besides; at full strength
-  posterizing keeps 4 bits, solarizing keeps everything, and brightness, contrast, color and sharpness only ever rise.
+- `increasing`: timm's `rand-mM-mstdS-inc1`, as in DeiT. It has 15 operations, and each changes an image more if its
+  strength is larger.
+- `original`: the TensorFlow code's, as in Beyer et al. (arXiv 2205.01580). It has Cutout too. At full strength
+  posterizing keeps 4 bits and solarizing changes nothing; brightness, contrast, color and sharpness only rise.
 
 Ranges, and the mean color behind moved images, are timm's. Deviations, of both sets:
 
-- Images that drew the same operation and direction are worked on together, since torchvision's operations take one
-  strength a call. So the noise on the strength is drawn for each such group of a slice of 128 rows of the global batch
+- torchvision's operations take one strength for all images. So images of the same operation and direction are changed
+  together, and the noise on the strength is drawn for each such group of a slice of 128 rows of the global batch
   (`Draw.slices`), not for each image. Over slices and steps it has timm's distribution.
 - Values stay float between operations (equalize works on 256 levels), where Pillow rounds to 8 bits after each.
-- Posterizing keeps a bit at least; timm's keeps none at full strength, which newer Pillows refuse.
+- Posterizing keeps at least one bit. timm's keeps none at full strength, and newer versions of Pillow refuse that.
 - Moved images are interpolated bilinearly; timm picks bilinear or bicubic at random, TensorFlow the nearest pixel.
 
 Axes: N images that share an operation, B images of the micro-batch, C channels (1 or 3), side S.
@@ -35,14 +35,14 @@ from vit_suite.hardware import full_precision, send
 from vit_suite.views.draw import Draw
 
 MOST = 10.0
-"""The strength that stands for the full range."""
+"""The strength at which an operation has its full range."""
 CUTOUT = 80 / 224
 """Side of Cutout's square at full strength, as a share of the image's (2 x 40 pixels of 224)."""
 
 
 class _NoWait(TorchFunctionMode):
-    """Sends what `torch.tensor` is to make on a GPU instead of waiting for it: torchvision makes matrices and kernels
-    so, one a call."""
+    """Makes `torch.tensor(..., device=GPU)` on the host and sends it. torchvision makes matrices and kernels in that
+    way, and each would make the host wait."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -54,7 +54,7 @@ class _NoWait(TorchFunctionMode):
 
 
 class Context(NamedTuple):
-    """What some operations need besides the images and the strength."""
+    """Further arguments of some operations."""
 
     fill: list[float]
     """Color of C values in 0..1 behind what moves."""

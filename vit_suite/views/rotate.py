@@ -1,4 +1,4 @@
-"""Views turned by quarter turns, SiT's rotation task (Gidaris et al. 2018, arXiv 1803.07728)."""
+"""Views rotated by quarter turns: SiT's rotation task (Gidaris et al. 2018, arXiv 1803.07728)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
 
 UNIFORM = 0.75
-"""Share of turned views that makes the four labels equally frequent."""
+"""Share of rotated views for which the four labels are equally frequent."""
 
 
 def draw_turns(draw: Draw, views: int, device: torch.device, share: float = UNIFORM, together: bool = False) -> Tensor:
     """(V, B) int64 labels 0..3 of V views of B images.
 
-    share: probability that a view is turned, by each of the three turns equally often.
-    together: all views of an image have one turn; else each has its own.
+    share: probability that a view is rotated; the three turns are equally likely.
+    together: all views of an image have the same turn. Otherwise each view has its own.
     """
     uniform = draw.uniform(views, purpose="rotation").T  # (V, B) in 0..1
     if together:
@@ -27,9 +27,10 @@ def draw_turns(draw: Draw, views: int, device: torch.device, share: float = UNIF
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
-    """Images (..., C, S, S) turned clockwise by `turns` (...) x 90 degrees.
+    """Images (..., C, S, S) rotated clockwise by `turns` (...) x 90 degrees.
 
-    Label 1 is clockwise, as in SiT's code from July 2021 on; April's turned the other way, and flipped after turning.
+    Label 1 is clockwise, as in SiT's code since July 2021. Its code of April 2021 rotated the other way, and flipped
+    after the rotation.
     """
     out = images
     for turn in (1, 2, 3):

@@ -1,5 +1,5 @@
-"""DINOv2's views: multi-crop, with larger crops in a last stage of the training. For a Gram teacher the global crops
-come once more, larger."""
+"""DINOv2's views: multi-crop, with larger crops in the last stage of a training. A Gram teacher gets the global crops a
+second time, in a larger size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vit_suite.views.multicrop import MultiCrop, draw_views, image_sizes
 
 
 class StagedMultiCrop:
-    """`views(images, draw)`: the global crops, the local ones, and with `gram_size` the global ones at that size; each
-    (B, C, S, S), normalized, on the images' device; picklable.
+    """`views(images, draw)`: the global crops, the local crops, and with `gram_size` the global crops in that size.
 
-    A crop for the Gram teacher has the box, colors and blur of its global crop: the width of the blur, which is in
-    pixels of the crop, grows with it.
+    Each is (B, C, S, S), normalized, on the images' device. The object is picklable. A crop for the Gram teacher has
+    the box, colors and blur of its global crop. The width of a blur is in pixels of the crop, so it grows with the
+    crop.
 
     mean, std: C floats in 0..1.
     """

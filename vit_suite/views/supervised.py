@@ -1,5 +1,4 @@
-"""The one view of supervised training, made in batches: crop, flip, RandAugment, color, normalize, erase (timm's
-order).
+"""The view of supervised training, made in batches: crop, flip, RandAugment, color, normalize, erase, in timm's order.
 
 Axes: B images, C channels, side S.
 """
@@ -84,18 +83,17 @@ def bordered(images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
 
 
 def shifted_boxes(sizes: Tensor, uniform: Tensor) -> Tensor:
-    """Boxes (B, 4) of the images' own sizes (B, 2) anywhere within their bordered images; uniform (B, 2) in 0..1."""
+    """Boxes (B, 4) of the sizes (B, 2) of the images, anywhere in their bordered images; uniform (B, 2) in 0..1."""
     place = (uniform * (2 * borders(sizes) + 1)).floor().long()
     return torch.cat([place, sizes], 1)
 
 
 def erase_(x: Tensor, draw: Draw, probability: float, area: Sequence[float]) -> Tensor:
-    """Put N(0, 1) noise into a rectangle of x (B, C, S, S), normalized, in place, with `probability` an image (timm,
-    mode pixel).
+    """Put N(0, 1) noise into a rectangle of normalized x (B, C, S, S), in place; each image has one with `probability`.
 
-    area: [least, most] share of the view. Deviation from timm: the images of a step take their noise from one field of
-    S x S
-    pixels, each at its own rectangle. So all ranks draw the same without drawing the noise of the global batch.
+    This is timm's mode `pixel`. area: [least, most] share of the view. Deviation from timm: all images of a step take
+    their noise from one field of S x S pixels, each at its own rectangle. So all ranks have the same noise, and no rank
+    draws that of the whole global batch.
     """
     count, channels, height, width = x.shape
     uniform = draw.uniform(2 * ATTEMPTS + 3, purpose="erase")
