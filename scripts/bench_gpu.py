@@ -219,10 +219,11 @@ def measure_training(name: str, cfg: PretrainConfig, device: torch.device, optio
     trainer = replace(cfg.trainer, accelerator="gpu" if device.type == "cuda" else "cpu", compile=COMPILE[name])
     cfg, batch = replace(cfg, trainer=trainer), cfg.data.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        data, method, device, precision = build_parts(cfg, Path(folder))
+        parts = build_parts(cfg, Path(folder))
+        data, device = parts.data, parts.device
         clock = Clock(device, options.steps, options.rounds)
-        data.trainer = build_trainer(cfg, Path(folder), [clock], precision)
-        data.trainer.fit(method, data)
+        data.trainer = build_trainer(cfg, Path(folder), [clock], parts.precision)
+        data.trainer.fit(parts.method, data)
     found = figures(clock.windows, batch * options.steps, clock.flops / batch, peak_memory(device))
     milliseconds = 1e3 * statistics.median(clock.windows) / options.steps
     return [{"batch": batch} | found | {"step ms": milliseconds, "host ms": None, "launches": None}]

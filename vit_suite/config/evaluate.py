@@ -43,9 +43,9 @@ class ScoreConfig(ReadingConfig):
     data.length."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the backbone's forward pass; auto = bf16 where the hardware multiplies it natively. What follows it
-    is fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Precision of the backbone's forward pass: fp32, as in published protocols, or bf16, which is faster; auto = bf16
+    where the hardware multiplies it natively. What follows the backbone is fp32."""
     baselines: bool = False
     """Also score the same backbone untrained, and raw pixels: what the number is read beside."""
     output: OutputFile | None = None
