@@ -69,7 +69,7 @@ def test_areas_and_ratios_have_the_promised_laws():
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (60, 90), (20, 300), (300, 20), (3, 2)])
 def test_boxes_follow_the_law_of_torchvisions_random_resized_crop(height, width):
-    """Every coordinate's mean and spread, rejections and the centerd fallback included."""
+    """Every coordinate's mean and spread, rejections and the centered fallback included."""
     count = 3000
     ours = parameters(dataclasses.replace(SMALL, local_crops=1), count, height, width).boxes
     assert (ours[..., :2] >= 0).all() and (ours[..., 2:] >= 1).all()

@@ -9,13 +9,18 @@ from torchvision.transforms.v2 import functional as reference
 
 from vit_suite.errors import UserError
 from vit_suite.views.evaluate import eval_view
-from vit_suite.views.resample import as_pair, axis_weights, crop_resize, crop_resize_views
+from vit_suite.views.resample import as_pair, axis_weights, crop_resize_views
 
 MODES = {
     "bicubic": (InterpolationMode.BICUBIC, Image.BICUBIC),
     "bilinear": (InterpolationMode.BILINEAR, Image.BILINEAR),
 }
 SHAPES = [((32, 32), 32), ((32, 32), 16), ((50, 37), (20, 64)), ((37, 50), 48), ((120, 90), 24)]
+
+
+def crop_resize(images, boxes, flip, size, **options):
+    """One crop an image: boxes (B, 4), flip (B,) or None -> (B, C, h, w)."""
+    return crop_resize_views(images, boxes[:, None], None if flip is None else flip[:, None], size, **options)[0]
 
 
 def random_boxes(height: int, width: int, count: int, seed: int = 0) -> torch.Tensor:

@@ -2,7 +2,7 @@
 supervised training.
 
 Order of a view as in DINO (arXiv 2104.14294 section 3.2; main_dino.py DataAugmentationDINO): crop-resize, flip, jitter,
-gray, blur, solarize, normalize. Which random numbers: draw.py.
+gray, blur, solarize, normalize. draw.py says where the random numbers come from.
 
 Axes: B images, V = G + L views (global, then local), C channels.
 """
@@ -27,19 +27,21 @@ from vit_suite.views.planes_color import normalized, recolor_planes_
 from vit_suite.views.resample import as_pair, check_pixels, crop_resize_views
 
 ATTEMPTS = 10
-"""Tries of torchvision's RandomResizedCrop before it takes the center."""
+"""Random areas that torchvision's RandomResizedCrop tries before it takes the center of the image."""
 DRAWS = 2 * ATTEMPTS + 16
-"""Uniform numbers a view consumes: area and ratio of each attempt, place (2), flip, jitter, its factors (4) and order
-(4), gray, blur, sigma, solarize."""
+"""Uniform numbers that a view needs: area and ratio of each attempt, place (2), flip, jitter, factors of the jitter (4)
+and their order (4), gray, blur, sigma, solarize."""
 
 
 def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ratio: Sequence[float]) -> Tensor:
     """Whole-pixel boxes (..., 4) by the rule of torchvision's RandomResizedCrop, from uniform (..., 22) numbers.
 
-    height, width: (...) of the images. scale: (..., 2) least and most area as a share of the image. ratio: least and
-    most width
-    over height. The first of 10 (area, log ratio) pairs that fits is taken, else the largest centerd box within the
-    ratio.
+    The first of 10 (area, log ratio) pairs that fits is taken, else the largest centered box within the ratio.
+
+    Args:
+        height, width: (...) of the images.
+        scale: (..., 2) least and most area, as a share of the image.
+        ratio: least and most width over height.
     """
     uniform, height, width = uniform.double(), height.double(), width.double()
     low, high = scale.double().unbind(-1)
@@ -61,13 +63,12 @@ def draw_boxes(uniform: Tensor, height: Tensor, width: Tensor, scale: Tensor, ra
 
 
 def _per_view(cfg: CropConfig, values: Sequence[float]) -> Tensor:
-    """(V,) of a setting with a value for each global crop and, where there are local ones, a last one for all of
-    them."""
+    """(V,) values of a setting that lists one value for each global crop, and a last one for all local crops."""
     return torch.tensor([*values[: cfg.global_crops], *[values[-1]] * cfg.local_crops], dtype=torch.float32)
 
 
 def draw_views(cfg: Any, sizes: Tensor, draw: Draw) -> ViewParameters:
-    """The random parameters of the rows' views. sizes: (B, 2) int height and width of the rows' images (CPU)."""
+    """Random parameters of the views of the images of `draw`. sizes: (B, 2) their heights and widths, on the CPU."""
     views = cfg.global_crops + cfg.local_crops
     uniform = draw.uniform(views, DRAWS, purpose="views")
     if len(uniform) != len(sizes):
@@ -115,12 +116,12 @@ class MultiCrop:
     def __call__(self, images: Tensor | Sequence[Tensor], draw: Draw) -> list[Tensor]:
         """[global1, .., local1 .. localL], each (B, C, S, S) fp32.
 
-        images: uint8 or float 0..1 (B, C, H, W), or a list of (C, H_i, W_i): the rows' images.
+        images: uint8 or float 0..1 (B, C, H, W), or a list of (C, H_i, W_i): the images of `draw`.
         """
         return self.apply(images, draw_views(self.cfg, image_sizes(images), draw))
 
     def apply(self, images: Tensor | Sequence[Tensor], parameters: ViewParameters) -> list[Tensor]:
-        """The views for parameters already drawn."""
+        """The views by `parameters`, which `draw_views` drew."""
         return self.groups(images, self.sizes(parameters))
 
     def sizes(self, parameters: ViewParameters) -> list[tuple[ViewParameters, int]]:
@@ -182,10 +183,13 @@ def normalize_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
 
 
 class ViewsInWorkers:
-    """The views of a micro-batch, made in the decoding worker that read it: a picklable `transform` of the file loader.
+    """Makes the views of a micro-batch in the loader worker that decoded it, as a picklable `transform` of the loader.
 
-    views: `(images, draw) -> list of views`. total: images of a global batch. Draws as on the device, so both make the
-    same views.
+    The random numbers are those that the device would draw, so both make the same views.
+
+    Args:
+        views: `(images, draw) -> list of views`.
+        total: images of a global batch.
     """
 
     def __init__(self, views: Callable[[Sequence[Tensor], Draw], list[Tensor]], seed: int, total: int) -> None:
@@ -214,7 +218,7 @@ def _span(cfg: CropConfig, key: str, most: float) -> None:
 
 
 def validate_views(cfg: CropConfig) -> None:
-    """Raises UserError that names the first setting that cannot be."""
+    """UserError that names the first impossible setting."""
     kinds = ("global", "local") if cfg.local_crops else ("global",)
     if cfg.local_crops < 0:
         raise UserError(f"views.local_crops: expected 0 or more, got {cfg.local_crops}.")
@@ -240,8 +244,9 @@ def validate_views(cfg: CropConfig) -> None:
 
 
 def pick_backend(cfg: CropConfig, device_type: str, ragged: bool) -> Literal["device", "workers"]:
-    """Where views are made: cfg.backend, or for `auto` the faster. ragged: the images are of many sizes, decoded from
-    files.
+    """Where views are made: `cfg.backend`; for `auto` the faster place.
+
+    ragged: the images come from files and differ in size.
 
     scripts/bench_views.py, one core with AVX-512 of a busy machine, images/s (in brackets beside DINO's PIL code):
 
@@ -250,8 +255,8 @@ def pick_backend(cfg: CropConfig, device_type: str, ragged: bool) -> Literal["de
     | 32 px in memory, 2 x 32 + 8 x 16 | 246 | 3,657 (14.9x; 18.0x in another run) | 225 (0.9x) |
     | 500x375 photographs, 2 x 224 + 8 x 96 | 48.4 | 131 (2.7x) | 103 (2.1x) |
 
-    Either way a whole micro-batch is made at once. Photographs cost a CPU the same in both places, so the decoding
-    workers, which run on every core beside the training process, make their views. A GPU makes its own (there not
+    Both places make the views of a whole micro-batch at once. On a CPU, photographs cost the same in both. There the
+    loader workers make them, because they run on every core beside the training process. A GPU makes its own views (not
     measured): by these figures 16 worker cores give 1,500 images/s, before decoding.
     """
     if cfg.backend != "auto":

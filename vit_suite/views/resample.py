@@ -204,17 +204,3 @@ def crop_resize_views(
             return _dense(images, boxes, flip, pair, kernel)
     views = next(crop_planes(images, [Group(boxes, flip, pair)], kernel).groups())
     return views.permute(1, 2, 0, 3, 4).contiguous()
-
-
-def crop_resize(
-    images: Tensor | Sequence[Tensor],
-    boxes: Tensor,
-    flip: Tensor | None,
-    size: Size,
-    kernel: Kernel = "bicubic",
-    method: Method = "auto",
-) -> Tensor:
-    """One crop an image: boxes (B, 4), flip (B,) or None -> (B, C, h, w); the rest as in `crop_resize_views`."""
-    return crop_resize_views(
-        images, boxes.unsqueeze(1), None if flip is None else flip.unsqueeze(1), size, kernel, method
-    )[0]
