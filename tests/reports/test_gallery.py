@@ -283,6 +283,9 @@ def test_keyboard(browser, page):
     browser.key("v")
     assert browser.run("document.querySelector('#modes [aria-pressed=true]').textContent") == "heat"
     assert browser.run("document.querySelector('.card canvas').width") == 8  # a pixel a patch
+    assert browser.run("getComputedStyle(document.querySelector('.card canvas')).display") == "block"
+    browser.key("v")  # the picture alone: the heat map is gone
+    assert browser.run("getComputedStyle(document.querySelector('.card canvas')).display") == "none"
     browser.key("Enter")
     browser.key("ArrowRight")
     assert browser.run("document.getElementById('title').textContent") == "deep/dog"
