@@ -77,7 +77,7 @@ def test_what_is_said(vit_suite, tiny_run, odd, tmp_path):
     assert first.startswith("5 images (") and f"20 mask, 20 overlay in {tmp_path}/maps, listed in manifest.csv" in first
     assert said.log.startswith("6 images: about 48 files, 1 MB")
     assert "a second" in first and "% of the time in the model" in first
-    assert "image/s" in said.err and "6/6" in said.err  # the progress bar
+    assert "image/s" not in said.err  # a bar is for terminals, and a log hears of jobs that take longer
     assert f"files that do not decode: 1, listed in {tmp_path}/maps/quarantine.txt" in others
     assert any("were shrunk" in line and "--max_tokens" in line for line in others)
 

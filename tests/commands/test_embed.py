@@ -63,7 +63,7 @@ def expected(run, folder, kind):
 def test_every_format_holds_the_same(run, folder, tiny_run, tmp_path, ending):
     said = run(f"out.{ending}")
     assert said.status == 0, said.err
-    assert said.out.startswith("12 images (") and "a second" in said.out and "13/13" in said.err
+    assert said.out.startswith("12 images (") and "a second" in said.out and "13/13" not in said.err
     assert f"do not decode: 1, listed in {tmp_path}/out.quarantine.txt" in said.out
     found = read_embeddings(tmp_path / f"out.{ending}")
     torch.testing.assert_close(found.features, functional.normalize(expected(tiny_run, folder, "cls"), dim=1))

@@ -106,7 +106,7 @@ def test_shards_are_read_one_window_after_the_other(made, monkeypatch):
     assert len(read) == 72 and all(len(set(read[start : start + 24])) == 3 for start in (0, 24, 48))
 
 
-def test_no_more_than_so_many_files_are_open(script, tmp_path):
+def test_no_more_than_so_many_files_are_open(tmp_path):
     for number in range(OPEN + 6):
         tar(tmp_path / f"{number:06d}.tar", [("a.png", (number, 0, 0))])
     source = open_train(config("shards", tmp_path))

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.alone  # has a deadline
+
 CODE = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig, MethodConfig, SiTViewsConfig
-from vit_suite.config.limits import Count, Positive
+from vit_suite.config.limits import Count, Temperature
 from vit_suite.losses.contrastive import nt_xent_logits
 from vit_suite.methods.base import Losses, Method
 from vit_suite.models.backbone import Backbone
@@ -29,7 +29,7 @@ class SimCLRConfig(MethodConfig):
     """Method."""
     projection_dim: Count = 128
     """Width of the projection that the loss compares."""
-    temperature: Positive = 0.1
+    temperature: Temperature = 0.1
     """Temperature of the loss."""
 
 

@@ -15,6 +15,8 @@ from tests.commands.conftest import words
 from vit_suite.training.progress import Length, PatientBar, Progress
 from vit_suite.training.status import read_status
 
+pytestmark = pytest.mark.alone  # counts lines against the clock
+
 
 class Line(pl.LightningModule):
     def __init__(self) -> None:
