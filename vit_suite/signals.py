@@ -96,7 +96,8 @@ def outlive(worker: int = 0) -> None:
 
     Ctrl-C reaches every process of a terminal, and a cluster may signal every process of a job. If a worker died of it,
     the current step, however long it takes, and the checkpoint after it would be lost. The loader ends its workers
-    itself. A worker that got SIGTERM also looks every `GRACE` seconds whether its main process is gone, and then ends.
+    itself, at the latest when Python exits (data/loader.py). A worker that got SIGTERM also looks every `GRACE` seconds
+    whether its main process is gone, and then ends.
     On Windows, which has no alarm, SIGTERM ends it at once.
     """
     main = os.getppid()

@@ -13,6 +13,7 @@ import functools
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ class FileLoader(EpochLoader):
             pin_memory=pin_memory,
             worker_init_fn=outlive,
         )
+        # Python ends child processes at its exit by SIGTERM and waits for them, and workers outlive SIGTERM.
+        weakref.finalize(self, _stop_workers, self._loader, os.getpid())
 
     @property
     def _iterator(self) -> Any:
@@ -134,9 +137,20 @@ class FileLoader(EpochLoader):
 
     def close(self) -> None:
         """Stop the workers; iterating again starts new ones."""
-        if self._loader.num_workers and self._iterator is not None:
-            self._iterator._shutdown_workers()
-        self._loader._iterator = None
+        _stop_workers(self._loader, os.getpid())
+
+
+def _stop_workers(loader: DataLoader[Any], owner: int) -> None:
+    """End the workers of torch's loader, those that do not answer too. `owner`: the process whose children they are;
+    a process that was forked from it leaves them alone."""
+    iterator: Any = loader._iterator
+    if not loader.num_workers or iterator is None or os.getpid() != owner:
+        return
+    iterator._shutdown_workers()  # asks, and waits for 5 s
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()
+    loader._iterator = None
 
 
 def auto_workers(workers: int | str, resident: bool, local_world: int = 1) -> int:
