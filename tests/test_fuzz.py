@@ -1,24 +1,22 @@
 """What strangers write never ends in a traceback: 300 cases of scripts/fuzz.py; and that the script finds faults."""
 
-import importlib.util
-import sys
+import logging
 from pathlib import Path
 
 import pytest
 
 from vit_suite.errors import UserError
 
-PATH = Path(__file__).parents[1] / "scripts" / "fuzz.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("fuzz_script", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz_script"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["fuzz_script"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        import fuzz
+
+        yield fuzz
 
 
 @pytest.mark.parametrize(("kind", "cases"), [("options", 150), ("weights", 50), ("shards", 50), ("truth", 50)])
@@ -32,6 +30,13 @@ def test_trainings_with_odd_values_start_or_are_refused(script):
     counts, findings = script.fuzz("start", 15, seed=1)
     assert not findings, "\n".join(map(str, findings))
     assert counts.total() == 15 and counts["accepted"] >= 3
+
+
+def test_it_leaves_the_loggers_alone(script):
+    log = logging.getLogger("vit_suite")
+    before = log.level
+    script.fuzz("options", 1, seed=1)
+    assert log.level == before
 
 
 def test_it_finds_what_is_wrong(script, tmp_path):
@@ -53,5 +58,7 @@ def test_it_finds_what_is_wrong(script, tmp_path):
 
 
 def test_every_option_of_every_command_is_reached(script):
-    reached = set(script.commands())
+    import fuzz_options
+
+    reached = set(fuzz_options.commands())
     assert {"pretrain", "finetune", "knn", "linear", "attention", "localize", "launch", "profile", "demo"} <= reached

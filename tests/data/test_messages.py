@@ -11,8 +11,6 @@ from vit_suite.data import messages
 from vit_suite.data.decode import decode
 from vit_suite.data.messages import Listening
 
-pytestmark = pytest.mark.alone  # what decoders write to stderr is the process's
-
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 
