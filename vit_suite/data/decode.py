@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from vit_suite.data.messages import Listening
+from vit_suite.data.orientation import orientation, upright
 from vit_suite.data.pixels import AUTO, Unfit, ValueRange, Wide, convert_channels, finish
 from vit_suite.data.science import DICOM, INSTALL, frames_of_dicom, is_plain, read_array, read_dicom, read_tiff
 from vit_suite.errors import UserError
@@ -48,8 +49,6 @@ FRAMES = (*ROOTS, *DICOM, *HEIF, ".gif", ".apng", ".webp", ".avif")
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is read when `data.max_pixels` is not given: Pillow's own limit for a decompression
 bomb. As RGB it takes 0.5 GiB."""
-ORIENTATION = 0x0112
-"""EXIF and TIFF tag: how the image is turned, 1 to 8."""
 PHOTOMETRIC, SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 262, 277, 339
 """TIFF tags."""
 SIGNED = 2
@@ -141,7 +140,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
             return None
         _need_heif(os.path.splitext(path)[1].lower())
         with Image.open(path) as image:
-            turned = _orientation(image) in (5, 6, 7, 8)
+            turned = orientation(image) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # Pillow's plugins raise almost anything
         return None
@@ -322,45 +321,6 @@ def _pixels(
 
 def _channels_first(array: np.ndarray) -> np.ndarray:
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or where the EXIF block is damaged: the pixels may be good."""
-    try:
-        if image.format == "TIFF":
-            return int(image.getexif().get(ORIENTATION, 1))
-        exif = Image.Exif()
-        if "exif" in image.info:
-            exif.load(image.info["exif"])
-        elif "Raw profile type exif" in image.info:
-            exif.load(bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:])))
-        return int(exif.get(ORIENTATION, 1))
-    except Exception:
-        return 1
-
-
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what shows the image upright."""
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation shows it."""
-    if image.format == "TIFF":
-        image.load()  # Pillow turns it here by itself, and forgets the tag
-    turn = TURNS.get(_orientation(image))
-    if turn is None:
-        return image
-    turned = image.transpose(turn)
-    turned.info, turned.format = image.info, image.format
-    return turned
 
 
 def _frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit_suite.data.decode import JPEG, ORIENTATION
+from vit_suite.data.decode import JPEG
+from vit_suite.data.orientation import ORIENTATION
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_suite.data.orientation import ORIENTATION
 from vit_suite.data.pixels import Unfit, Wide, by_channels, channel_axis, unit
 
 INSTALL = "pip install 'vit-suite[science]'"
 DICOM = (".dcm", ".dicom")
-BITS_PER_SAMPLE, SAMPLE_FORMAT, ORIENTATION = 258, 339, 274
+BITS_PER_SAMPLE, SAMPLE_FORMAT = 258, 339
 """TIFF tags."""
 LOGLUV = (32844, 32845)
 """Values of the TIFF tag PhotometricInterpretation: gray and colors as logarithms."""

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit_suite.data.decode import JPEG, upright
+from vit_suite.data.decode import JPEG
+from vit_suite.data.orientation import upright
 from vit_suite.errors import UserError
 
 VOID = (224, 224, 192)
