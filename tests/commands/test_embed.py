@@ -304,8 +304,8 @@ def test_a_query_from_outside_is_read_as_the_set_was(vit_suite, tiny_run, tmp_pa
 
 def test_too_many_files_that_do_not_decode(run, vit_suite, tiny_run, folder, tmp_path):
     """Under data.max_corrupt, for embed and attention: everything is written, and the status says it."""
-    said = run("out.npz", "--data.max_corrupt", 0.01)
-    assert said.status == 2 and "data.max_corrupt allows 1.0%" in said.err
-    words = ["--checkpoint", tiny_run, "--images", folder, "--output", tmp_path / "maps", "--data.max_corrupt", 0.01]
+    said = run("out.npz", "--data.max_corrupt", 0)
+    assert said.status == 2 and "data.max_corrupt allows 0.0%" in said.err
+    words = ["--checkpoint", tiny_run, "--images", folder, "--output", tmp_path / "maps", "--data.max_corrupt", 0]
     said = vit_suite("attention", *words)
     assert said.status == 2 and "005b.jpg" in said.err and (tmp_path / "maps" / "manifest.csv").is_file()

@@ -209,7 +209,7 @@ def test_photographs_of_many_sizes(localize, tmp_path):
     assert localize.entry()["metrics"]["checkpoint"] == own
     assert localize(*words, "--image_size", 64).status == 0
     assert localize.entry()["protocol"]["shorter_side"] == 64 and localize.entry()["metrics"]["checkpoint"] != own
-    said = localize(*words[:-1], 0.05)
+    said = localize(*words[:-1], 0)
     assert said.status == 2 and "1 of the 10 images" in said.err and "data.max_corrupt" in said.err
 
 
@@ -258,7 +258,10 @@ def test_what_cannot_be_scored(localize, shapes, tmp_path):
         "tiny_imagenet or shapes",
     )
     Image.new("1", (32, 31), 1).save(masks / "0003.png")
-    refused(localize("--images", images, "--truth", masks), "0003.png is 32x32, its truth in 0003.png 32x31")
+    refused(
+        localize("--images", images, "--truth", masks, "--data.max_corrupt", 0),
+        "0003.png is 32x32, its truth in 0003.png 32x31",
+    )
     (tmp_path / "scores.json").unlink(missing_ok=True)
     (tmp_path / "scores.json").mkdir()
     refused(localize(*SHAPES), "is a folder")

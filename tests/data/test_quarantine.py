@@ -26,8 +26,19 @@ def test_quarantine_lists_once_counts_and_stops(tmp_path):
         and "15.0%" in message
         and "allows 10.0%" in message
         and str(file) in message
+        and message.endswith("--data.max_corrupt 0.15 goes on without them.")
     )
     assert file.read_text(encoding="utf-8").count("d.jpg") == 1  # listed before stopping
+
+
+def test_one_file_never_ends_a_run():
+    """1% of 44 photographs is no whole file. Two are too many, and 0 means none."""
+    quarantine = Quarantine(limit=0.01)
+    quarantine.report([DecodeError("a", "x")], "photos", 44)
+    with pytest.raises(UserError, match="2 of the 44"):
+        quarantine.report([DecodeError("b", "x")], "photos", 44)
+    with pytest.raises(UserError, match="1 of the 44"):
+        Quarantine(limit=0).report([DecodeError("a", "x")], "photos", 44)
 
 
 def test_quarantine_counts_sets_apart_and_mends_a_cut_line(tmp_path):

@@ -54,7 +54,8 @@ class LocalizeDataConfig(ImagesConfig):
     """A set to score where every image counts, as `localize` does."""
 
     max_corrupt: Share = 0.01
-    """Share of files that may fail to decode (they are listed) before the command stops."""
+    """Share of files that may fail to decode (they are listed) before the command stops; one file always may, unless it
+    is 0."""
 
 
 @dataclass

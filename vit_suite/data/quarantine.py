@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 from vit_suite.data.decode import DecodeError
 from vit_suite.errors import UserError
 from vit_suite.files import lock
+
+
+FEW = 0.2
+"""Share of a set that one may want to leave out; of more, something else is wrong, such as data.channels."""
 
 
 class Quarantine:
@@ -34,7 +39,7 @@ class Quarantine:
 
     def report(self, failures: list[DecodeError], what: str, total: int) -> None:
         """Record `failures` of the set `what` of `total` images. UserError when more than the allowed share of it
-        failed.
+        failed. One file is always allowed, however small the set, unless the share is 0.
 
         Samples of a set report under the set's name. The largest total that was reported counts, because the failures
         of the whole set would be too large a share of a sample. Each rank counts only the failures that it met itself.
@@ -45,12 +50,14 @@ class Quarantine:
         found.update((failure.path, failure.reason) for failure in new)
         if new:
             self._append(new)
-        if found and len(found) > self.limit * total:
+        if len(found) > (max(1, self.limit * total) if self.limit else 0):
             path, reason = next(iter(found.items()))
             listed = f" All are listed in {self.file}." if self.file else ""
+            enough = math.ceil(100 * len(found) / total) / 100
+            mend = f" --data.max_corrupt {enough:g} goes on without them." if enough <= FEW else ""
             raise UserError(
                 f"{len(found)} of the {total} images of {what} do not decode ({len(found) / total:.1%};"
-                f" data.max_corrupt allows {self.limit:.1%}). First: {path} ({reason}).{listed}"
+                f" data.max_corrupt allows {self.limit:.1%}). First: {path} ({reason}).{listed}{mend}"
             )
 
     def list_again(self) -> None:

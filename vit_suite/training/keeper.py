@@ -96,7 +96,7 @@ class Keeper(Checkpoint):
         return {"best": self.best, "seconds": self.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.seconds_before = state_dict["best"], state_dict.get("seconds", 0.0)
+        self.best, self.seconds_before = state_dict["best"], state_dict["seconds"]
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.saved_at = self.started = time.monotonic()
