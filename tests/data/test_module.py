@@ -49,11 +49,12 @@ def test_module_errors(tmp_path):
         ImageDataModule(DataConfig(name="folder", root=str(root), batch_size=8), accumulate=3).setup()
     with pytest.raises(UserError, match="unknown data set"):
         ImageDataModule(DataConfig(name="foldr"))
-    (root / "train" / "a" / "000.png").write_bytes(b"x")
+    for name in ("000.png", "001.png"):
+        (root / "train" / "a" / name).write_bytes(b"x")
     data = ImageDataModule(
         DataConfig(name="folder", root=str(root), batch_size=8), quarantine=str(tmp_path / "run" / "quarantine.txt")
     )
-    with pytest.raises(UserError, match="1 of the 24 images of pets train do not decode"):
+    with pytest.raises(UserError, match="2 of the 24 images of pets train do not decode"):
         data.setup()
     assert "000.png\t" in (tmp_path / "run" / "quarantine.txt").read_text()
 

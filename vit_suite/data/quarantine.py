@@ -10,7 +10,6 @@ from vit_suite.data.decode import DecodeError
 from vit_suite.errors import UserError
 from vit_suite.files import lock
 
-
 FEW = 0.2
 """Share of a set that one may want to leave out; of more, something else is wrong, such as data.channels."""
 
