@@ -138,7 +138,7 @@ class Progress(pl.Callback):
     def _measure(self, trainer: pl.Trainer) -> None:
         """Measure speed and share of waiting since the last measurement."""
         now, before = time.monotonic(), self._timed_from
-        if self.step == before.step:
+        if self.step == before.step or now == before.time:  # clocks of some systems tick in 15 ms
             return
         seconds, waited = now - before.time, self.clock.seconds - before.waited
         self.speed = (self.step - before.step) * self.length.batch_size / seconds
