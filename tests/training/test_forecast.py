@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -20,17 +21,23 @@ from vit_suite.training.forecast import Forecast
 from vit_suite.training.progress import Length
 
 BATCH_NORM = {"method__head_batch_norm": True, "trainer__max_epochs": 1, "evaluate__every_epochs": 0}
+SELDOM = {"trainer__log_every": 20}  # an epoch has 4 steps
 
 
-def test_it_is_said_and_changes_nothing(tmp_path, vit_suite):  # noqa: F811
-    """Weights, BatchNorm statistics, center and drop path are those of a training without it, to the bit."""
+def test_it_is_said_and_changes_nothing(tmp_path, vit_suite, recwarn):  # noqa: F811
+    """Weights, BatchNorm statistics, center and drop path are those of a training without it, to the bit. The run with
+    `SELDOM` logs at the end of its epoch, without a word of Lightning's."""
     quiet = vit_suite("pretrain", *words(run__output=tmp_path / "quiet", **BATCH_NORM))
-    said = vit_suite("pretrain", *words(run__output=tmp_path / "said", trainer__progress=True, **BATCH_NORM))
+    options = BATCH_NORM | SELDOM | {"trainer__progress": True}
+    said = vit_suite("pretrain", *words(run__output=tmp_path / "said", **options))
     assert quiet.status == said.status == 0 and "of training:" not in quiet.log
     assert re.search(r"about \d+ s of training: 4 steps of 16 images, .* s each .* GiB are free", said.log)
     first, second = (load_file(tmp_path / name / "backbone.safetensors") for name in ("quiet", "said"))
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
-    resumed = vit_suite("pretrain", *words(run__output=tmp_path / "said", trainer__progress=True, **BATCH_NORM))
+    rows = list(csv.DictReader((tmp_path / "said" / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["3"]
+    assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
+    resumed = vit_suite("pretrain", *words(run__output=tmp_path / "said", **options))
     assert "of training:" not in resumed.log
 
 
@@ -40,6 +47,7 @@ def test_it_is_said_and_changes_nothing(tmp_path, vit_suite):  # noqa: F811
         (0.5, 2**30, None, "about 17 minutes of training: 1,000 steps of 32 images, 1 s each (0.5 s of it reading)"),
         (1.0, 2**34, None, "It will not fit: try --data.batch_size 8"),
         (1.0, 2**30, 5, "trainer.max_minutes 5 ends it before that."),
+        (100.0, 2**30, 1, "trainer.max_minutes 1 is over within the first step, which is finished first."),
         (100.0, 2**30, None, "That is long for a CPU"),
     ],
 )
@@ -67,13 +75,16 @@ def test_photographs_are_read_for_a_second_at_most(monkeypatch):
     assert 2 <= len(images) <= 4
 
 
-def test_what_is_paid_once_is_not_taken_for_the_time_of_images(monkeypatch, caplog):
-    """A first pass of 0.9 s for two images, and 0.01 s an image from then on, make steps of 0.64 s."""
+@pytest.mark.parametrize(("busy", "each"), [(1, "0.64"), (20, "13")])
+def test_what_is_paid_once_is_not_taken_for_the_time_of_images(monkeypatch, caplog, busy, each):
+    """A first pass of 0.9 s for two images, and 0.01 s an image from then on, make steps of 0.64 s. On a machine where
+    all takes `busy` times as long the passes are the same, and the steps longer by that."""
     counts = []
 
     def trial(trainer, module, images):
         counts.append(len(images))
-        return forecast.Trial(len(images), 0.9 if len(counts) == 1 else 0.01 * len(images), 0)
+        work = 0.9 if len(counts) == 1 else 0.01 * len(images)
+        return forecast.Trial(len(images), busy * work, work, 0)
 
     monkeypatch.setattr(forecast, "trial", trial)
     monkeypatch.setattr(forecast, "memory_of", lambda *_: 2**20)
@@ -81,7 +92,7 @@ def test_what_is_paid_once_is_not_taken_for_the_time_of_images(monkeypatch, capl
     module = SimpleNamespace(device=torch.device("cpu"))
     with caplog.at_level("INFO", "vit_suite"):
         Forecast([], Length(64, 10, 100), 1, None).on_train_start(SimpleNamespace(world_size=1, global_step=0), module)
-    assert counts == [2, 2, 4, 8, 16, 32] and "100 steps of 64 images, 0.64 s each" in caplog.text
+    assert counts == [2, 2, 4, 8, 16, 32] and f"100 steps of 64 images, {each} s each" in caplog.text
 
 
 def test_the_next_commands_of_an_unlabeled_tree_need_no_labels():

@@ -210,7 +210,8 @@ class TrainerConfig:
     max_steps: Annotated[int, Range(-1, ceiling=1_000_000_000)] = -1
     """Stop after this many optimizer steps and let the schedules span them; -1 = max_epochs decides."""
     max_minutes: Minutes | None = None
-    """Stop after this many minutes of training, wherever the schedules stand."""
+    """Stop after this many minutes of training, wherever the schedules stand. This is checked between steps: the step
+    under way is finished and saved first."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     devices: Processes | Literal["auto"] = "auto"
@@ -231,7 +232,7 @@ class TrainerConfig:
     accumulate: Annotated[int, Range(1, ceiling=65_536)] = 1
     """Micro-batches whose gradients are summed before an optimizer step."""
     log_every: Count = 20
-    """Optimizer steps between two log entries."""
+    """Optimizer steps between two log entries. Where an epoch has fewer steps, there is an entry each epoch."""
     progress: bool = True
     """Show how far the training is: a progress bar on a terminal, else (in a log file) a line every `line_every`
     seconds."""

@@ -29,9 +29,11 @@ log = logging.getLogger("vit_suite")
 FEWEST = 2
 """Images of the first trial; a contrastive loss needs two."""
 ENOUGH = 0.3
-"""Seconds of a trial from which its time counts: below, the fixed cost of a step would be taken for that of images."""
+"""Seconds of work of a trial from which its time counts: below, the fixed cost of a step would be taken for that of
+images."""
 ONCE = 5.0
-"""Seconds of the first trial up to which it is made again: the first pass of a process also pays what is paid once."""
+"""Seconds of work of the first trial up to which it is made again: the first pass of a process also pays what is paid
+once."""
 LONG = 24 * 3600
 """Seconds of a training on a CPU from which it is a warning."""
 
@@ -41,6 +43,9 @@ class Trial(NamedTuple):
 
     images: int
     seconds: float
+    work: float
+    """The seconds, or the process's CPU time where that is less. Other programs on the machine stretch the seconds of
+    two images to many, and leave the work as it is."""
     kept_bytes: int
     """Activations that the backward pass needs."""
 
@@ -63,9 +68,9 @@ class Forecast(pl.Callback):
         if len(images) < FEWEST:
             return
         found = trial(trainer, module, images[:FEWEST])
-        if found.seconds < ONCE:
+        if found.work < ONCE:
             found = trial(trainer, module, images[:FEWEST])
-        while found.seconds < ENOUGH and found.images < len(images):
+        while found.work < ENOUGH and found.images < len(images):
             found = trial(trainer, module, images[: 2 * found.images])
         computing = found.seconds * self.length.batch_size / found.images
         reading = reading * self.length.batch_size / cores()
@@ -85,6 +90,8 @@ class Forecast(pl.Callback):
         )
         if free and memory > free:
             mend = f"It will not fit: try --data.batch_size {max(1, batch // 4)} or a smaller network."
+        elif self.max_minutes is not None and computing + reading > 60 * self.max_minutes:
+            mend = f"trainer.max_minutes {self.max_minutes:g} is over within the first step, which is finished first."
         elif self.max_minutes is not None and seconds > 60 * self.max_minutes:
             mend = f"trainer.max_minutes {self.max_minutes:g} ends it before that."
         elif seconds > LONG:
@@ -124,13 +131,14 @@ def trial(trainer: pl.Trainer, module: Any, images: list[Tensor]) -> Trial:
         return tensor
 
     with untouched(module), trainer.precision_plugin.forward_context():
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         draw = module.draw(0, len(images))
         labels = torch.zeros(len(images), dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = module.losses(module.crops(images, draw), labels, draw, False)["loss"]
         loss.backward()
-        return Trial(len(images), time.perf_counter() - started, sum(kept.values()))
+        seconds = time.perf_counter() - started
+        return Trial(len(images), seconds, min(seconds, time.process_time() - worked), sum(kept.values()))
 
 
 @contextmanager

@@ -128,6 +128,7 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
     trainer = build_trainer(cfg, folder, callbacks, parts.precision, steps_before)
     lightning: Any = trainer
     lightning.profiler = progress.clock
+    lightning.log_every_n_steps = shortest_interval(cfg.trainer.log_every, progress.length)
     parts.data.trainer = trainer
     parts.data.plan()  # says now whether the global batch splits over the ranks
     if main and checkpoint is None:
@@ -146,6 +147,12 @@ def prepare(cfg: PretrainConfig, start: LoadedBackbone | None, signals: Signals,
         parts.data.quarantine.list_again()
         progress.write("running")
     return Run(cfg, folder, parts, trainer, scores, progress, together, start, checkpoint, steps_before)
+
+
+def shortest_interval(log_every: int, length: Length) -> int:
+    """Optimizer steps between two log entries: `log_every`, or the steps of an epoch where those are fewer. A small set
+    then gets a row of metrics.csv an epoch, and Lightning has no reason to warn that it logs nothing."""
+    return max(1, min(log_every, length.steps_per_epoch, length.max_steps))
 
 
 def build_progress(
