@@ -70,7 +70,7 @@ look at:  {folder}/overview.png (eight images at a glance), {folder}/attention/i
 numbers:  {folder}/results.json, {folder}/metrics.csv
 
 next, with a folder of your own (source .venv/bin/activate puts vit-suite on the path):
-  vit-suite pretrain --config dino/cifar10_cpu --data.name flat --data.root DIR --run.output runs/mine
+  vit-suite pretrain --config sit/own_cpu --data.root DIR --run.output runs/mine
   vit-suite attention --checkpoint runs/mine --images DIR --output maps --gallery
   vit-suite knn --checkpoint runs/mine --data.name folder --data.root CLASSES --baselines"""
 

@@ -62,7 +62,7 @@ def check_alike(found: Embeddings, other: Embeddings) -> None:
 
 def numbers(found: Embeddings, seed: int) -> dict[str, Any]:
     """RankMe, effective rank and uniformity of the features; with labels their alignment too."""
-    labels = torch.from_numpy(np.asarray(found.columns.labels))
+    labels = torch.from_numpy(np.array(found.columns.labels))
     metrics: dict[str, Any] = {
         "rankme": rankme(found.features),
         "effective_rank": effective_rank(found.features),
