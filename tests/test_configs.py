@@ -58,6 +58,7 @@ def test_deits_recipe_is_deits():
         0.5,
         0.25,
     )
+    assert cfg.data.repeats == 3  # RASampler
     assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == 21665664
 
 
@@ -73,5 +74,7 @@ def test_beyers_recipe_is_beyers():
         0,
     )
     assert (cfg.views.randaugment, cfg.views.magnitude, cfg.views.randaugment_probability) == (2, 10, 1)
+    assert (cfg.backbone.positions, cfg.backbone.mlp, cfg.backbone.init) == ("sincos_2d_beyer", "gelu_tanh", "xavier")
+    assert (cfg.views.interpolation, cfg.optim.first_moment) == ("bilinear_plain", "bf16")
     no_cls_nor_learned_positions = 21665664 - 384 - 197 * 384
     assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == no_cls_nor_learned_positions

@@ -71,8 +71,8 @@ ROPE = {"layer_scale": 1e-5, "registers": 3, "positions": "rope"}
 
 @pytest.mark.parametrize(
     "options",
-    [{"layer_scale": 1e-5}, ROPE, ROPE | {"mlp": "swiglu", "mlp_ratio": 1.5}],
-    ids=["scaled", "rope", "gated"],
+    [{"layer_scale": 1e-5}, {"mlp": "gelu_tanh"}, ROPE, ROPE | {"mlp": "swiglu", "mlp_ratio": 1.5}],
+    ids=["scaled", "tanh", "rope", "gated"],
 )
 def test_timm_folders_of_newer_networks(export, tmp_path, options):
     said = export(random_backbone(**options), "--format", "timm", "--outputs", "features", "patches")
@@ -81,7 +81,7 @@ def test_timm_folders_of_newer_networks(export, tmp_path, options):
 
 
 KINDS = [
-    ({}, "vit"),
+    ({"mlp": "gelu_tanh"}, "vit"),
     ({"registers": 2}, "dinov2_with_registers"),
     ({"layer_scale": 1e-5}, "dinov2"),
     ({"layer_scale": 1e-5, "registers": 3, "prefix_positions": False, "resize": "antialias"}, "dinov2_with_registers"),
@@ -100,6 +100,7 @@ def test_huggingface_classes(export, tmp_path):
         assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
         back = load_backbone(tmp_path / "out")  # and this suite reads its own folder by names
         assert back.report.complete and back.mean == [0.5] * 3
+        assert back.backbone.cfg.mlp == options.get("mlp", "gelu")
         for path in (tmp_path / "out").iterdir():
             path.unlink()
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from tests.data.make import ids, make_files, resident
+from vit_suite.config import DataConfig
 from vit_suite.data.loader import FileLoader, ResidentLoader
+from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import EpochPlan, epoch_order
 from vit_suite.errors import UserError
 
@@ -137,3 +139,34 @@ def test_a_batch_does_not_take_the_order_of_the_epoch_along():
     """Its indices go to a worker with all of the memory that they lie in."""
     batch = next(EpochPlan(10_000, 20).batches(0))
     assert batch.indices.untyped_storage().nbytes() == 20 * 8
+
+
+@pytest.mark.parametrize("world,accumulate", [(1, 1), (2, 1), (4, 1), (2, 3)])
+def test_repeated_augmentation_has_the_images_of_deits_sampler(world, accumulate):
+    """In each step; and any number of ranks sees the same rows, whose neighbours are different images."""
+    total, batch, repeats = 110, 24, 3
+    deit = epoch_order(total, 7, 3).repeat_interleave(repeats)  # which its ranks take in turn: samplers.py RASampler
+    plans = [EpochPlan(total, batch, 7, rank, world, accumulate, repeats=repeats) for rank in range(world)]
+    parts = [[item.indices for item in plan.batches(3)] for plan in plans]
+    alone = torch.stack([item.indices for item in EpochPlan(total, batch, 7, repeats=repeats).batches(3)])
+    assert alone.shape == (total // batch, batch)
+    for step, rows in enumerate(alone):
+        micros = range(step * accumulate, (step + 1) * accumulate)
+        assert torch.equal(torch.cat([part[micro] for micro in micros for part in parts]), rows)
+        assert torch.equal(rows.sort().values, deit[step * batch : (step + 1) * batch].sort().values)
+        assert (rows[1:] != rows[:-1]).all()
+
+
+def test_repeated_augmentation_is_an_option_that_a_resumed_run_keeps(tmp_path):
+    source = resident(make_files(tmp_path / "x", count=40))
+    cfg = DataConfig(name="shapes", image_size=16, length=40, batch_size=6, repeats=3)
+    assert ImageDataModule(cfg).plan() == EpochPlan(40, 6, repeats=3)
+    whole, second = (ResidentLoader(source, EpochPlan(40, 6, 2, repeats=3)) for _ in range(2))
+    batches, first = ids(whole), iter(whole)
+    next(first)
+    second.load_state_dict(whole.state_dict() | {"epoch": 0})
+    assert ids(second) == batches[1:]
+    with pytest.raises(UserError, match="data.repeats 3, now it is 1"):
+        ResidentLoader(source, EpochPlan(40, 6, 2)).load_state_dict(whole.state_dict())
+    with pytest.raises(UserError, match="data.repeats 3 is more than data.batch_size 2"):
+        EpochPlan(40, 2, repeats=3)

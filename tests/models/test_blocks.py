@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from timm.layers import DropPath as TimmDropPath
@@ -44,6 +45,44 @@ def test_sine_positions_of_rows_and_columns():
         for pair in range(2)
     ]
     torch.testing.assert_close(table[1 + row * 3 + column], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_beyers_positions_are_those_of_big_vision():
+    """Frequency i of D/4 is 10,000^(-i / (D/4 - 1)), so the slowest wave turns once in 2 pi 10,000 patches."""
+    rows, columns = np.mgrid[:14, :14]
+    rates = 10_000.0 ** -(np.arange(96) / 95)
+    waves = [wave(np.outer(places, rates)) for places in (columns, rows) for wave in (np.sin, np.cos)]
+    ours = sincos_positions("sincos_2d_beyer", (14, 14), 384, 0)[0]
+    torch.testing.assert_close(ours, torch.from_numpy(np.concatenate(waves, 1)).float(), atol=1e-6, rtol=0)
+    assert 0.04 < (ours - sincos_positions("sincos_2d", (14, 14), 384, 0)[0]).abs().max() < 0.05
+    backbone = tiny(positions="sincos_2d_beyer", resize="sincos")
+    torch.testing.assert_close(backbone.position((6, 5), 1), sincos_positions("sincos_2d_beyer", (6, 5), 24, 1))
+
+
+def test_first_weights_of_flax():
+    """Xavier-uniform for q, k and v apart; LeCun-normal patches; biases of the MLP close to 0."""
+    vit = tiny(dim=96, heads=3, init="xavier").vit
+    block = vit.blocks[0]
+    for weight in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc1.weight):
+        most = math.sqrt(6 / sum(weight.shape))
+        assert weight.abs().max() < most and weight.std().item() == pytest.approx(most / math.sqrt(3), rel=0.05)
+    patch = vit.patch_embed.proj.weight
+    assert patch.std().item() == pytest.approx(1 / math.sqrt(patch[0].numel()), rel=0.05)
+    assert not block.attn.qkv.bias.any() and 0 < block.mlp.fc1.bias.abs().max() < 1e-5
+    assert tiny(dim=96, heads=3).vit.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_gelu_by_tanh():
+    x = torch.linspace(-3, 3, 50)
+    exact, by_tanh = (tiny(mlp=kind).vit.blocks[0].mlp.act(x) for kind in ("gelu", "gelu_tanh"))
+    torch.testing.assert_close(by_tanh, torch.nn.functional.gelu(x, approximate="tanh"))
+    assert 1e-4 < (exact - by_tanh).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("option", [{"init": "xavier"}, {"mlp": "gelu_tanh"}])
+def test_options_that_rotary_networks_do_not_have(option):
+    with pytest.raises(UserError, match=f"backbone.{next(iter(option))} .* is not for backbone.positions rope"):
+        tiny(positions="rope", **option)
 
 
 def test_fixed_positions_are_stored_but_not_trained():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from vit_suite.config import BackboneConfig, OptimConfig, SiTOptimConfig, SupervisedOptimConfig
+from vit_suite.methods.base import Method
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.heads import DINOHead
 from vit_suite.optim.groups import clip_networks, parameter_groups
@@ -79,3 +82,25 @@ def test_the_peak_rate_follows_the_batch():
     assert peak_rate(5e-4, 1024, "linear") == pytest.approx(2e-3)
     assert peak_rate(4e-3, 1024, "sqrt") == pytest.approx(4e-3)
     assert peak_rate(4e-3, 256, "sqrt") == pytest.approx(2e-3)
+
+
+def test_first_moment_in_bf16_is_optaxs():
+    """Two steps of one parameter: the update takes the fp32 moment, and what is kept of it has 8 bits."""
+    gradients = torch.tensor([0.3, 0.7, -1.1]), torch.tensor([1.3, -0.2, 0.9])
+    kept, after = {}, {}
+    for precision in ("fp32", "bf16"):
+        weight = nn.Parameter(torch.ones(3))
+        optim = OptimConfig(lr=0.1, weight_decay=0.0, first_moment=precision)
+        optimizer = Method.adamw(SimpleNamespace(optim=optim), [{"params": [weight]}])
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        kept[precision], after[precision] = optimizer.state[weight]["exp_avg"], weight.detach()
+    first = (0.1 * gradients[0]).bfloat16().float()
+    moment = 0.9 * first + 0.1 * gradients[1]
+    second = 0.999 * 0.001 * gradients[0] ** 2 + 0.001 * gradients[1] ** 2
+    update = (moment / (1 - 0.9**2)) / ((second / (1 - 0.999**2)).sqrt() + 1e-8)
+    expected = 1 - 0.1 * gradients[0].sign() - 0.1 * update
+    torch.testing.assert_close(after["bf16"], expected, atol=1e-6, rtol=0)
+    assert torch.equal(kept["bf16"], moment.bfloat16().float()) and not torch.equal(kept["fp32"], kept["bf16"])
+    assert not torch.equal(after["fp32"], after["bf16"])

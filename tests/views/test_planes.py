@@ -45,7 +45,7 @@ def views_of(found: Planes) -> list[torch.Tensor]:
     return [group.permute(1, 2, 0, 3, 4) for group in found.groups()]
 
 
-@pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear", "bilinear_plain"])
 @pytest.mark.parametrize("kind", ["uint8", "float", "fractional", "chunks"])
 def test_crops_of_a_batch_are_those_of_a_cpu(kind, kernel, monkeypatch):
     if kind == "chunks":

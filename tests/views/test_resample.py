@@ -72,6 +72,17 @@ def test_same_pixels_as_torchvision_and_pillow(shape, size, method, kernel):
         torch.testing.assert_close(view * 255, pillow(image, box, pair, MODES[kernel][1]), atol=2.001, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["dense", "single"])
+def test_bilinear_without_antialias_reads_two_pixels(method):
+    images, boxes = noise(8, 3, 50, 37), random_boxes(50, 37, 8)
+    views = crop_resize(images, boxes, None, 16, kernel="bilinear_plain", method=method)
+    for view, image, box in zip(views, images, boxes.tolist(), strict=True):
+        other = reference.resized_crop(image / 255, *box, [16, 16], InterpolationMode.BILINEAR, antialias=False)
+        torch.testing.assert_close(view, other, atol=1e-5, rtol=0)
+    smooth = crop_resize(images, boxes, None, 16, kernel="bilinear", method=method)
+    assert views.std() > 1.2 * smooth.std()  # noise that is not averaged
+
+
 def test_large_photographs_take_the_sparse_path_and_agree_with_the_dense_one():
     images, boxes = noise(3, 3, 150, 211), random_boxes(150, 211, 3)
     flip = torch.tensor([True, False, True])

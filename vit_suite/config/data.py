@@ -91,6 +91,10 @@ class DataConfig(ScoreDataConfig):
 
     batch_size: Batch = 256
     """GLOBAL batch: images an optimizer step sees, over all ranks and accumulation steps."""
+    repeats: Annotated[int, Range(1, ceiling=1024)] = 1
+    """Repeated augmentation (arXiv 1901.09335): copies of an image in a global batch, each with views of its own (DeiT:
+    3). An epoch keeps its number of steps, so it sees one of so many images. Not for contrastive losses, which would
+    take the copies for negatives."""
     channels: Channels = 3
     """Channels an image is converted to: 1 (gray), 3 (RGB) or N (files read as they are, which must have N)."""
     decode: Literal["cpu", "gpu"] = "cpu"

@@ -55,9 +55,12 @@ class BackboneConfig:
     """Attention heads; timm's own for a timm name, dim / 64 (at least 1) for `vit`."""
     mlp_ratio: Annotated[float, Range(above=0, ceiling=64)] | None = None
     """Hidden width of a block's MLP over dim; timm's own for a timm name, 4 for `vit`."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """A block's MLP: two layers with GELU, or gated by SiLU (SwiGLU, arXiv 2002.05202), which has a third layer of the
-    same width. For `vit`."""
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """A block's MLP: two layers with GELU, exact or by tanh as JAX code has it, or gated by SiLU (SwiGLU, arXiv
+    2002.05202), which has a third layer of the same width. For `vit`."""
+    init: Literal["normal", "xavier"] = "normal"
+    """First weights: linear layers from a truncated normal of 0.02 (timm, DINO, DeiT), or Xavier-uniform as in Flax
+    code (Beyer et al. 2022). For `vit`; MAE has its own."""
     layer_scale: Annotated[float, Range(above=0, most=1)] | None = None
     """First value of LayerScale (arXiv 2103.17239), a learned factor for each channel of a block's branches: DINOv2 and
     DINOv3 start at 1e-5; none when not given. For `vit`."""
@@ -70,9 +73,10 @@ class BackboneConfig:
     """Have a CLS token; for `vit`, timm names decide themselves. Without one, backbone.pool has to be mean."""
     pool: Literal["cls", "mean"] = "cls"
     """The image's representation: the CLS token, or the mean of the patch tokens, both after the final norm."""
-    positions: Literal["learned", "sincos_1d", "sincos_2d", "rope"] = "learned"
+    positions: Literal["learned", "sincos_1d", "sincos_2d", "sincos_2d_beyer", "rope"] = "learned"
     """Position embedding: learned, or fixed sines and cosines of the patch's number (Vaswani et al. 2017) or of its row
-    and column (Beyer et al. 2022); or rotary, which turns queries and keys by row and column (DINOv3). For `vit`."""
+    and column (MAE; with the frequencies of Beyer et al. 2022); or rotary, which turns queries and keys by row and
+    column (DINOv3). For `vit`."""
     resize: Literal["offset", "antialias", "bicubic", "sincos"] | None = None
     """How positions of another size than image_size are made: offset = DINO and DINOv2; antialias = DINOv2 with
     registers; bicubic = MAE's fine-tuning, Hugging Face's ViT; sincos = computed anew, for positions sincos_*. When not
@@ -173,6 +177,9 @@ class OptimConfig:
     """Decay the position embedding, CLS token and registers too (DINO does; DeiT and SiT's first version do not)."""
     betas: Annotated[list[ShareBelow], Range(length=2)] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's betas."""
+    first_moment: Literal["fp32", "bf16"] = "fp32"
+    """Precision of AdamW's first moment after each step. bf16 gives the numbers of JAX code that keeps it so (Beyer et
+    al. 2022); it takes no less memory here."""
     clip: Norm = 3.0
     """Largest L2 norm of a gradient; 0 turns clipping off."""
     clip_mode: Literal["tensor", "global", "network"] = "tensor"

@@ -43,6 +43,9 @@ class SupervisedViewsConfig(CropConfig):
     """resized = random area and shape; padded = the image with a border of 1/8, cut at random (CIFAR)."""
     global_scale: Pair = field(default_factory=lambda: [0.08, 1.0])
     """Area of a resized crop as a share of the image, [least, most]."""
+    interpolation: Literal["bicubic", "bilinear", "bilinear_plain"] = "bicubic"
+    """How crops are resized: bicubic or bilinear, both antialiased, or bilinear without antialias as TensorFlow does
+    (Beyer)."""
     jitter: Share = 0.0
     """Probability of color jitter (DeiT's is replaced by RandAugment)."""
     jitter_strength: Strength = field(default_factory=lambda: [0.4, 0.4, 0.4, 0.0])

@@ -112,7 +112,17 @@ class ImageDataModule(pl.LightningDataModule):
         source, window = self.train_source, self.cfg.shard_window if self.cfg.order == "shards" else 0
         if window and source.shards is None:
             raise UserError(f"data.order shards needs data.name shards; {self.cfg.name} lies in other files.")
-        return EpochPlan(len(source), self.cfg.batch_size, self.seed, rank, world, accumulate, window, source.shards)
+        return EpochPlan(
+            len(source),
+            self.cfg.batch_size,
+            self.seed,
+            rank,
+            world,
+            accumulate,
+            window,
+            source.shards,
+            self.cfg.repeats,
+        )
 
     # -- sources ------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,12 @@
 The global batch s of epoch e is `order(seed, e)[s * G : (s + 1) * G]`, where the order is a permutation of all images,
 or of a few tar files at a time (`shard_order`). A batch splits into `accumulate` micro-batches, and each of these into
 one contiguous part a rank, so that any number of ranks and of micro-batches sees the same global batches.
+
+With repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335) a global batch has `repeats` copies of an image, each
+with views of its own. As in facebookresearch/deit samplers.py `RASampler`, an epoch has as many rows as without copies,
+so it sees 1 of `repeats` images. Deviation: DeiT deals the copies out to ranks in turn; here all first copies of a
+global batch come first, then all second ones, so that the order does not depend on the number of ranks, and neighbours
+(`Draw.partners`) are different images.
 """
 
 from __future__ import annotations
@@ -51,9 +57,11 @@ def shard_order(shards: Tensor, window: int, seed: int, epoch: int) -> Tensor:
 class EpochPlan:
     """Slices of an epoch. `batch_size` is global; incomplete global batches are dropped.
 
-    `shards`, the shard of each image, and `window` choose `shard_order`; window 0 is `epoch_order`.
+    `shards`, the shard of each image, and `window` choose `shard_order`; window 0 is `epoch_order`. `repeats`: copies
+    of an image in a global batch.
 
-    Raises UserError when the batch exceeds the set, or does not split evenly over ranks and micro-batches.
+    Raises UserError when the batch exceeds the set, does not split evenly over ranks and micro-batches, or has fewer
+    rows than an image has copies.
     """
 
     total: int
@@ -64,6 +72,7 @@ class EpochPlan:
     accumulate: int = 1
     window: int = 0
     shards: Tensor | None = field(default=None, repr=False, compare=False)
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         parts = self.world * self.accumulate
@@ -80,6 +89,8 @@ class EpochPlan:
                 f"data.batch_size {self.batch_size} (global) does not split evenly over {self.world} ranks x"
                 f" {self.accumulate} accumulated micro-batches; {near} would."
             )
+        if self.repeats > self.batch_size:
+            raise UserError(f"data.repeats {self.repeats} is more than data.batch_size {self.batch_size}.")
 
     @property
     def local(self) -> int:
@@ -104,12 +115,13 @@ class EpochPlan:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's micro-batches of an epoch, from number `start` on."""
         order = self.order(epoch)
+        # Which row of the epoch, counted with copies side by side, is at each place of a global batch.
+        copies = torch.cat([torch.arange(first, self.batch_size, self.repeats) for first in range(self.repeats)])
         for number in range(start, len(self)):
             step, micro = divmod(number, self.accumulate)
             rows = self.rows(micro)
-            start_row = step * self.batch_size
-            # A copy: a slice would keep the whole order, and take it along to the worker that decodes the batch.
-            indices = order[start_row + rows.start : start_row + rows.stop].clone()
+            # A slice of the order would keep all of it, and take it along to the worker that decodes the batch.
+            indices = order[(step * self.batch_size + copies[rows]) // self.repeats]
             yield Batch(epoch, step, micro, rows, indices)
 
 
@@ -150,16 +162,19 @@ class EpochLoader:
             "batch_size": self.plan.batch_size,
             "seed": self.plan.seed,
             "window": self.plan.window,
+            "repeats": self.plan.repeats,
         }
         return {"epoch": self.epoch, "step": step, "micro": micro, "accumulate": self.plan.accumulate} | fixed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that `state` counts. UserError when the order it counts in was another."""
         names = {"total": "number of training images", "batch_size": "data.batch_size", "seed": "run.seed"}
+        names["repeats"] = "data.repeats"
         for key, name in (names | {"window": "data.shard_window (0 for data.order shuffle)"}).items():
             now = getattr(self.plan, key)
-            if state[key] != now:
-                raise UserError(f"cannot resume: the run began with {name} {state[key]}, now it is {now}.")
+            before = state.get(key, 1)  # runs from before there was data.repeats
+            if before != now:
+                raise UserError(f"cannot resume: the run began with {name} {before}, now it is {now}.")
         self.epoch, self.position, self._placed = (
             state["epoch"],
             state["step"] * self.plan.accumulate + state["micro"],

@@ -24,7 +24,7 @@ from vit_suite.methods.hooks import MethodHooks
 from vit_suite.methods.sharding import Sharded
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size, known_patch_size
-from vit_suite.optim.groups import clip_all, clip_each, clip_networks, parameter_groups
+from vit_suite.optim.groups import clip_all, clip_each, clip_networks, parameter_groups, round_first_moments
 from vit_suite.optim.schedules import cosine, peak_rate, rate_of_epoch
 from vit_suite.views.draw import Draw
 
@@ -311,7 +311,10 @@ class Method(MethodHooks):
         """The optimizer that `optim` describes, for these parameter groups."""
         optim = self.optim
         betas = optim.betas[0], optim.betas[1]
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True)
+        if optim.first_moment == "bf16":
+            adamw.register_step_post_hook(round_first_moments)
+        return adamw
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, without the factors of layers."""

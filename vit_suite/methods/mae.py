@@ -36,6 +36,8 @@ class Network(nn.Module):
 
     def __init__(self, backbone: BackboneConfig, method: MAEConfig):
         super().__init__()
+        if backbone.init != BackboneConfig.init:
+            raise UserError(f"backbone.init {backbone.init}: method mae has first weights of its own; leave it out.")
         self.backbone = Backbone(backbone)
         kind = CrossDecoder if method.decoder == "cross" else SelfDecoder
         self.decoder = kind(

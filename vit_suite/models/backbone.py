@@ -166,7 +166,7 @@ class Backbone(nn.Module):
         if grid == self.native_grid:
             return own
         how, kind = self.cfg.resize, self.cfg.positions
-        if how == "sincos" and (kind == "sincos_1d" or kind == "sincos_2d"):
+        if how == "sincos" and kind != "learned" and kind != "rope":
             return sincos_positions(kind, grid, self.dim, prefix).to(own)
         return resize_position(own, self.native_grid, grid, prefix, "offset" if how is None or how == "sincos" else how)
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from timm.layers import LayerNorm, PatchEmbed, SwiGLUPacked
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_jax
 from torch import nn
 
 from vit_suite.config import BackboneConfig
@@ -131,6 +131,8 @@ def _plain(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> VisionTr
     """timm's VisionTransformer."""
     gated = cfg.mlp == "swiglu"
     layers: dict[str, Any] = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if gated else {}
+    if cfg.mlp == "gelu_tanh":
+        layers["act_layer"] = functools.partial(nn.GELU, approximate="tanh")
     vit = VisionTransformer(
         **common,
         **layers,
@@ -148,14 +150,31 @@ def _plain(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> VisionTr
         fixed = sincos_positions(kind, vit.patch_embed.grid_size, vit.embed_dim, prefix)
         del vit.pos_embed
         vit.register_buffer("pos_embed", fixed)  # a buffer: neither trained nor averaged
+    if cfg.init == "xavier":
+        init_xavier_(vit)
     return vit
+
+
+def init_xavier_(vit: VisionTransformer) -> None:
+    """Initialize linear layers and convolutions as Flax code does (big_vision models/vit.py), by timm's function.
+
+    Linear layers are Xavier-uniform, the patch embedding LeCun-normal; biases are 0, those of MLPs from a normal of
+    1e-6. timm's function takes queries, keys and values for one layer; here each has its own range, as in Flax.
+    """
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init_weights_vit_jax(module, name)
+            if name.endswith(".qkv"):
+                for part in module.weight.detach().chunk(3):
+                    nn.init.xavier_uniform_(part)
 
 
 def _rotary(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> Eva:
     """timm's Eva as in DINOv3: every block has rotary positions of the patches, and there are no other positions."""
-    for option in ("norm", "stem"):
-        if getattr(cfg, option) != getattr(BackboneConfig, option):
-            raise UserError(f"backbone.{option} {getattr(cfg, option)} is not for backbone.positions rope.")
+    for option in ("norm", "stem", "init", "mlp"):
+        value = getattr(cfg, option)
+        if value not in (getattr(BackboneConfig, option), "swiglu"):
+            raise UserError(f"backbone.{option} {value} is not for backbone.positions rope.")
     width = common["embed_dim"] // common["num_heads"]
     if width % 4:
         raise UserError(
@@ -180,7 +199,7 @@ def _rotary(cfg: BackboneConfig, common: dict[str, Any], hidden: int) -> Eva:
 
 # -- timm names --------------------------------------------------------------------------------------------------------
 
-OF_VIT = ("class_token", "positions", "norm", "norm_eps", "layer_scale", "mlp", "prefix_positions", "stem")
+OF_VIT = ("class_token", "positions", "norm", "norm_eps", "layer_scale", "mlp", "init", "prefix_positions", "stem")
 """Options that a timm name already fixes."""
 
 

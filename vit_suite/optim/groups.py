@@ -1,9 +1,10 @@
-"""Parameter groups and clipping (facebookresearch/dino utils.py `get_params_groups`, `clip_gradients`)."""
+"""Parameter groups, clipping and moments (facebookresearch/dino utils.py `get_params_groups`, `clip_gradients`)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,3 +119,11 @@ def _norms(gradients: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
     if any(map(distributed.is_sharded, gradients)):
         norms = distributed.sum_over_ranks(norms.square()).sqrt()
     return norms, parts
+
+
+@torch.no_grad()
+def round_first_moments(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A hook after a step of AdamW: round its first moments to bf16, as optax's `scale_by_adam(mu_dtype="bfloat16")`
+    keeps them. Deviation: optax multiplies the rounded moment by beta in bf16 too, which rounds once more."""
+    moments = [distributed.own_part(state["exp_avg"]) for state in optimizer.state.values() if "exp_avg" in state]
+    torch._foreach_copy_(moments, [moment.bfloat16() for moment in moments])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vit_suite.data.packed import packed
 from vit_suite.hardware import full_precision, send, tf32_products
-from vit_suite.views.kernels import RADIUS, Kernel, kernel_
+from vit_suite.views.kernels import RADIUS, Kernel, kernel_, stretch_of
 
 CHUNK = 1 << 30
 """Numbers of weights and intermediates that may be in memory at a time (4 GiB of fp32)."""
@@ -108,7 +108,7 @@ def _table(groups: Sequence[Group], kernel: Kernel) -> Tensor:
         for group in groups:
             start, length = group.boxes[..., axis].double(), group.boxes[..., 2 + axis].double()
             step = length / group.size[axis]
-            stretch = step.clamp(min=1)  # an enlarging resize keeps the kernel one source pixel wide
+            stretch = stretch_of(step, kernel)
             edge = start
             if axis and group.flip is not None:
                 edge = torch.where(group.flip, start + length, start)

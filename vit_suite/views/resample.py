@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from vit_suite.errors import UserError
 from vit_suite.hardware import full_precision
-from vit_suite.views.kernels import Kernel, kernel_
+from vit_suite.views.kernels import Kernel, kernel_, stretch_of
 from vit_suite.views.planes import Group, crop_planes
 
 Method = Literal["auto", "dense", "single"]
@@ -77,7 +77,7 @@ def axis_weights(
     place = torch.arange(out, device=start.device, dtype=torch.float32) + 0.5
     if flip is not None:
         place = torch.where(flip.unsqueeze(-1), out - place, place)
-    inverse = scale.clamp(min=1).reciprocal_()  # an enlarging resize keeps the kernel one source pixel wide
+    inverse = stretch_of(scale, kernel).reciprocal_()
     center = (start + place * scale).mul_(inverse).unsqueeze(-1)  # (..., out, 1)
     pixels = torch.arange(size, device=start.device, dtype=torch.float32)
     taps = (pixels + 0.5) * inverse  # (..., size)
@@ -115,14 +115,16 @@ def _dense(images: Tensor, boxes: Tensor, flip: Tensor | None, size: tuple[int, 
 
 
 def resize(images: Tensor, size: tuple[int, int], kernel: Kernel = "bicubic") -> Tensor:
-    """Antialiased resize of whole images (B, C, H, W) by PyTorch's own sparse kernels, clamped between the passes as in
-    Pillow.
+    """Resize of whole images (B, C, H, W) by PyTorch's own sparse kernels, antialiased (but for `bilinear_plain`) and
+    clamped between the passes as in Pillow.
 
     uint8 stays uint8 on a CPU; PyTorch resizes 8 bits there only. All other images become float in 0..1.
     """
-    if images.dtype == torch.uint8 and images.device.type == "cpu":
+    if images.dtype == torch.uint8 and images.device.type == "cpu" and kernel != "bilinear_plain":
         return functional.interpolate(images, size=size, mode=kernel, antialias=True, align_corners=False)
     images = images / 255 if images.dtype == torch.uint8 else images.float()
+    if kernel == "bilinear_plain":
+        return functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
     for step in ((images.shape[-2], size[1]), size):
         images = functional.interpolate(images, size=step, mode=kernel, antialias=True, align_corners=False).clamp_(
             0, 1
@@ -183,7 +185,7 @@ def crop_resize_views(
     kernel: Kernel = "bicubic",
     method: Method = "auto",
 ) -> Tensor:
-    """V crops of every image, resized (antialiased) and mirrored: (V, B, C, h, w) fp32 in 0..1 on the images' device.
+    """V crops of every image, resized and mirrored: (V, B, C, h, w) fp32 in 0..1 on the images' device.
 
     images: uint8, or float in 0..1, (B, C, H, W); or a list of such (C, H_i, W_i).
     boxes: (B, V, 4) of top, left, height, width in pixels, inside the image; whole (int) or fractional (float).

@@ -61,7 +61,7 @@ class SupervisedViews:
         boxes = drawn.boxes
         if cfg.crop == "padded":
             images, boxes = bordered(images), shifted_boxes(sizes, draw.uniform(2, purpose="shift")).unsqueeze(1)
-        x = crop_resize_views(images, boxes, drawn.flip, cfg.global_size)[0]
+        x = crop_resize_views(images, boxes, drawn.flip, cfg.global_size, cfg.interpolation)[0]
         if cfg.randaugment:
             randaugment_(x, draw, cfg, self.mean)
         recolor_(x, drawn.views(slice(None)))

@@ -136,16 +136,17 @@ def of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if not config:
         return {}
     act = config.get("hidden_act", "gelu")
-    if act not in ("gelu", "silu"):
+    if act not in ("gelu", "gelu_pytorch_tanh", "silu"):
         raise UserError(f"checkpoint '{source}': config.json names the activation {str(act)[:80]!r}; expected 'gelu'.")
+    options: dict[str, Any] = {"mlp": "gelu_tanh"} if act == "gelu_pytorch_tanh" else {}
     if config.get("rope_theta", 100.0) != 100.0:
         raise UserError(f"checkpoint '{source}': config.json names rope_theta {config['rope_theta']}; expected 100.")
     eps = config.get("layer_norm_eps")
     if eps is None:
-        return {}
+        return options
     if type(eps) not in (int, float) or not 0 < eps < 1:
         raise UserError(f"checkpoint '{source}': config.json names layer_norm_eps {str(eps)[:80]!r}; expected 0 to 1.")
-    return {"norm_eps": float(eps)}
+    return options | {"norm_eps": float(eps)}
 
 
 def of_preprocessor(preprocessor: Mapping[str, Any], family: Family, source: str) -> tuple[list[float], list[float]]:

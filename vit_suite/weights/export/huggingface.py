@@ -86,7 +86,7 @@ def config_of(backbone: Backbone, kind: str) -> dict[str, Any]:
         "image_size": height if height == width else [height, width],
         "patch_size": backbone.patch_size,
         "num_channels": cfg.channels,
-        "hidden_act": "gelu",
+        "hidden_act": "gelu_pytorch_tanh" if getattr(mlp.act, "approximate", "") == "tanh" else "gelu",
         "layer_norm_eps": vit.norm.eps,
         "qkv_bias": block.attn.qkv.bias is not None,
         "hidden_dropout_prob": 0.0,

@@ -109,6 +109,8 @@ def arguments_of(backbone: Backbone) -> dict[str, Any]:
     if not isinstance(block.mlp.act, torch.nn.GELU):
         raise UserError("--format timm: timm's config.json cannot name a SwiGLU; take --format huggingface.")
     gamma = getattr(block.ls1, "gamma", None)
+    if block.mlp.act.approximate == "tanh":
+        arguments["act_layer"] = "gelu_tanh"
     return arguments | {
         "patch_size": backbone.patch_size,
         "embed_dim": backbone.dim,
