@@ -31,6 +31,7 @@ def speak() -> None:
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of a torch name
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")  # its successor syncs at the start
     warnings.filterwarnings(
         "ignore", message=".*does not have many workers"
     )  # images are in memory, or data.workers said so

@@ -1,7 +1,8 @@
 """Two ranks of a small training, one of which fails in some way. `failing_ranks.py FOLDER` prints what came of it.
 
 Nobody ends the other rank, as torchrun or srun would: each has to end by itself. Ranks are forked from this process,
-which has imported everything, so that the ways of failing cost seconds in all.
+which has imported everything, so that the ways of failing cost seconds in all. In the ways of `LAUNCHED` Lightning
+starts the second rank, by the command line of the first: `failing_ranks.py FOLDER WAY`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from vit_suite.training.status import read_status
 
 LIMIT = 30.0
 """Seconds after which a rank that still lives is killed."""
+STARTING = 200.0
+"""Seconds in which a training that Lightning starts has to fail: its second rank imports everything."""
 FAILING = 1
 """The rank that fails."""
 
@@ -95,6 +99,66 @@ WAYS = {
 }
 
 
+LAUNCHED = ("callback", "score")
+"""Ways that are tried with Lightning's own launcher too: the rank that it started fails, or the one that started it."""
+
+
+def launch(way: str, folder: Path) -> int:
+    """A training on 2 ranks as a shell would start it; Lightning calls this again for the second rank."""
+    WAYS[way](int(os.environ.get("LOCAL_RANK", "0")))
+    words = [*TRAINING, *DINO, "--method.head_batch_norm=false", f"--run.output={folder / f'launched-{way}'}"]
+    return cli.main(["pretrain", *words, "--trainer.devices=2"])
+
+
+def session(leader: int) -> list[int]:
+    """Processes of the session of `leader` that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended
+            state, _, _, its_session, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_session) == leader and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
+
+
+def launched(way: str, folder: Path) -> dict:
+    """What came of `launch`. Seconds count from the moment in which status.json names the cause until no process is
+    left; after LIMIT of them, the rest is counted and killed."""
+    output, log = folder / f"launched-{way}", folder / f"launched-{way}.err"
+    leader = os.fork()
+    if not leader:
+        os.setsid()
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 2)
+            sys.stderr = file
+            sys.argv[1:] = [str(folder), way]  # what Lightning starts again
+            os._exit(launch(way, folder))
+    failed, status, until = None, None, time.monotonic() + STARTING
+    while True:
+        if status is None:
+            done, found = os.waitpid(leader, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(found) if done else None
+        now = read_status(output)
+        if failed is None and now is not None and now.state == "failed":
+            failed, until = time.monotonic(), time.monotonic() + LIMIT
+        left = session(leader)
+        if (status is not None and not left) or time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    seconds = time.monotonic() - (failed or until - STARTING)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    now = read_status(output)
+    return {
+        "statuses": [status],
+        "seconds": seconds,
+        "left": len(left),
+        "state": now and now.state,
+        "reason": now and now.reason,
+        "said": log.read_text().strip().splitlines(),
+    }
+
+
 def train(way: str, folder: Path, rank: int, port: int) -> int:
     """The training of one rank, as torchrun would start it."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
@@ -143,5 +207,8 @@ def outcome(way: str, folder: Path) -> dict:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        sys.exit(launch(sys.argv[2], place))
     photographs(place / "photographs")
-    print(json.dumps({way: outcome(way, place) for way in WAYS}))
+    by_lightning = {f"launched {way}": launched(way, place) for way in LAUNCHED}
+    print(json.dumps({way: outcome(way, place) for way in WAYS} | by_lightning))

@@ -24,9 +24,20 @@ STATUS = {"corrupt": 2}
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict:
     command = [sys.executable, "-m", failing_ranks.__name__, str(tmp_path_factory.mktemp("failing"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", failing_ranks.LAUNCHED)
+def test_ranks_that_lightning_starts_end_together(outcomes, way):
+    """Without torchrun (trainer.devices 2): the rank that fails is the second, or the one that started the second."""
+    found = outcomes[f"launched {way}"]
+    assert found["seconds"] < failing_ranks.LIMIT and not found["left"], found
+    assert found["statuses"][0] not in (0, None), found
+    assert found["state"] == "failed" and found["reason"].startswith(CAUSES[way]), found
+    assert any(CAUSES[way].partition(": ")[2].removesuffix(" (rank 1)") in line for line in found["said"]), found
 
 
 @pytest.mark.slow
