@@ -106,7 +106,7 @@ def test_the_encoder_costs_what_it_sees():
 @pytest.mark.parametrize("method", [{}, CROSS], ids=["self", "cross"])
 def test_the_sheet_keeps_visible_patches_and_fills_the_hidden(method):
     module, clean = make(method=method), images()
-    same, shown, filled = module.sheet(clean)
+    same, shown, filled = module.sheet(clean)[:3]
     assert same is clean and shown.shape == filled.shape == clean.shape and module.student.training
     split = module.split_patches(clean.device, alone(4, module.seed), None)
     hidden = split.predicted.unsqueeze(-1)
@@ -145,6 +145,22 @@ def test_cross_attention_maps():
     assert not maps.transpose(-1, -2)[hidden.unsqueeze(1).expand(-1, 2, -1)].any()
     with pytest.raises(UserError, match=r"method\.decoder is self"):
         make().decoder_attention(clean)
+
+
+def test_the_sheet_of_a_cross_decoder_shows_where_a_hidden_patch_looks():
+    module, clean = make(method=CROSS), images()
+    assert len(make().sheet(clean)) == 3
+    row = module.sheet(clean)[3]
+    maps, split = module.decoder_attention(clean, alone(4, module.seed))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (module.mean, module.std))
+    pixels, seen = patchify(row * std + mean, 4), patchify(clean * std + mean, 4)
+    for image in range(4):
+        hidden = split.predicted[image].nonzero().flatten().tolist()
+        asks = min(hidden, key=lambda place: (place // 4 - 1.5) ** 2 + (place % 4 - 1.5) ** 2)
+        light = maps[image, :, asks].mean(0)
+        expected = seen[image] * (light / light.max()).unsqueeze(-1)
+        expected[asks] = 1.0
+        torch.testing.assert_close(pixels[image], expected, atol=1e-5, rtol=0)
 
 
 def test_cross_attention_maps_are_what_the_block_computes():

@@ -98,9 +98,13 @@ class MAE(Method):
         return self.method.sheet_every_epochs
 
     def sheet(self, clean: Tensor) -> list[Tensor]:
-        """Three rows: the clean images, the visible patches, and the images with the predicted patches. The masks are
-        the same each time, so that epochs can be compared."""
-        return [clean, *self.reconstruct(clean, alone(len(clean), self.seed))]
+        """Three rows: the clean images, the visible patches, and the images with the predicted patches. The cross
+        decoder adds a fourth: where one hidden patch looks (`looks`). The masks are the same each time, so that epochs
+        can be compared."""
+        rows = [clean, *self.reconstruct(clean, alone(len(clean), self.seed))]
+        if isinstance(self.student.decoder, CrossDecoder):
+            rows.append(self.looks(clean, alone(len(clean), self.seed)))
+        return rows
 
     def split_patches(self, device: torch.device, draw: Draw, predict_ratio: float | None) -> Split:
         """Which patches of each image are visible, and which are predicted."""
@@ -185,6 +189,25 @@ class MAE(Method):
         wide = found.new_zeros(count, heads, found.shape[2], patches).scatter(3, columns, found)
         rows = split.asked[:, None, :, None].expand_as(wide)
         return found.new_zeros(count, heads, patches, patches).scatter(2, rows, wide), split
+
+    @torch.no_grad()
+    def looks(self, clean: Tensor, draw: Draw | None = None) -> Tensor:
+        """Views (B, C, S, S) in the light of the cross decoder's last block. The hidden patch nearest to the middle of
+        the image is white. A visible patch is as bright as that patch's attention to it, averaged over the heads; the
+        one that it attends to most keeps its colors. The rest is black."""
+        maps, split = self.decoder_attention(clean, draw)
+        middle = [(side - 1) / 2 for side in self.grid]
+        places = torch.cartesian_prod(*(torch.arange(side, device=clean.device) for side in self.grid))  # (N, 2)
+        distance = (places - torch.tensor(middle, device=clean.device)).square().sum(1)
+        asks = distance.masked_fill(~split.predicted, torch.inf).argmin(1)  # (B,)
+        rows = torch.arange(len(clean), device=clean.device)
+        light = maps.mean(1)[rows, asks]  # (B, N)
+        light = light / light.amax(1, keepdim=True)
+        std = self.pixel_std.view(-1, 1, 1)
+        mean = torch.tensor(self.mean, device=clean.device).view(-1, 1, 1)
+        patches = patchify(clean * std + mean, self.patch) * light.unsqueeze(-1)
+        patches[rows, asks] = 1.0
+        return (unpatchify(patches, self.patch, self.grid) - mean) / std
 
 
 def check_options(method: MAEConfig, backbone: BackboneConfig) -> None:
