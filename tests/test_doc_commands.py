@@ -30,6 +30,7 @@ PARSED = {
     "tests of their own, since what they import takes longer than the rest": lambda shown: bool(
         re.search(r"--format (onnx|huggingface)", shown.line)
     ),
+    "images of one row, which tests/commands/test_one_row.py trains on": lambda shown: "SERIES" in shown.line,
     "a download, or a file of somebody else's": lambda shown: bool(
         re.search(r"timm:|\.pth|dinov2_vit|--start FILE|/dinov3", shown.line)
     ),

@@ -88,7 +88,7 @@ def test_colors_of_all_sizes_are_those_of_each_size(channels, sides):
     images = noise((24, channels, 40, 40))
     crop = MultiCrop(cfg, [0.0] * channels, [1.0] * channels)
     sizes = crop.sizes(draw_views(cfg, image_sizes(images), alone(24)))
-    together = crop_planes(images, [Group(drawn.boxes, drawn.flip, (size, size)) for drawn, size in sizes])
+    together = crop_planes(images, [Group(drawn.boxes, drawn.flip, size) for drawn, size in sizes])
     apart = [views.flatten(0, 1).clone() for views in views_of(together)]
     recolor_planes_(together, [drawn for drawn, _ in sizes])
     for x, (drawn, _), found in zip(apart, sizes, views_of(together), strict=True):
@@ -103,7 +103,7 @@ def test_normalized_views_are_those_of_a_cpu():
     crop = MultiCrop(ALL, MEAN, STD)
     drawn = draw_views(ALL, image_sizes(images), alone(6))
     sizes = crop.sizes(drawn)
-    found = crop_planes(images, [Group(drawn.boxes, drawn.flip, (size, size)) for drawn, size in sizes])
+    found = crop_planes(images, [Group(drawn.boxes, drawn.flip, size) for drawn, size in sizes])
     recolor_planes_(found, [drawn for drawn, _ in sizes])
     views = [view for group in normalized(found, MEAN, STD) for view in group]
     for one, other in zip(views, crop.apply(images, drawn), strict=True):
@@ -120,7 +120,7 @@ def test_tf32_moves_a_pixel_by_less_than_the_tolerance(monkeypatch):
     images = noise((8, 3, 120, 90))
     crop = MultiCrop(dataclasses.replace(ALL, jitter=0.0, solarize=[0.0] * 3), [0.0] * 3, [1.0] * 3)
     sizes = crop.sizes(draw_views(crop.cfg, image_sizes(images), alone(8)))
-    wanted = [Group(drawn.boxes, drawn.flip, (size, size)) for drawn, size in sizes]
+    wanted = [Group(drawn.boxes, drawn.flip, size) for drawn, size in sizes]
     plain, plain_blur = crop_planes(images, wanted), crop_planes(images, wanted)
     recolor_planes_(plain_blur, [drawn for drawn, _ in sizes])
     product = torch.bmm

@@ -7,9 +7,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
+from vit_suite.config.limits import pair
 from vit_suite.errors import UserError
 from vit_suite.views.evaluate import eval_view
-from vit_suite.views.resample import as_pair, axis_weights, crop_resize_views
+from vit_suite.views.resample import axis_weights, crop_resize_views
 
 MODES = {
     "bicubic": (InterpolationMode.BICUBIC, Image.BICUBIC),
@@ -60,16 +61,16 @@ def pillow(image: torch.Tensor, box: list[int], size: tuple[int, int], mode: int
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
 def test_same_pixels_as_torchvision_and_pillow(shape, size, method, kernel):
     count = 40
-    images, boxes, pair = noise(count, 3, *shape), random_boxes(*shape, count), as_pair(size)
+    images, boxes, sides = noise(count, 3, *shape), random_boxes(*shape, count), pair(size)
     views = crop_resize(images, boxes, None, size, kernel=kernel, method=method)
-    assert views.dtype == torch.float32 and views.shape == (count, 3, *pair)
+    assert views.dtype == torch.float32 and views.shape == (count, 3, *sides)
     assert 0 <= views.min() and views.max() <= 1
     for view, image, box in zip(views, images, boxes.tolist(), strict=True):
-        other = reference.resized_crop(image, *box, list(pair), interpolation=MODES[kernel][0], antialias=True)
+        other = reference.resized_crop(image, *box, list(sides), interpolation=MODES[kernel][0], antialias=True)
         torch.testing.assert_close(
             view * 255, other.float(), atol=2.001, rtol=0
         )  # 2 levels, and the rounding of 1 / 255
-        torch.testing.assert_close(view * 255, pillow(image, box, pair, MODES[kernel][1]), atol=2.001, rtol=0)
+        torch.testing.assert_close(view * 255, pillow(image, box, sides, MODES[kernel][1]), atol=2.001, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["dense", "single"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 
 from vit_suite.config import FinetuneConfig, PretrainConfig, ReadingConfig, SupervisedViewsConfig
-from vit_suite.errors import UserError
+from vit_suite.config.limits import pair
 from vit_suite.logs import speak
 from vit_suite.training.run import train
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
@@ -22,11 +22,8 @@ def as_run(cfg: FinetuneConfig, loaded: LoadedBackbone) -> PretrainConfig:
     """The training run that `cfg` stands for: what `config.yaml` of its run directory holds."""
     size = cfg.views.global_size
     if size is None:
-        size = loaded.image_size[0]
-        if size != loaded.image_size[-1]:
-            raise UserError(
-                f"'{cfg.checkpoint}' was trained at {loaded.image_size} pixels; choose a side with --views.global_size."
-            )
+        height, width = pair(loaded.image_size)
+        size = height if height == width else [height, width]
     return PretrainConfig(
         method=cfg.method,
         backbone=cfg.backbone,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vit_suite.config.data import DataConfig
-from vit_suite.config.limits import Checkpoint, Side
+from vit_suite.config.limits import Checkpoint, Sides
 from vit_suite.config.shared import (
     BackboneConfig,
     EvaluateConfig,
@@ -22,8 +22,9 @@ from vit_suite.config.supervised import SupervisedConfig, SupervisedOptimConfig,
 class FinetuneViewsConfig(SupervisedViewsConfig):
     """One view of an image: crop, flip, RandAugment or color jitter, erasing."""
 
-    global_size: Side | None = None  # type: ignore[assignment]
-    """Side in pixels of a view; the checkpoint's when not given. Position embeddings are resized once to another."""
+    global_size: Sides | None = None  # type: ignore[assignment]
+    """Side in pixels of a view, or [height, width]; the checkpoint's when not given. Position embeddings are resized
+    once to another."""
 
 
 @dataclass

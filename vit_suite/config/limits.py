@@ -73,6 +73,8 @@ Seed = Annotated[int, Range(0, ceiling=2**32 - 1)]
 """NumPy takes 32 bits."""
 Side = Annotated[int, Range(1, ceiling=16_384)]
 """Of an image or a view, in pixels: one of 16,384 x 16,384 takes 3 GiB in fp32."""
+Sides = Side | Annotated[list[Side], Range(length=2)]
+"""One side of a square, or [height, width]; `pair` makes (height, width) of both."""
 Width = Annotated[int, Range(1, ceiling=1_048_576)]
 """Of a layer, or a number of prototypes; DINOv3 has 262,144 of these."""
 TokenWidth = Annotated[int, Range(1, ceiling=16_384)]
@@ -118,3 +120,9 @@ def pair(size: int | Iterable[int]) -> tuple[int, int]:
     """(height, width) of one or two numbers."""
     values = (size,) if isinstance(size, int) else tuple(int(side) for side in size)
     return values[0], values[-1]
+
+
+def spell_sides(size: int | Iterable[int]) -> str:
+    """`16` for a square, `1x16` for height 1 and width 16."""
+    height, width = pair(size)
+    return str(height) if height == width else f"{height}x{width}"

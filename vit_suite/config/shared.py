@@ -25,6 +25,7 @@ from vit_suite.config.limits import (
     Seed,
     ShareBelow,
     Side,
+    Sides,
     Temperature,
     TokenWidth,
     Whole,
@@ -45,7 +46,7 @@ class BackboneConfig:
     name: str = "vit"
     """timm model name (vit_small_patch16_224, vit_small_patch14_reg4_dinov2, vit_small_patch16_dinov3, ...), or
     `vit`."""
-    patch_size: Side | Annotated[list[Side], Range(length=2)] | None = None
+    patch_size: Sides | None = None
     """Side of a patch in pixels, or [height, width]; timm's own for a timm name, 16 for `vit`."""
     dim: TokenWidth | None = None
     """Width of a token; timm's own for a timm name, 384 for `vit`."""

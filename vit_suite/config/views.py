@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from vit_suite.config.limits import Pair, Range, Share, Side
+from vit_suite.config.limits import Pair, Range, Share, Sides
 
 Strength = Annotated[list[Annotated[float, Range(0, 10)]], Range(length=4)]
 Ratios = Annotated[list[Annotated[float, Range(0.001, ceiling=1000)]], Range(length=2, rising=True)]
@@ -23,12 +23,12 @@ class CropConfig:
     global_crops: ClassVar[int] = 2
     local_crops: ClassVar[int] = 0
 
-    global_size: Side = 224
-    """Side in pixels of a (global) view."""
+    global_size: Sides = 224
+    """Side in pixels of a (global) view, or [height, width]."""
     global_scale: Pair = field(default_factory=lambda: [0.4, 1.0])
     """Area of a (global) view as a share of the image, [least, most]."""
     ratio: Ratios = field(default_factory=lambda: [0.75, 4 / 3])
-    """Width over height of a crop, [least, most]."""
+    """Width over height of a crop, [least, most]; views of two sides need one around their own."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     jitter: Share = 0.8
@@ -53,8 +53,8 @@ class ViewsConfig(CropConfig):
         "num_crops": "local_crops",
     }
 
-    local_size: Side = 96
-    """Side in pixels of a local crop."""
+    local_size: Sides = 96
+    """Side in pixels of a local crop, or [height, width]."""
     local_crops: Annotated[int, Range(0, ceiling=1024)] = 8  # type: ignore[misc]  # a constant 0 in the base
     """Local crops an image; the global ones are always 2."""
     local_scale: Pair = field(default_factory=lambda: [0.05, 0.4])

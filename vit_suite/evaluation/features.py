@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vit_suite import distributed
+from vit_suite.config.limits import pair
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.reading import read
 from vit_suite.errors import UserError
 from vit_suite.hardware import AskedPrecision, autocast, pick_precision
 from vit_suite.logs import progress_bar
 from vit_suite.views.evaluate import eval_view
-from vit_suite.views.resample import as_pair
 
 TILE = 256
 """Rows of a bank that a rank takes at a time where ranks share it, in turn."""
@@ -145,7 +145,7 @@ def collect(source: Any, view: View, embed: Callable[[Tensor], Tensor], options:
     if len(source) == 0:
         raise UserError(f"{_title(source)} holds no images")
     device, batch_size, shared = torch.device(options.device or "cpu"), options.batch_size, options.shared
-    size, mean, std = as_pair(view[0]), view[1], view[2]
+    size, mean, std = pair(view[0]), view[1], view[2]
     count, world = -(-len(source) // batch_size), distributed.world_size()
     batches = _batches(source, batch_size, range(distributed.rank(), count, world), options.workers)
     rows: Tensor | None = None

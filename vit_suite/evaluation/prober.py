@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vit_suite import distributed
 from vit_suite.config import LinearConfig, SupervisedViewsConfig
+from vit_suite.config.limits import pair
 from vit_suite.data.loader import FileLoader, ResidentLoader, auto_workers
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import Batch, EpochPlan
@@ -109,7 +110,9 @@ class Prober:
     def _batches(self, subject: Subject, source: ImageSource, size: int) -> tuple[Batches, int]:
         """(batches, batches in an epoch) of parts of randomly cropped and flipped images; colors are not changed."""
         seed, device = self.cfg.seed, self.device
-        config = SupervisedViewsConfig(global_size=self.size[0], randaugment=0, erase=0.0)
+        height, width = pair(self.size)
+        ratio = [bound * (width / height) for bound in SupervisedViewsConfig().ratio]
+        config = SupervisedViewsConfig(global_size=[height, width], ratio=ratio, randaugment=0, erase=0.0)
         views = MultiCrop(config, subject.mean, subject.std)
         plan = Turns(len(source), size, seed, turn=distributed.rank(), turns=distributed.world_size())
         loader: ResidentLoader | FileLoader

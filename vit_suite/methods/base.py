@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig, CropConfig, MethodConfig, OptimConfig, PretrainConfig
+from vit_suite.config.limits import pair
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.methods.hooks import Losses as Losses
@@ -53,8 +54,8 @@ def for_views(backbone: BackboneConfig, views: CropConfig) -> BackboneConfig:
         UserError: its patches do not tile the global crop.
     """
     if patch := known_patch_size(backbone):  # checked here, where the message can name the option
-        check_image_size([views.global_size], patch, "views.global_size")
-    return replace(backbone, image_size=backbone.image_size or [views.global_size, views.global_size])
+        check_image_size(views.global_size, patch, "views.global_size")
+    return replace(backbone, image_size=backbone.image_size or list(pair(views.global_size)))
 
 
 class Method(MethodHooks):
@@ -99,7 +100,7 @@ class Method(MethodHooks):
         self.sums: dict[str, Tensor] = {}  # `Losses.sums` of the current step
         backbone = for_views(as_config(BackboneConfig, backbone), self.views_config)
         self.build(backbone)
-        check_image_size([self.views_config.global_size], self.evaluation_backbone().patch, "views.global_size")
+        check_image_size(self.views_config.global_size, self.evaluation_backbone().patch, "views.global_size")
         # Saved as plain data, so that the checkpoint loads with `weights_only=True`.
         options: dict[str, Any] = {
             "method": self.method,

@@ -118,7 +118,7 @@ class DINO(SelfDistillation):
         self.teacher = Network(replace(backbone, drop_path=0.0, pretrained=False), method, norm_last_layer=True)
         copy_weights(self.teacher, self.student)
         if views.local_crops:
-            check_image_size([views.local_size], self.student.backbone.patch, "views.local_size")
+            check_image_size(views.local_size, self.student.backbone.patch, "views.local_size")
         self.register_buffer("center", torch.zeros(method.out_dim))
         self.monitor = CollapseMonitor(method.out_dim)
 

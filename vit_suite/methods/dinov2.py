@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig
 from vit_suite.config.dinov2 import DINOv2Config, DINOv2OptimConfig, DINOv2ViewsConfig
+from vit_suite.config.limits import pair
 from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss, teacher_probabilities, updated_center
 from vit_suite.losses.gram import gram_loss, resize_features
@@ -366,8 +367,11 @@ def check_sizes(method: DINOv2Config, views: DINOv2ViewsConfig, patch: int) -> N
     )
     for name in sizes:
         if (size := getattr(views, name)) is not None:
-            check_image_size([size], patch, f"views.{name}")
-    patches = (views.global_size // patch) ** 2
+            height, width = pair(size)
+            if height != width:
+                raise UserError(f"views.{name} {height}x{width} is no square: method dinov2 takes one side.")
+            check_image_size(size, patch, f"views.{name}")
+    patches = (pair(views.global_size)[0] // patch) ** 2
     if method.mask_probability and int(patches * method.mask_ratio[1]) < 1:
         raise UserError(
             f"method.mask_ratio {method.mask_ratio} of the {patches} patches of a global crop is less than one patch:"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig
+from vit_suite.config.limits import pair, spell_sides
 from vit_suite.config.mae import MAEConfig, MAEOptimConfig, MAEViewsConfig
 from vit_suite.errors import UserError
 from vit_suite.hardware import send
@@ -79,8 +80,9 @@ class MAE(Method):
         size = self.views_config.global_size
         self.student = Network(backbone, self.method)
         self.patch: int = self.student.backbone.patch_size
-        check_image_size([size], self.patch, "views.global_size")
-        self.grid = (size // self.patch, size // self.patch)
+        check_image_size(size, self.patch, "views.global_size")
+        height, width = pair(size)
+        self.grid = (height // self.patch, width // self.patch)
         check_masks(self.method, self.student.backbone, self.grid)
         self.register_buffer("pixel_std", torch.tensor(self.std), persistent=False)
 
@@ -230,9 +232,10 @@ def check_masks(method: MAEConfig, backbone: Backbone, grid: tuple[int, int]) ->
     none to predict."""
     if grid != backbone.native_grid:
         size = [side * backbone.patch_size for side in backbone.native_grid]
+        views = spell_sides(side * backbone.patch_size for side in grid)
         raise UserError(
-            f"backbone.image_size {size} is not views.global_size {grid[0] * backbone.patch_size}: method mae decodes"
-            " the patches of one size; leave backbone.image_size out."
+            f"backbone.image_size {size} is not views.global_size {views}: method mae decodes the patches of one size;"
+            " leave backbone.image_size out."
         )
     patches = grid[0] * grid[1]
     split = random_patches(torch.rand(1, patches, device="cpu"), method.mask_ratio, method.predict_ratio)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vit_suite import distributed
 from vit_suite.config import BackboneConfig, SiTConfig, SiTOptimConfig, SiTViewsConfig
+from vit_suite.config.limits import pair
 from vit_suite.errors import UserError
 from vit_suite.losses.contrastive import info_nce, info_nce_logits, nt_xent_logits
 from vit_suite.losses.reconstruction import psnr, reconstruction_l1
@@ -142,8 +143,14 @@ class SiT(Method):
         backbone = network_config(backbone, method)
         self.student = Network(backbone, method)
         patch = self.student.backbone.patch
-        check_image_size([size], patch, "views.global_size")
-        validate_corruption(method, size, size, patch)
+        check_image_size(size, patch, "views.global_size")
+        height, width = pair(size)
+        if method.rotation and height != width:
+            raise UserError(
+                f"method.rotation turns views by 90 degrees, and views.global_size {height}x{width} is no square: set"
+                " method.rotation false, or give one side."
+            )
+        validate_corruption(method, height, width, patch)
         self.teacher: Network | None = None
         if method.contrastive == "info_nce":
             # The teacher has all heads, as in the official code. Only its contrastive head is run.

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer, init_weights_vit_j
 from torch import nn
 
 from vit_suite.config import BackboneConfig
-from vit_suite.config.limits import pair
+from vit_suite.config.limits import pair, spell_sides
 from vit_suite.errors import UserError, nearest
 from vit_suite.models.blocks import (
     Attention,
@@ -38,11 +38,11 @@ VIT_EPS, ROPE_EPS = 1e-6, 1e-5
 """Default epsilon of LayerNorm: of ViT and DINO, and of DINOv3."""
 
 
-def check_image_size(size: Iterable[int], patch_size: int | Iterable[int], what: str = "image size") -> None:
+def check_image_size(size: int | Iterable[int], patch_size: int | Iterable[int], what: str = "image size") -> None:
     """Raise `UserError` unless both sides (pixels) are positive multiples of the patch's."""
     size, patch = pair(size), pair(patch_size)
     shown = f"{what} {size[0]}x{size[1]}"
-    named = str(patch[0]) if patch[0] == patch[1] else f"{patch[0]}x{patch[1]}"
+    named = spell_sides(patch)
     for side, length in zip(size, patch, strict=True):
         if side < length:
             raise UserError(f"{shown} is smaller than a patch of {named} pixels.")

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from vit_suite.config import PretrainConfig
+from vit_suite.config.limits import pair
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
@@ -25,7 +26,8 @@ def build_callbacks(
 ) -> list[pl.Callback]:
     """The callbacks of a run that writes into `folder`: checkpoints, scores, pictures. The last score picks the best
     checkpoint."""
-    data, method, size, precision = parts.data, parts.method, cfg.views.global_size, parts.precision
+    data, method, precision = parts.data, parts.method, parts.precision
+    size = pair(cfg.views.global_size)
     monitor = scores[-1].metric if scores else None
     meta: dict[str, Any] = {"method": cfg.method.name, "data": data.name, "seed": cfg.run.seed, **parts.origin}
     keeper = Keeper(folder, cfg.saving, monitor, signals, cfg.trainer.max_minutes, **meta)

@@ -18,6 +18,7 @@ import torch
 
 from vit_suite import distributed
 from vit_suite.config import PretrainConfig, ViewsConfig
+from vit_suite.config.limits import pair, spell_sides
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.source import ImageSource
@@ -98,12 +99,14 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
 def of_crops(cfg: PretrainConfig, method: Method) -> Finding:
     """The number of patches in each crop."""
     views, (rows, columns) = cfg.views, method.evaluation_backbone().patch
-    sizes = {"global": views.global_size}
+    sizes = {"global": pair(views.global_size)}
     if isinstance(views, ViewsConfig) and views.local_crops:
-        sizes["local"] = views.local_size
-    grids = {name: (size // rows, size // columns) for name, size in sizes.items()}
-    patch = str(rows) if rows == columns else f"{rows}x{columns}"
-    said = ", ".join(f"{name} {sizes[name]} px = {h} x {w} patches of {patch}" for name, (h, w) in grids.items())
+        sizes["local"] = pair(views.local_size)
+    grids = {name: (height // rows, width // columns) for name, (height, width) in sizes.items()}
+    patch = spell_sides((rows, columns))
+    said = ", ".join(
+        f"{name} {spell_sides(sizes[name])} px = {h} x {w} patches of {patch}" for name, (h, w) in grids.items()
+    )
     if min(h * w for h, w in grids.values()) < 2:
         return Finding("warning", "crops", said + ".", "One patch a crop tells little: a smaller backbone.patch_size.")
     return Finding("ok", "crops", said + ".")

@@ -8,6 +8,7 @@ from typing import Any
 
 from vit_suite import distributed
 from vit_suite.config import PretrainConfig
+from vit_suite.config.limits import pair
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.evaluation.classification import Classification, classify
@@ -38,7 +39,7 @@ def score_test(cfg: PretrainConfig, parts: Parts, folder: Path) -> dict[str, Any
     classifier = method.classifier()
     if classifier is None or not has_test(data):
         return {}
-    size = [cfg.views.global_size] * 2
+    size = list(pair(cfg.views.global_size))
     scores = classify(method, data.test(), size, cfg.evaluate.batch_size, parts.precision, confusion=True)
     labels = data.test().labels
     assert labels is not None  # `has_test` has checked
@@ -66,7 +67,7 @@ def test_protocol(cfg: PretrainConfig, parts: Parts) -> dict[str, object]:
     return {
         "split": parts.data.test_source.split,
         "images": parts.data.usable(parts.data.test()),
-        "view": view_text([cfg.views.global_size] * 2),
+        "view": view_text(list(pair(cfg.views.global_size))),
         "precision": parts.precision,
         "weights": "their average (EMA) after the last step" if average else "those after the last step",
     }

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from PIL import Image
 
 from vit_suite.config import EvaluateConfig, PretrainConfig
+from vit_suite.config.limits import pair
 from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.evaluation.classification import classify
@@ -131,7 +132,7 @@ def build_scores(cfg: PretrainConfig, parts: Parts) -> list[OnlineScore]:
             "%s has no split of its own to score: no scores during training; the best checkpoint is the last", data.name
         )
         return []
-    size = [cfg.views.global_size] * 2
+    size = list(pair(cfg.views.global_size))
     return [SCORES[name](cfg.evaluate, data, size, parts.precision) for name in parts.method.online_scores]
 
 

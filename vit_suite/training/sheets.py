@@ -17,6 +17,7 @@ from vit_suite.files import write_atomically
 from vit_suite.hardware import Precision, autocast
 from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
+from vit_suite.views.resample import Size
 
 COLUMNS = 8
 """Images on a sheet."""
@@ -30,13 +31,13 @@ class Sheets(pl.Callback):
     Args:
         folder: folder of the sheets.
         source: the images; the first 8 that decode are drawn.
-        image_size: side of a view in pixels.
+        image_size: side of a view, or (height, width), in pixels.
         every_epochs: epochs between two sheets. The last epoch always has one.
         precision: precision of the forward pass.
     """
 
     def __init__(
-        self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: Precision
+        self, folder: str | Path, source: ImageSource, image_size: Size, every_epochs: int, precision: Precision
     ):
         self.folder, self.image_size = Path(folder), image_size
         self.every_epochs, self.precision = every_epochs, precision

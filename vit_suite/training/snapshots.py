@@ -18,16 +18,18 @@ from PIL import Image, ImageDraw
 
 from vit_suite.attention import render
 from vit_suite.attention.maps import attention_maps, mass_mask, mean_map, upsample
+from vit_suite.config.limits import pair
 from vit_suite.data.source import ImageSource
 from vit_suite.files import write_atomically
 from vit_suite.hardware import Precision, autocast
 from vit_suite.training.scores import due, show
 from vit_suite.views.evaluate import eval_view
+from vit_suite.views.resample import Size
 
 log = logging.getLogger("vit_suite")
 
 SIDE = 96
-"""Smallest side of a tile in pixels. Smaller views are enlarged by a whole factor, pixel by pixel."""
+"""Smallest length of a tile's longer side, in pixels. Smaller views are enlarged by a whole factor, pixel by pixel."""
 GAP, HEADER = 2, 14
 """Pixels between two tiles, and above the tiles for the titles (one line of PIL's font)."""
 THRESHOLD = 0.6
@@ -49,12 +51,12 @@ class AttentionSnapshots(pl.Callback):
     """
 
     def __init__(
-        self, folder: str | Path, source: ImageSource, image_size: int, every_epochs: int, precision: Precision
+        self, folder: str | Path, source: ImageSource, image_size: Size, every_epochs: int, precision: Precision
     ):
-        self.folder, self.image_size = Path(folder), image_size
+        self.folder, self.image_size = Path(folder), pair(image_size)
         self.every_epochs, self.precision = every_epochs, precision
         self.images = [image for image in (source.get(index) for index in range(len(source))) if image is not None]
-        self.side = image_size * max(1, -(-SIDE // image_size))
+        self.factor = max(1, -(-SIDE // max(self.image_size)))
         self.blind = not self.images
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -73,7 +75,7 @@ class AttentionSnapshots(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.is_global_zero and not self.blind and (found := self.drawn(trainer.current_epoch)):
-            strip = side_by_side(found, self.side + GAP)
+            strip = side_by_side(found, self.image_size[1] * self.factor + GAP)
             _save(strip, self.folder / STRIP)
             show(trainer, "attention/epochs", strip)
             log.info("attention of %d images over %d epochs: %s", len(self.images), max(found), self.folder / STRIP)
@@ -109,7 +111,8 @@ class AttentionSnapshots(pl.Callback):
             (eval_view(images, self.image_size, [0.0] * channels, [1.0] * channels) * 255).round().byte().cpu().numpy()
         )
         maps = torch.cat([mean_map(maps)[:, None], maps], dim=1)
-        size, factor = (self.side, self.side), self.side // self.image_size
+        factor, (height, width) = self.factor, self.image_size
+        size = height * factor, width * factor
         rows = []
         for picture, small in zip(shown, maps, strict=True):
             picture = render.as_picture(picture).repeat(factor, 0).repeat(factor, 1)
@@ -121,10 +124,10 @@ class AttentionSnapshots(pl.Callback):
 
 
 def tiled(rows: list[list[np.ndarray]], titles: list[str]) -> Image.Image:
-    """Tiles, uint8 (S, S, 3), in rows and columns, with a title above each column."""
-    side = len(rows[0][0])
+    """Tiles, uint8 (H, W, 3), in rows and columns, with a title above each column."""
+    width = rows[0][0].shape[1]
     framed = [[np.pad(tile, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for tile in row] for row in rows]
-    return titled(np.concatenate([np.concatenate(row, axis=1) for row in framed]), titles, side + GAP)
+    return titled(np.concatenate([np.concatenate(row, axis=1) for row in framed]), titles, width + GAP)
 
 
 def titled(body: np.ndarray, titles: list[str], step: int) -> Image.Image:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vit_suite.config import BackboneConfig, DataConfig, PretrainConfig
+from vit_suite.config.limits import pair
 from vit_suite.errors import UserError
 from vit_suite.methods.base import Method
 from vit_suite.weights.checkpoint import LoadedBackbone
@@ -56,7 +57,7 @@ def adopt(cfg: PretrainConfig, loaded: LoadedBackbone) -> PretrainConfig:
             *(source, theirs.channels, channels, theirs.channels, channels),
         )
         loaded = replace(loaded, mean=averaged(loaded.mean, channels), std=averaged(loaded.std, channels))
-    size = cfg.backbone.image_size or [cfg.views.global_size] * 2
+    size = cfg.backbone.image_size or list(pair(cfg.views.global_size))
     own = {name: getattr(cfg.backbone, name) for name in ("drop_path", "checkpointing", "lora_rank")}
     backbone = replace(theirs, **own, image_size=size, pretrained=False)
     mean, std = cfg.data.mean or loaded.mean, cfg.data.std or loaded.std

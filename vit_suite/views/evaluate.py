@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vit_suite.config.limits import pair
 from vit_suite.views.multicrop import normalize_
-from vit_suite.views.resample import Size, as_pair, check_pixels, resize
+from vit_suite.views.resample import Size, check_pixels, resize
 
 MARGIN = 256 / 224
 """Ratio of the shorter side after the resize to the side of the crop."""
@@ -40,11 +41,11 @@ def eval_view(images: Tensor | Sequence[Tensor], size: Size, mean: Sequence[floa
     normalized.
     size: side, or (h, w), in pixels. mean, std: C floats in 0..1.
     """
-    pair = as_pair(size)
+    sides = pair(size)
     check_pixels(images)
     if isinstance(images, Tensor):
-        return normalize_(_center(images, pair), mean, std)
-    return normalize_(torch.cat([_center(image[None], pair) for image in images]), mean, std)
+        return normalize_(_center(images, sides), mean, std)
+    return normalize_(torch.cat([_center(image[None], sides) for image in images]), mean, std)
 
 
 def view_text(size: list[int]) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vit_suite.config import CropConfig, ViewsConfig
+from vit_suite.config.limits import pair
 from vit_suite.data.order import Batch
 from vit_suite.errors import UserError
 from vit_suite.hardware import send
@@ -24,7 +25,7 @@ from vit_suite.views import color
 from vit_suite.views.draw import Draw, ViewParameters
 from vit_suite.views.planes import Group, Planes, crop_planes
 from vit_suite.views.planes_color import normalized, recolor_planes_
-from vit_suite.views.resample import as_pair, check_pixels, crop_resize_views
+from vit_suite.views.resample import check_pixels, crop_resize_views
 
 ATTEMPTS = 10
 """Random areas that torchvision's RandomResizedCrop tries before it takes the center of the image."""
@@ -124,27 +125,29 @@ class MultiCrop:
         """The views by `parameters`, which `draw_views` drew."""
         return self.groups(images, self.sizes(parameters))
 
-    def sizes(self, parameters: ViewParameters) -> list[tuple[ViewParameters, int]]:
-        """The parameters of the views of each size (`ViewParameters.views`), and their side in pixels."""
+    def sizes(self, parameters: ViewParameters) -> list[tuple[ViewParameters, tuple[int, int]]]:
+        """The parameters of the views of each size (`ViewParameters.views`), and their (height, width) in pixels."""
         count = self.cfg.global_crops
-        found = [(parameters.views(slice(0, count)), self.cfg.global_size)]
+        found = [(parameters.views(slice(0, count)), pair(self.cfg.global_size))]
         if self.cfg.local_crops:
             local: Any = self.cfg
-            found.append((parameters.views(slice(count, None)), local.local_size))
+            found.append((parameters.views(slice(count, None)), pair(local.local_size)))
         return found
 
-    def groups(self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[ViewParameters, int]]) -> list[Tensor]:
-        """The views of each (parameters, side) in turn. A GPU makes those of all sizes together."""
+    def groups(
+        self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[ViewParameters, tuple[int, int]]]
+    ) -> list[Tensor]:
+        """The views of each (parameters, (height, width)) in turn. A GPU makes those of all sizes together."""
         check_pixels(images)
         if images[0].device.type == "cpu":
             return [view for drawn, size in sizes for view in self._on_cpu(images, drawn, size)]
         check_channels(images[0].shape[0], self.mean, self.std)
-        groups = [Group(drawn.boxes, drawn.flip, as_pair(size)) for drawn, size in sizes]
+        groups = [Group(drawn.boxes, drawn.flip, size) for drawn, size in sizes]
         planes = crop_planes(images, groups)
         recolor_planes_(planes, [drawn for drawn, _ in sizes])
         return [view for views in normalized(planes, self.mean, self.std) for view in views.unbind(0)]
 
-    def _on_cpu(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: int) -> list[Tensor]:
+    def _on_cpu(self, images: Tensor | Sequence[Tensor], drawn: ViewParameters, size: tuple[int, int]) -> list[Tensor]:
         views = crop_resize_views(images, drawn.boxes, drawn.flip, size)
         x = views.flatten(0, 1)  # (V * B, C, S, S)
         recolor_(x, drawn)
@@ -217,19 +220,39 @@ def _span(cfg: CropConfig, key: str, most: float) -> None:
         raise UserError(f"views.{key}: expected [least, most], both above 0{limit}, least first; got {values}.")
 
 
+def _shapes(cfg: CropConfig, kinds: Sequence[str]) -> None:
+    """UserError where some view has two different sides, and views.ratio does not hold the shape of every view.
+
+    Crops of other shapes would be stretched. Of an image of one row, those of the default ratio are single pixels.
+    """
+    sides = {kind: pair(getattr(cfg, f"{kind}_size")) for kind in kinds}
+    if all(height == width for height, width in sides.values()):
+        return
+    for kind, (height, width) in sides.items():
+        shape = width / height
+        if not cfg.ratio[0] <= shape <= cfg.ratio[1]:
+            low, high = (shape / 16, shape) if height == 1 else (bound * shape for bound in CropConfig().ratio)
+            mend = f"views.ratio {low:.3g} {high:.3g} makes some" if height != width else "give two sides here, too"
+            raise UserError(
+                f"views.{kind}_size {height}x{width} has width over height {shape:g}, and views.ratio"
+                f" {cfg.ratio[0]:.3g} {cfg.ratio[1]:.3g} makes no crop of that shape: {mend}."
+            )
+
+
 def validate_views(cfg: CropConfig) -> None:
     """UserError that names the first impossible setting."""
     kinds = ("global", "local") if cfg.local_crops else ("global",)
     if cfg.local_crops < 0:
         raise UserError(f"views.local_crops: expected 0 or more, got {cfg.local_crops}.")
     for kind in kinds:
-        if getattr(cfg, f"{kind}_size") < 1:
-            raise UserError(
-                f"views.{kind}_size: expected a side of at least 1 pixel, got {getattr(cfg, f'{kind}_size')}."
-            )
+        sides = getattr(cfg, f"{kind}_size")
+        if min(pair(sides)) < 1:
+            raise UserError(f"views.{kind}_size: expected a side of at least 1 pixel, got {sides}.")
         _span(cfg, f"{kind}_scale", 1.0)
     for key in ("ratio", "blur_sigma"):
         _span(cfg, key, float("inf"))
+    if getattr(cfg, "crop", "random") != "padded":
+        _shapes(cfg, kinds)
     for key in ("flip", "jitter", "gray"):
         _share(cfg, key, 0, 1, None)
     for key in ("blur", "solarize"):

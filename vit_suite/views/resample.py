@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vit_suite.config.limits import pair
 from vit_suite.errors import UserError
 from vit_suite.hardware import full_precision
 from vit_suite.views.kernels import Kernel, kernel_, stretch_of
@@ -39,11 +40,6 @@ CPU_CHUNK = 1 << 19
 arithmetic."""
 ROUNDING = 1e-3
 """How far floats may lie outside 0..1: a resize in half precision overshoots by about so much."""
-
-
-def as_pair(size: Size) -> tuple[int, int]:
-    """(h, w) of an output size given as one side or as both."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def check_pixels(images: Tensor | Sequence[Tensor]) -> None:
@@ -193,16 +189,16 @@ def crop_resize_views(
     method: `dense` products, or `single` images through `interpolate` (CPU, whole boxes only); `auto` takes the one
     that was faster where it was measured (SPARSE_AREA).
     """
-    pair = as_pair(size)
+    sides = pair(size)
     check_pixels(images)
     if method == "single" or (method == "auto" and _sparse_is_faster(images, boxes)):
         if boxes.is_floating_point():
             raise ValueError("fractional boxes need the dense products, method='dense'")
-        return _one_by_one(list(images), boxes, flip, pair, kernel)
+        return _one_by_one(list(images), boxes, flip, sides, kernel)
     if not isinstance(images, Tensor) and len({image.shape for image in images}) == 1:
         images = torch.stack(list(images))
     if isinstance(images, Tensor) and images.device.type == "cpu":
         with full_precision(images.device):
-            return _dense(images, boxes, flip, pair, kernel)
-    views = next(crop_planes(images, [Group(boxes, flip, pair)], kernel).groups())
+            return _dense(images, boxes, flip, sides, kernel)
+    views = next(crop_planes(images, [Group(boxes, flip, sides)], kernel).groups())
     return views.permute(1, 2, 0, 3, 4).contiguous()

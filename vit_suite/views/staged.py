@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from vit_suite.config.dinov2 import DINOv2ViewsConfig
+from vit_suite.config.limits import pair
 from vit_suite.views.draw import Draw
 from vit_suite.views.multicrop import MultiCrop, draw_views, image_sizes
 
@@ -36,6 +37,6 @@ class StagedMultiCrop:
         parameters = draw_views(crop.cfg, image_sizes(images), draw)
         sizes = crop.sizes(parameters)
         if self.cfg.gram_size:
-            drawn = replace(sizes[0][0], sigma=sizes[0][0].sigma * (self.cfg.gram_size / crop.cfg.global_size))
-            sizes.append((drawn, self.cfg.gram_size))
+            drawn = replace(sizes[0][0], sigma=sizes[0][0].sigma * (self.cfg.gram_size / pair(crop.cfg.global_size)[0]))
+            sizes.append((drawn, pair(self.cfg.gram_size)))
         return crop.groups(images, sizes)

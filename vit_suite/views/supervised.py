@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vit_suite.config import SupervisedViewsConfig
+from vit_suite.config.limits import pair
 from vit_suite.errors import UserError
 from vit_suite.hardware import send
 from vit_suite.views.draw import Draw
@@ -61,7 +62,7 @@ class SupervisedViews:
         boxes = drawn.boxes
         if cfg.crop == "padded":
             images, boxes = bordered(images), shifted_boxes(sizes, draw.uniform(2, purpose="shift")).unsqueeze(1)
-        x = crop_resize_views(images, boxes, drawn.flip, cfg.global_size, cfg.interpolation)[0]
+        x = crop_resize_views(images, boxes, drawn.flip, pair(cfg.global_size), cfg.interpolation)[0]
         if cfg.randaugment:
             randaugment_(x, draw, cfg, self.mean)
         recolor_(x, drawn.views(slice(None)))
