@@ -367,7 +367,10 @@ def test_core_tags_are_read_as_written(tmp_path):
         ),
         ("--trainer.threads 100000", "--trainer.threads: expected int (1 to 1,024), got '100000'"),
         ("--data.channels 1000000000", "--data.channels: expected int (1 to 1,024), got '1000000000'"),
-        ("--views.global_size 9223372036854775808", "--views.global_size: expected int (1 to 16,384), got"),
+        (
+            "--views.global_size 9223372036854775808",
+            "--views.global_size: expected int or list of int (1 to 16,384, 2 of them), got",
+        ),
         ("--method.out_dim 9223372036854775808", "--method.out_dim: expected int (1 to 1,048,576), got"),
         ("--views.local_crops 9223372036854775808", "--views.local_crops: expected int (0 to 1,024), got"),
         ("--optim.betas 0.9 1.0", f"--optim.betas: {BETAS} '1.0'"),
