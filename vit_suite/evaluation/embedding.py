@@ -122,6 +122,12 @@ class Embedder:
         self.lock = threading.Lock()
         self.seconds = 0.0
 
+    @property
+    def token_shape(self) -> tuple[int, int, int]:
+        """(gh, gw, D) of the patch tokens of one image."""
+        (height, width), (rows, columns) = self.options.size, self.backbone.patch
+        return height // rows, width // columns, self.backbone.dim
+
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
         """uint8 (C, H_i, W_i) each -> float32 (B, D), or (B, gh, gw, D), on the CPU. UserError for features that are
         not finite."""
@@ -177,7 +183,9 @@ def embed(
     started = time.perf_counter()
     options, folder = embedder.options, Path(f"{output}.parts")
     parts = cut(len(source), options.batch_size)
-    patches = PatchFiles(folder / TOKENS, output.suffix) if options.kind == "patches" else None
+    patches = None
+    if options.kind == "patches":
+        patches = PatchFiles(folder / TOKENS, output.suffix, len(source), embedder.token_shape)
     done = _prepare(folder, source, parts, protocol, patches)
     mine = [number for number in range(len(parts)) if number not in done][
         distributed.rank() :: distributed.world_size()
@@ -291,13 +299,15 @@ def _prepare(
             write_atomically(folder / PLAN, lambda path: path.write_text(plan))
             done = {int(path.stem) for path in folder.glob("[0-9]*.npz")} & set(range(len(parts)))
             if patches is not None:
-                patches.prepare(len(source))
+                patches.prepare()
         except OSError as found:
             error = f"output '{folder.with_suffix('')}' cannot be written ({found.strerror})."
     for message, held in distributed.gather_objects((error, done)):
         if message is not None:
             raise UserError(message)
         done |= held
+    if patches is not None:
+        patches.open()
     return done
 
 

@@ -178,58 +178,81 @@ def _write_rows(file: Any, parts: Iterable[np.ndarray], shape: tuple[int, int]) 
 
 
 class PatchFiles:
-    """Patch tokens of each image in a file of its own, or in a chunk of a zarr array. `folder`: where they are written
-    until all are there."""
+    """Patch tokens of each image in a file of its own: a .npz, or a chunk of a zarr array.
 
-    def __init__(self, folder: Path, ending: str) -> None:
-        self.folder, self.zarr = folder, ending.lower() == ".zarr"
-        self.images, self.array = 0, None
-        if self.zarr:
-            need_zarr()
+    folder: where they are written until all are there. images: how many there are, those that do not decode included.
+    shape: (gh, gw, D) of an image's tokens. UserError for a .zarr where zarr is not installed.
+    """
 
-    def prepare(self, images: int) -> None:
-        """Make the folder."""
+    def __init__(self, folder: Path, ending: str, images: int, shape: tuple[int, int, int]) -> None:
+        self.folder, self.images, self.shape = folder, images, shape
+        self.zarr: Any = need_zarr() if ending.lower() == ".zarr" else None
+        self.array: Any = None
+
+    def prepare(self) -> None:
+        """Rank 0: make the folder. A .zarr that an earlier start began is kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.zarr is not None:
+            self._create(self.folder, self.images)
+
+    def open(self) -> None:
+        """Every rank, after `prepare`."""
+        if self.zarr is not None:
+            self.array = self.zarr.open_array(os.fspath(self.folder), mode="r+")
 
     def write(self, index: int, tokens: np.ndarray) -> None:
         """Tokens (gh, gw, D) of image `index`; called from several threads and ranks."""
-        path = self.folder / f"{index:08d}.npz"
         tokens = tokens.astype(np.float16)
+        if self.array is not None:
+            self.array[index] = tokens
+            return
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
                 np.savez(file, tokens=tokens)
 
-        write_atomically(path, write, sync=False)
+        write_atomically(self.folder / f"{index:08d}.npz", write, sync=False)
 
     def finish(self, output: Path, numbers: np.ndarray, columns: Columns, protocol: dict[str, Any]) -> None:
         """Put everything in place as `output`. `numbers` (N,): images that have tokens."""
-        files = [f"{number:08d}.npz" for number in numbers]
+        folder, files = self.folder, None
+        if self.zarr is None:
+            files = [f"{number:08d}.npz" for number in numbers]
+        else:
+            folder = self._close_gaps(numbers)
+        write_table(folder / "table.csv", columns, files)
+        write_json(folder / "protocol.json", protocol)
         if output.is_dir() and not output.is_symlink():
             shutil.rmtree(output)
         else:
             output.unlink(missing_ok=True)
-        if not self.zarr:
-            write_table(self.folder / "table.csv", columns, files)
-            write_json(self.folder / "protocol.json", protocol)
-            os.replace(self.folder, output)
+        os.replace(folder, output)
+
+    def _close_gaps(self, numbers: np.ndarray) -> Path:
+        """A second array without the images that did not decode. Its chunks are moved there, not written again."""
+        folder = self.folder.with_name("tokens.zarr")
+        self._create(folder, len(numbers))
+        for row, number in enumerate(numbers):
+            chunk = self.folder / _chunk(number)
+            if chunk.exists():  # an earlier start that was stopped here has moved it, or all of it is 0
+                os.replace(chunk, folder / _chunk(row))
+        return folder
+
+    def _create(self, folder: Path, images: int) -> None:
+        if (folder / "zarr.json").is_file():
             return
-        zarr, partial = need_zarr(), self.folder.with_name("tokens.zarr")
-        shutil.rmtree(partial, ignore_errors=True)
-        first = _tokens(self.folder / files[0])
-        array = zarr.create_array(
-            store=os.fspath(partial), shape=(len(files), *first.shape), chunks=(1, *first.shape), dtype="float16"
+        self.zarr.create_array(
+            store=os.fspath(folder),
+            shape=(images, *self.shape),
+            chunks=(1, *self.shape),
+            dtype="float16",
+            chunk_key_encoding={"name": "default", "separator": "."},  # "/" would make four files and folders an image
         )
-        for row, file in enumerate(files):
-            array[row] = _tokens(self.folder / file)
-        write_table(partial / "table.csv", columns)
-        write_json(partial / "protocol.json", protocol)
-        os.replace(partial, output)
 
 
-def _tokens(path: Path) -> np.ndarray:
-    with np.load(path) as stored:
-        return stored["tokens"]
+def _chunk(row: int) -> str:
+    """The file of an image's chunk."""
+    return f"c.{row}.0.0.0"
 
 
 def write_table(path: Path, columns: Columns, files: list[str] | None = None) -> None:
