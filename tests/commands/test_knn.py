@@ -259,7 +259,7 @@ def test_checkpoints_that_are_none(vit_suite, tiny_run, photographs, tmp_path, c
     (tmp_path / "cut.safetensors").write_bytes(whole[:-50])
     refused(load(tmp_path / "cut.safetensors"), f"'{tmp_path}/cut.safetensors' is truncated or no safetensors file")
     (tmp_path / "text.pth").write_text("hello")
-    refused(load(tmp_path / "text.pth"), f"'{tmp_path}/text.pth' is no checkpoint: it begins with b'hello'")
+    refused(load(tmp_path / "text.pth"), f"'{tmp_path}/text.pth' is no checkpoint but text, which begins with 'hello'")
     torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "mlp.pth")
     refused(load(tmp_path / "mlp.pth"), "holds no ViT", "1 tensors, the first 'fc.weight', but no 'cls_token'")
     (tmp_path / "weights.onnx").write_bytes(b"x")

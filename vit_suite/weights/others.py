@@ -35,10 +35,11 @@ def read_state(content: Content, source: str, how: ReadingConfig) -> LoadedBackb
     left_out = [name for name in names if any(re.search(pattern, name) for pattern in dropped)]
     left_out = [name for name in left_out if not name.endswith("bias_mask")]
     own = {name: content.tensors[full] for name, full in names.items() if name not in left_out}
+    own = checked(own, source)
     try:
-        state = family.rename(checked(own, source))
+        state = family.rename(own)
     except UserError as error:
-        raise UserError(f"checkpoint '{source}' ({family.title}): {str(error).removeprefix('checkpoint ')}") from None
+        raise UserError(f"checkpoint '{source}' ({family.title}): {error}") from None
     state = {name: tensor for name, tensor in state.items() if not any(re.search(row, name) for row in family.dropped)}
     heads, who = find_heads(state, family, how.checkpoint_heads, content.config, content.said, source)
     options = infer(state, family, heads, source) | of_config(content.config, source)

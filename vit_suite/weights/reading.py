@@ -189,6 +189,9 @@ def _why(path: Path, error: Exception) -> str:
         )
     if start.startswith((b"PK", b"\x80")):
         return "is truncated: its end is missing. Copy or download it again."
+    text = " ".join(start.decode("ascii", "replace").split())
+    if text and text.isprintable() and start.isascii():
+        return f"is no checkpoint but text, which begins with '{text[:40]}'."
     return f"is no checkpoint: it begins with {start[:16]!r}, which no torch.save file does."
 
 
