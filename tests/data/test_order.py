@@ -42,7 +42,7 @@ def test_ranks_and_micro_batches_partition_the_global_batch(world, accumulate):
 
 
 def test_impossible_batches():
-    with pytest.raises(UserError, match="batch_size 65 is larger than the data set of 64"):
+    with pytest.raises(UserError, match="65 is larger than the data set of 64 .* Try data.batch_size 8: 8 steps"):
         EpochPlan(64, 65)
     with pytest.raises(
         UserError, match="does not split evenly over 3 ranks x 2 accumulated micro-batches; 60 or 66 would"

@@ -31,7 +31,7 @@ def test_it_is_said_and_changes_nothing(tmp_path, vit_suite, recwarn):  # noqa: 
     options = BATCH_NORM | SELDOM | {"trainer__progress": True}
     said = vit_suite("pretrain", *words(run__output=tmp_path / "said", **options))
     assert quiet.status == said.status == 0 and "of training:" not in quiet.log
-    assert re.search(r"about \d+ s of training: 4 steps of 16 images, .* s each .* GiB are free", said.log)
+    assert re.search(r"about \d+ s of training: 4 steps of 16 images, .* s each.* GiB are free", said.log)
     first, second = (load_file(tmp_path / name / "backbone.safetensors") for name in ("quiet", "said"))
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
     rows = list(csv.DictReader((tmp_path / "said" / "metrics.csv").open()))
@@ -104,3 +104,10 @@ def test_the_next_commands_of_an_unlabeled_tree_need_no_labels():
         options = load_config(None, typed, registry.load(cli.COMMANDS[name].config))
         assert options.data.root == ("CLASSES" if name == "knn" else "two words")
     assert options.data.holdout == 0.2
+
+
+def test_the_next_commands_of_a_classifier_hold_out_what_it_held_out():
+    options = {"method.name": "supervised", "data.name": "folder", "data.root": "here", "data.holdout": 0.25}
+    first, second, _ = next_commands(load_config(None, options), Path("runs/a"))
+    assert first == "predict --checkpoint runs/a --images IMAGES --output runs/a/labels.csv"
+    assert second == "knn --checkpoint runs/a --data.name folder --data.root here --data.holdout 0.25 --baselines"

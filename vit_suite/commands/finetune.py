@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 
+from vit_suite.commands.pretrain import say_next
 from vit_suite.config import FinetuneConfig, PretrainConfig, ReadingConfig, SupervisedViewsConfig
 from vit_suite.config.limits import pair
 from vit_suite.logs import speak
@@ -12,10 +13,11 @@ from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
 
 
 def run(cfg: FinetuneConfig) -> None:
-    """Fine-tune, or resume, and leave the scores in the run directory."""
+    """Fine-tune, or resume, leave the scores in the run directory, and say what to do next."""
     speak()
     start = load_backbone(cfg.checkpoint, cfg)
-    train(as_run(cfg, start), start)
+    whole = as_run(cfg, start)
+    say_next(whole, train(whole, start))
 
 
 def as_run(cfg: FinetuneConfig, loaded: LoadedBackbone) -> PretrainConfig:

@@ -21,23 +21,29 @@ def run(cfg: PretrainConfig) -> None:
         if status := run_drill(cfg):
             raise SystemExit(status)
         return
-    folder = train(cfg)
-    if folder is None:
-        return
-    for command in next_commands(cfg, folder):
+    say_next(cfg, train(cfg))
+
+
+def say_next(cfg: PretrainConfig, folder: Path | None) -> None:
+    """Log what one may do with the run in `folder`; None on the ranks that say nothing."""
+    for command in next_commands(cfg, folder) if folder else []:
         log.info("next: vit-suite %s", command)
 
 
 def next_commands(cfg: PretrainConfig, folder: Path) -> list[str]:
-    """What one may do with a trained run: look at its maps and features, and score it where there are labels.
+    """What one may do with a trained run: look at its maps and features, score it where there are labels, and name the
+    classes of new images where it has a head.
 
     A `flat` tree has none, so its kNN names a folder that the reader fills in.
     """
     run, root = quote(str(folder)), cfg.data.root
     options = f"--data.name {cfg.data.name}" + (f" --data.root {quote(root)}" if root else "")
     if cfg.data.name != "flat":
+        held_out = f" --data.holdout {cfg.data.holdout:g}" if cfg.data.holdout else ""
+        named = [f"predict --checkpoint {run} --images IMAGES --output {run}/labels.csv"]
         return [
-            f"knn --checkpoint {run} {options} --baselines",
+            *(named if cfg.method.name == "supervised" else []),
+            f"knn --checkpoint {run} {options}{held_out} --baselines",
             f"attention --checkpoint {run} --images IMAGES --output {run}/attention --gallery",
         ]
     return [

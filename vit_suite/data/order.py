@@ -13,6 +13,7 @@ global batch come first, then all second ones, so that the order does not depend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -53,6 +54,20 @@ def shard_order(shards: Tensor, window: int, seed: int, epoch: int) -> Tensor:
     return mixed[torch.argsort(place[shards[mixed]] // window, stable=True)]
 
 
+FEW_STEPS = 20
+"""Optimizer steps an epoch below which an epoch hardly moves the weights."""
+LEAST_BATCH = 8
+"""Images below which a batch is small for any set."""
+
+
+def fitting_batch(images: int) -> int:
+    """The largest power of 2 with which an epoch of so many images has `FEW_STEPS` steps, and `LEAST_BATCH` at least.
+
+    450 images: 16, which makes 28 steps. A set of fewer images than `LEAST_BATCH` is one batch.
+    """
+    return min(images, max(LEAST_BATCH, 2 ** int(math.log2(max(1, images // FEW_STEPS)))))
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """Slices of an epoch. `batch_size` is global; incomplete global batches are dropped.
@@ -79,8 +94,10 @@ class EpochPlan:
         if self.batch_size < 1:
             raise UserError(f"data.batch_size is {self.batch_size}; expected at least 1.")
         if self.batch_size > self.total:
+            better = fitting_batch(self.total)
+            mend = f" Try data.batch_size {better}: {self.total // better} steps an epoch." if self.total else ""
             raise UserError(
-                f"data.batch_size {self.batch_size} is larger than the data set of {self.total} training images."
+                f"data.batch_size {self.batch_size} is larger than the data set of {self.total} training images.{mend}"
             )
         if self.batch_size % parts:
             below, above = self.batch_size // parts * parts, -(-self.batch_size // parts) * parts

@@ -7,7 +7,6 @@ images (`of_images`) or make a few steps (`of_steps`), for `vit-suite doctor`.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,13 +20,12 @@ from vit_suite.config import PretrainConfig, ViewsConfig
 from vit_suite.config.limits import pair, spell_sides
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.module import ImageDataModule
+from vit_suite.data.order import FEW_STEPS, fitting_batch
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
 from vit_suite.methods.base import Method
 from vit_suite.optim.schedules import peak_rate
 
-FEW_STEPS = 20
-"""Optimizer steps an epoch below which an epoch hardly moves the weights."""
 FEW_IN_ALL = 1000
 """Optimizer steps of a whole run from which such short epochs need no warning: there are enough of them."""
 SAMPLED = 64
@@ -82,7 +80,7 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
     epochs = cfg.trainer.max_epochs
     total = steps * epochs if cfg.trainer.max_steps == -1 else min(steps * epochs, cfg.trainer.max_steps)
     if steps < FEW_STEPS and total < FEW_IN_ALL:
-        better = max(8, 2 ** int(math.log2(max(1, images // FEW_STEPS))))
+        better = fitting_batch(images)
         mend = f"Try data.batch_size {better}: {images // better} steps an epoch."
         yield Finding("warning", "steps", said, mend if better < batch else "There are few images.")
     else:

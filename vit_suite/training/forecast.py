@@ -34,6 +34,8 @@ images."""
 ONCE = 5.0
 """Seconds of work of the first trial up to which it is made again: the first pass of a process also pays what is paid
 once."""
+TOLD = 0.01
+"""Share of a step from which the time of reading is said."""
 LONG = 24 * 3600
 """Seconds of a training on a CPU from which it is a warning."""
 
@@ -80,17 +82,19 @@ class Forecast(pl.Callback):
     def say(self, computing: float, reading: float, memory: int) -> None:
         """One line: hours and memory of the run; a warning where they are more than one would want."""
         steps, batch = self.length.max_steps, self.length.batch_size
-        seconds = (computing + reading) * steps
+        each = computing + reading
+        seconds = each * steps
         free = free_memory()
+        read = f" ({reading:.2g} s of it reading)" if reading > TOLD * each else ""
         said = (
-            f"about {spoken(seconds)} of training: {steps:,} steps of {batch} images, {computing + reading:.2g} s each"
-            f" ({reading:.2g} s of it reading); about {amount(memory)} of memory"
+            f"about {spoken(seconds)} of training: {steps:,} steps of {batch} images, {each:.2g} s each{read};"
+            f" about {amount(memory)} of memory"
             + (f", {amount(free)} are free" if free else "")
             + ". Scores and other programs on this machine come on top."
         )
         if free and memory > free:
             mend = f"It will not fit: try --data.batch_size {max(1, batch // 4)} or a smaller network."
-        elif self.max_minutes is not None and computing + reading > 60 * self.max_minutes:
+        elif self.max_minutes is not None and each > 60 * self.max_minutes:
             mend = f"trainer.max_minutes {self.max_minutes:g} is over within the first step, which is finished first."
         elif self.max_minutes is not None and seconds > 60 * self.max_minutes:
             mend = f"trainer.max_minutes {self.max_minutes:g} ends it before that."
