@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vit_suite.data.registry import statistics
 from vit_suite.models.backbone import Backbone
 from vit_suite.parsing import load_config
 from vit_suite.training.parts import method_class
@@ -78,3 +79,11 @@ def test_beyers_recipe_is_beyers():
     assert (cfg.views.interpolation, cfg.optim.first_moment) == ("bilinear_plain", "bf16")
     no_cls_nor_learned_positions = 21665664 - 384 - 197 * 384
     assert sum(parameter.numel() for parameter in Backbone(cfg.backbone).parameters()) == no_cls_nor_learned_positions
+
+
+def test_sits_recipes_are_sits():
+    first, third = load("imagenet_v1"), load("imagenet_v3")
+    assert first.data.batch_size == 4 * 72 and first.optim.lr == pytest.approx(1e-3 * 256 / 512)
+    assert (first.optim.min_lr, first.optim.warmup_start, first.optim.rate_changes) == (5e-6, 1e-6, "epoch")
+    assert statistics(first.data) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert (third.data.batch_size, third.method.align, third.method.reconstruction_weight) == (256, 1, 1)

@@ -7,7 +7,7 @@ from torch import nn
 from vit_suite import distributed
 from vit_suite.data.decode import DecodeError
 from vit_suite.errors import UserError
-from vit_suite.evaluation.features import FeatureOptions, extract_features, frozen, raw_pixel_features
+from vit_suite.evaluation.features import FeatureOptions, extract_features, frozen, moved, raw_pixel_features
 from vit_suite.views.evaluate import eval_view
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -139,3 +139,12 @@ def test_joining_batches_copies_no_list(monkeypatch):
     monkeypatch.setattr(distributed, "gather_objects", lambda part: [(Watched(part[0]), part[1], Watched(part[2]))])
     result = extract_features(Net(), Source(count=40, bad={3}), 8, MEAN, STD, options=FeatureOptions(batch_size=1))
     assert result.indices.tolist() == [i for i in range(40) if i != 3] and Watched.copied == 0
+
+
+def test_a_bank_lies_on_a_gpu_that_has_room_for_it(monkeypatch):
+    """In half of what is free there: 125 numbers of 1,000 bytes."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: ("sent", device))
+    large = torch.zeros(126)
+    assert moved(large[:125], gpu) == ("sent", gpu) and moved(large, gpu) is large
