@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from vit_suite.errors import UserError
 from vit_suite.parsing import dump_config, load_config
 from vit_suite.reports.about import fingerprint
 from vit_suite.reports.embedding import neighbours, principal_axes
-from vit_suite.reports.report import write_comparison, write_report
+from vit_suite.reports.report import baseline_note, in_short, write_comparison, write_report
 from vit_suite.reports.run_files import RunFiles, differences
 
 HOSTILE = "</script><script>window.broken=1</script><img src=x onerror='window.broken=1'>"
@@ -79,9 +81,28 @@ def test_hostile_names_stay_text(tmp_path):
 
 def test_a_comparison_shows_what_differs(tmp_path):
     runs = [make_run(tmp_path / "a", lr=1e-3), make_run(tmp_path / "b", lr=2e-3)]
+    entries = json.loads((runs[1] / "results.json").read_text())
+    (runs[1] / "results.json").write_text(json.dumps(entries * 2))
     text = write_comparison(runs, tmp_path / "out.html").read_text()
     assert re.search(r"<td>optim.lr</td><td class=\"n\">0.001</td><td class=\"n\">0.002</td>", text)
     assert "<td>optim.min_lr</td>" not in text and text.count("stopped at step 40 of 80") == 2
+    assert '<td>knn: top1.20</td><td class="n">41.5</td><td class="n">41.5</td>' in text, "a row a score"
+    assert text.count("knn [2]: top1.20") == 1, "scored again"
+
+
+def test_the_command_of_the_baselines_reads_the_data_of_the_run(tmp_path):
+    run = RunFiles(make_run(tmp_path / "a"))
+    run.folder, run.results = Path("runs/a"), []
+    run.options |= {"data.name": "folder", "data.root": "my photos", "data.holdout": 0.2}
+    command = "knn --checkpoint runs/a --data.name folder --data.root 'my photos' --data.holdout 0.2 --baselines"
+    assert html.escape(command) in baseline_note(run)
+
+
+def test_a_fine_tuned_run_says_its_steps(tmp_path):
+    run = RunFiles(make_run(tmp_path / "a"))
+    run.results.append({"task": "finetune", "metrics": {"steps": 1200, "images": 9600}})
+    found = in_short(run)
+    assert found["optimizer steps"] == "1,200" and found["images seen"] == "9,600"
 
 
 def test_a_run_has_one_color_in_all_charts_of_a_comparison():

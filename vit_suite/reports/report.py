@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from vit_suite.weights.checkpoint import load_backbone
 
 log = logging.getLogger("vit_suite")
 
+TRAININGS = ("pretrain", "finetune")
+"""Tasks of results.json that a training writes."""
 OWN = ("run.", "data.root", "logger.")
 """Options that differ from run to run without meaning anything: left out of differences."""
 
@@ -66,11 +69,14 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.options) if not key.startswith(OWN)]
     differ = [key for key in keys if any(run.options.get(key) != first.get(key) for run in runs)]
     named = list(zip(names, runs, strict=True))
-    scored = [[name, *row] for name, run in named for row in score_rows(run)]
+    values = [score_values(run) for run in runs]
+    scored = [
+        [score, *(found.get(score) for found in values)] for score in dict.fromkeys(key for v in values for key in v)
+    ]
     options = [[key, *(run.options.get(key) for run in runs)] for key in differ]
     sections = [
         ("Runs", page.table(["run", *COMPARED], [[name, *compared(run)] for name, run in named])),
-        ("Scores", page.table(["run", "score", "value"], scored)),
+        ("Scores", page.table(["score", *names], scored)),
         ("Curves", f'<div class="grid">{"".join(divs)}</div>'),
         ("Options that differ", page.table(["option", *names], options) or "<p>None.</p>"),
     ]
@@ -110,6 +116,11 @@ def embedded(charts: Sequence[Any]) -> tuple[str, list[str], str]:
     return script, list(divs), Resources(mode="inline", components=["bokeh"]).render()
 
 
+def training_entry(run: RunFiles) -> Mapping[str, Any]:
+    """The newest entry of results.json that a training wrote; empty while there is none."""
+    return next((entry for entry in reversed(run.results) if entry.get("task") in TRAININGS), {})
+
+
 def in_short(run: RunFiles) -> dict[str, str]:
     """The figures that one looks for first."""
     found: dict[str, str] = {}
@@ -120,8 +131,7 @@ def in_short(run: RunFiles) -> dict[str, str]:
                 found[f"{name}, best epoch"] = f"{best:.1f}"
     if (loss := run.last("train/loss")) is not None:
         found["loss"] = f"{loss:.4g}"
-    entry: Mapping[str, Any] = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
-    metrics = entry.get("metrics", {})
+    metrics = training_entry(run).get("metrics", {})
     for key, name in (("steps", "optimizer steps"), ("epochs", "epochs"), ("images", "images seen")):
         if key in metrics:
             found[name] = f"{metrics[key]:,}"
@@ -136,8 +146,10 @@ def baseline_note(run: RunFiles) -> str:
     """How to read the kNN beside what an untrained network and raw pixels reach, where that is not in the scores."""
     if any("raw pixels" in str(entry.get("metrics", {})) for entry in run.results) or run.last("knn/top1") is None:
         return ""
-    folder, data = shlex.quote(str(run.folder)), run.options.get("data.name")
-    command = f"vit-suite knn --checkpoint {folder} --data.name {data} --baselines"
+    words = ["vit-suite", "knn", "--checkpoint", str(run.folder)]
+    for option in ("data.name", "data.root", "data.holdout"):
+        words += [f"--{option}", str(value)] if (value := run.options.get(option)) else []
+    command = shlex.join([*words, "--baselines"])
     return f"<p>To see what an untrained network and raw pixels reach: <code>{page.escape(command)}</code></p>"
 
 
@@ -150,14 +162,18 @@ def state(run: RunFiles) -> str:
     return f"{status.get('state', '?')} at step {status.get('step', '?')} of {status.get('max_steps', '?')}{reason}"
 
 
-def score_rows(run: RunFiles) -> list[list[Any]]:
-    """[task and score, value] of every single number in results.json, in the order of the scores."""
-    return [
-        [f"{entry.get('task', '?')}: {name}", value]
-        for entry in run.results
-        for name, value in flat(entry.get("metrics", {})).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
+def score_values(run: RunFiles) -> dict[str, float]:
+    """Task and score -> value, for every single number in results.json. A task that was scored again is `knn [2]`."""
+    found: dict[str, float] = {}
+    seen: Counter[str] = Counter()
+    for entry in run.results:
+        task = str(entry.get("task", "?"))
+        seen[task] += 1
+        task += f" [{seen[task]}]" if seen[task] > 1 else ""
+        for name, value in flat(entry.get("metrics", {})).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[f"{task}: {name}"] = value
+    return found
 
 
 def scores(run: RunFiles) -> str:
@@ -235,8 +251,7 @@ def recipe_of(run: RunFiles) -> tuple[str | None, dict[str, Any]]:
 
 def command(run: RunFiles) -> str:
     """The command that started the run."""
-    entry = next((entry for entry in run.results if entry.get("task") == "pretrain"), {})
-    return str(run.about.get("command") or entry.get("command") or "")
+    return str(run.about.get("command") or training_entry(run).get("command") or "")
 
 
 def provenance(run: RunFiles) -> str:
@@ -251,8 +266,7 @@ COMPARED = ("method", "data", "state", "kNN top-1, last", "kNN top-1, best", "he
 
 def compared(run: RunFiles) -> list[Any]:
     """A row of the comparison."""
-    entry: Mapping[str, Any] = next((entry for entry in reversed(run.results) if entry.get("task") == "pretrain"), {})
-    metrics: Mapping[str, Any] = entry.get("metrics", {})
+    metrics: Mapping[str, Any] = training_entry(run).get("metrics", {})
     return [
         run.options.get("method.name"),
         run.options.get("data.name"),
