@@ -49,6 +49,12 @@ def test_crops_of_one_patch(tmp_path):
     assert "global 32 px = 4 x 4 patches of 8, local 16 px = 2 x 2" in findings(tmp_path)["crops"].said
 
 
+def test_copies_that_a_loss_would_push_apart(tmp_path):
+    found = findings(tmp_path, data__repeats=2, method__koleo_weight=0.1)["copies"]
+    assert found.level == "warning" and "KoLeo would push copies of one image apart" in found.said
+    assert "copies" not in findings(tmp_path, data__repeats=2)
+
+
 def test_a_disk_that_has_no_room(tmp_path, monkeypatch):
     assert findings(tmp_path)["disk"].level == "ok"
     full = shutil.disk_usage(tmp_path)._replace(free=1000)

@@ -59,6 +59,7 @@ def of_run(cfg: PretrainConfig, data: ImageDataModule, method: Method, ranks: in
     return [
         *of_batch(cfg, data, ranks),
         of_crops(cfg, method),
+        *of_copies(cfg, method),
         of_disk(cfg, method),
         *of_environment(os.environ),
     ]
@@ -108,6 +109,14 @@ def of_crops(cfg: PretrainConfig, method: Method) -> Finding:
     if min(h * w for h, w in grids.values()) < 2:
         return Finding("warning", "crops", said + ".", "One patch a crop tells little: a smaller backbone.patch_size.")
     return Finding("ok", "crops", said + ".")
+
+
+def of_copies(cfg: PretrainConfig, method: Method) -> Iterator[Finding]:
+    """Whether the loss takes copies of one image for different images."""
+    apart = [name for name in method.compares_images() if name in ("negatives", "KoLeo")]
+    if cfg.data.repeats > 1 and apart:
+        said = f"data.repeats {cfg.data.repeats}: {' and '.join(apart)} would push copies of one image apart."
+        yield Finding("warning", "copies", said, "Leave data.repeats out.")
 
 
 def of_disk(cfg: PretrainConfig, method: Method) -> Finding:
