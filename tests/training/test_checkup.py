@@ -50,7 +50,9 @@ def test_crops_of_one_patch(tmp_path):
 
 
 def test_copies_that_a_loss_would_push_apart(tmp_path):
-    found = findings(tmp_path, data__repeats=2, method__koleo_weight=0.1)["copies"]
+    all_found = findings(tmp_path, data__repeats=2, data__length=64, data__batch_size=16, method__koleo_weight=0.1)
+    assert all_found["steps"].said == "64 images make 4 steps of 16 an epoch, which see 32 of them 2 times."
+    found = all_found["copies"]
     assert found.level == "warning" and "KoLeo would push copies of one image apart" in found.said
     assert "copies" not in findings(tmp_path, data__repeats=2)
 

@@ -77,7 +77,11 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
         f" peak learning rate {rate:.3g}.",
     )
     steps, left = images // batch, images % batch
-    said = f"{images:,} images make {steps} steps of {batch} an epoch" + (f", {left} images sit out." if left else ".")
+    said = f"{images:,} images make {steps} steps of {batch} an epoch"
+    if cfg.data.repeats > 1:
+        said += f", which see {steps * batch // cfg.data.repeats:,} of them {cfg.data.repeats} times."
+    else:
+        said += f", {left} images sit out." if left else "."
     epochs = cfg.trainer.max_epochs
     total = steps * epochs if cfg.trainer.max_steps == -1 else min(steps * epochs, cfg.trainer.max_steps)
     if steps < FEW_STEPS and total < FEW_IN_ALL:
