@@ -16,6 +16,7 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.losses.dino import dino_loss
 from vit_suite.losses.koleo import koleo_loss
+from vit_suite.methods.base import images_and_labels
 from vit_suite.methods.collapse import CollapseMonitor
 from vit_suite.methods.dino import DINO
 from vit_suite.views.draw import alone
@@ -288,6 +289,19 @@ def test_checkpoint_rebuilds_the_module(tmp_path):
     again = DINO.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert again.method == module.method and again.views_config == module.views_config
     close(again, module, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (torch.zeros(4, 3, 8, 8), "images alone"),
+        ([torch.zeros(4, 3, 8, 8)], "images alone"),
+        ([torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 4, 4)], "no labels .B,. in second place"),
+    ],
+)
+def test_a_loader_without_labels_is_answered_in_words(batch, found):
+    with pytest.raises(UserError, match=f"yields {found}: expected .images, labels."):
+        images_and_labels(batch)
 
 
 def test_works_with_any_loader_of_images_and_labels(tmp_path):

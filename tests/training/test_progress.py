@@ -145,7 +145,7 @@ def test_a_command_without_a_terminal_writes_lines_and_no_bar(vit_suite, tmp_pat
     monkeypatch.setattr(Progress, "on_train_batch_start", lambda *args: clock.wait(1.0))
     options = {"run__output": tmp_path / "run", "trainer__max_epochs": 1, "evaluate__every_epochs": 0}
     said = vit_suite("pretrain", *words(trainer__progress=True, trainer__line_every=0.1, **options))
-    assert said.status == 0 and re.findall(r"step (\d) of 4,.* loss \d", said.log) == ["1", "2", "3", "4"]
+    assert said.status == 0 and re.findall(r"step (\d) of 4,.* loss \d.*, KL \d", said.log) == ["1", "2", "3", "4"]
     assert "it/s" not in said.out + said.err
     options["run__output"] = tmp_path / "quiet"
     assert not re.search(r"step \d of 4,", vit_suite("pretrain", *words(trainer__progress=False, **options)).log)

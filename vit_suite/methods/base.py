@@ -41,6 +41,19 @@ def log_every(trainer: Any) -> int:
     return trainer.log_every_n_steps
 
 
+def images_and_labels(batch: Any) -> tuple[Any, Tensor]:
+    """The images of a batch, and its labels (B,). UserError where a loader of one's own yields anything else."""
+    parts = batch if isinstance(batch, (list, tuple)) else [batch]
+    labels = parts[1] if len(parts) > 1 else None
+    if not isinstance(labels, Tensor) or labels.ndim != 1:
+        found = "images alone" if labels is None else "no labels (B,) in second place"
+        raise UserError(
+            f"the training loader yields {found}: expected (images, labels). A method without labels takes"
+            " any integers, such as TensorDataset(images, torch.zeros(len(images), dtype=torch.int64))."
+        )
+    return parts[0], labels
+
+
 def as_config(cls: type[T], value: Any) -> T:
     """`value` as a `cls`: a dataclass stays as it is, the dict of a checkpoint is unpacked, None gives the defaults."""
     given: Any = value
@@ -255,7 +268,7 @@ class Method(MethodHooks):
         return self.views(images, draw)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels, *_ = batch
+        images, labels = images_and_labels(batch)
         logged = (self.global_step + 1) % log_every(self.trainer) == 0
         draw = self.draw(batch_idx, len(labels))
         values = self.losses(self.crops(images, draw), labels, draw, logged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -126,7 +127,7 @@ class Progress(pl.Callback):
             status = self.write("running")
             if self.line_every is not None and time.monotonic() - self._said_at >= self.line_every:
                 self._said_at = time.monotonic()
-                log.info("%s", line(status, trainer.logged_metrics.get("train/loss")))
+                log.info("%s", line(status, said(trainer)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -155,10 +156,20 @@ class Progress(pl.Callback):
             )
 
 
-def line(status: Status, loss: Any = None) -> str:
-    """`epoch 2, step 120 of 9750, 812 images/s, loss 8.1234, kNN 45.10%, 3% waiting for images, 12 min left`"""
-    text = f"epoch {status.epoch + 1}, {progress_text(status)}"
-    return text if loss is None else text.replace(" images/s", f" images/s, loss {float(loss):.4f}", 1)
+SAID = {"train/loss": "loss", "train/kl": "KL"}
+"""Metrics that a line shows, and their words. DINO's loss also rises with the teacher's entropy, its KL does not."""
+
+
+def said(trainer: pl.Trainer) -> dict[str, float]:
+    """The newest logged value of each metric of `SAID` that the method has."""
+    return {SAID[name]: float(value) for name, value in trainer.logged_metrics.items() if name in SAID}
+
+
+def line(status: Status, numbers: Mapping[str, float]) -> str:
+    """`epoch 2, step 120 of 9750, 812 images/s, loss 8.1234, KL 0.8765, kNN 45.10%, 12 min left`;
+    `numbers`: those of `SAID`, by their words."""
+    words = "".join(f", {name} {numbers[name]:.4f}" for name in SAID.values() if name in numbers)
+    return f"epoch {status.epoch + 1}, {progress_text(status)}".replace(" images/s", f" images/s{words}", 1)
 
 
 class PatientBar(TQDMProgressBar):
