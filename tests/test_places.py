@@ -50,6 +50,9 @@ def test_inputs(tmp_path):
     check_places(KNNConfig(str(tmp_path), data=DataConfig(root=str(tmp_path / "later"), download=True)))
     said = error_of(check_places, KNNConfig(str(tmp_path), data=DataConfig(root=str(tmp_path / "no"))))
     assert said == f"data.root '{tmp_path}/no' does not exist."
+    (tmp_path / "link").symlink_to("gone")
+    said = error_of(check_places, KNNConfig(str(tmp_path), data=DataConfig(root=str(tmp_path / "link"))))
+    assert said == f"data.root '{tmp_path}/link' is a link to 'gone', which does not exist."
     said = error_of(check_places, AttentionConfig(str(tmp_path), images=str(tmp_path / "no")))
     assert said.startswith(f"images '{tmp_path}/no' does not exist.")
     assert "at most 231 are possible" in error_of(check_places, KNNConfig("x" * 300))

@@ -37,6 +37,12 @@ def quote(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 image`, `2 images`, `0 images`; `1 class`, `2 classes`."""
+    ending = "" if number == 1 else "es" if thing.endswith(("s", "ch", "x")) else "s"
+    return f"{number:,} {thing}{ending}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest of `known`, or an empty string when none is close."""
     match = difflib.get_close_matches(short(str(word)), [str(name) for name in known], n=1, cutoff=0.5)

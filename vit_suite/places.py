@@ -59,6 +59,8 @@ def check_input(key: str, value: str) -> None:
             raise UserError(f"{key} '{value}' is a pipe, a socket or a device; expected a file or a folder.")
         path.stat()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(f"{key} '{value}' is a link to '{os.readlink(path)}', which does not exist.") from None
         raise UserError(f"{key} '{value}' does not exist.{_neighbour(path)}") from None
     except OSError as error:
         raise UserError(f"{key} '{value}' cannot be read: {reason(error)}.") from None

@@ -10,7 +10,8 @@ from tests.attention.test_export import picture
 from vit_suite.attention.video import cut_frames, is_video
 from vit_suite.config import DataConfig
 from vit_suite.data.decode import DecodeError
-from vit_suite.data.inputs import inside, open_pictures, output_names, read_list
+from vit_suite.data.inputs import inside, open_pictures, output_names
+from vit_suite.data.lists import read_list
 from vit_suite.data.registry import open_test
 from vit_suite.errors import UserError
 
@@ -90,12 +91,23 @@ def test_names_of_a_list_stay_below_what_the_paths_share():
     assert inside(["/data/a.jpg"]) == ["a.jpg"]
 
 
+def test_a_csv_is_read_as_a_data_set_reads_it(tmp_path):
+    """--images labels.csv: the same file as for data.name list."""
+    for name in ("a.png", "b c.png"):
+        picture(16, 24, 0).save(tmp_path / name)
+    (tmp_path / "labels.csv").write_text(
+        "species;filename\ncat;a.png\ndog;b c.png\ncat;./a.png\n", encoding="utf-8-sig"
+    )
+    pictures = open_pictures(tmp_path / "labels.csv", tmp_path / "out", 3)
+    assert list(pictures.files) == ["a.png", "b c.png"] and pictures.load(1).shape == (3, 16, 24)
+
+
 def test_what_is_no_list(tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00\x81" * 9)
     with pytest.raises(UserError, match="names no images"):
         read_list(tmp_path / "empty.txt")
-    with pytest.raises(UserError, match="bytes.bin' is no image, no video and no UTF-8 list"):
+    with pytest.raises(UserError, match="bytes.bin' is not a readable UTF-8 list of paths"):
         open_pictures(tmp_path / "bytes.bin", tmp_path / "out", 3)
 
 

@@ -107,6 +107,7 @@ def test_phases_charge_the_innermost(monkeypatch):
         ({"trainer__devices": 2}, [], "profile looks at one process: leave trainer.devices"),
         ({"trainer__strategy": "fsdp2"}, [], "trainer.strategy fsdp2 spreads the weights over ranks"),
         ({}, ["--drill", "kill@2"], "drill interrupts a training"),
+        ({"data__batch_size": 65}, [], "data.batch_size 65 is larger than the data set of 64 training images"),
         ({}, ["--output", "file"], "output 'file' is a file; expected a directory"),
     ],
 )

@@ -194,7 +194,7 @@ def test_test_classes_that_are_not_those_of_training(supervised, photographs, tm
         "data__length": None,
         "data__test_length": None,
     }
-    refused(supervised(**options), "1 classes that the train split lacks: dusk", "--evaluate.every_epochs 0")
+    refused(supervised(**options), "1 class that the train split lacks: dusk", "--evaluate.every_epochs 0")
 
 
 def test_a_test_split_without_labels(supervised, tmp_path):

@@ -183,3 +183,11 @@ def test_image_names():
         and not is_image("._a.jpg")
         and not is_image("jpg")
     )
+
+
+def test_a_program_that_draws_is_not_run(tmp_path):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", "EPS")
+    for content in (None, (tmp_path / "a.jpg").read_bytes()):
+        with pytest.raises(DecodeError, match="it is EPS, a program that draws"):
+            decode(tmp_path / "a.jpg", 3, content)

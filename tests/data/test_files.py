@@ -37,7 +37,7 @@ def test_folder_test_labels_follow_the_train_classes(tmp_path):
     test = open_test(config("folder", tmp_path))
     assert test.classes == ["a", "b", "c"] and test.labels.tolist() == [2]
     picture(tmp_path / "test" / "z" / "1.png")
-    fails(config("folder", tmp_path), "classes that the train split lacks: z", split="test")
+    fails(config("folder", tmp_path), "1 class that the train split lacks: z", split="test")
 
 
 def test_folder_without_splits_serves_both_ends(tmp_path):
@@ -110,11 +110,12 @@ def test_list_of_paths(tmp_path):
 
 def test_list_folder_and_bad_lists(tmp_path):
     picture(tmp_path / "x.png")
-    (tmp_path / "train.txt").write_text("x.png\tb\nx.png\tc\n")
+    picture(tmp_path / "y.png")
+    (tmp_path / "train.txt").write_text("x.png\tb\ny.png\tc\n")
     (tmp_path / "val.txt").write_text("x.png\tc\n")
     assert open_test(config("list", tmp_path)).labels.tolist() == [1]  # classes of train
-    (tmp_path / "test.txt").write_text("x.png\ta\nx.png\tc\n")  # a would move b and c up by one
-    fails(config("list", tmp_path), "1 classes that train.txt lacks: a", split="test")
+    (tmp_path / "test.txt").write_text("x.png\ta\ny.png\tc\n")  # a would move b and c up by one
+    fails(config("list", tmp_path), "1 class that train.txt lacks: a", split="test")
     (tmp_path / "test.txt").unlink()
     (tmp_path / "bad.txt").write_text("nope/1.png\nnope/2.png\n")
     fails(config("list", tmp_path / "bad.txt"), "none of the first 2 paths", "nope/1.png", str(tmp_path))

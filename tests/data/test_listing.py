@@ -36,6 +36,7 @@ def test_endings_that_are_read_and_those_that_are_left_out(tmp_path, said):
     kinds = {"a.jpg": "JPEG", "b.jfif": "JPEG", "c.mpo": "JPEG", "d.tga": "TGA", "e.j2k": "JPEG2000"}
     for name, kind in (kinds | {"noending": "PNG", "f.jpg_large": "JPEG"}).items():
         image.save(tmp_path / name, kind)
+    (tmp_path / "IM.0001").write_bytes(bytes(128) + b"DICM" + bytes(40))  # as scanners call their files
     for name in ("g.jxl", "h.JXL", "notes.txt", "table.csv"):
         (tmp_path / name).write_bytes(b"\0")
     source = open_train(config("flat", tmp_path))
@@ -43,6 +44,7 @@ def test_endings_that_are_read_and_those_that_are_left_out(tmp_path, said):
     assert all(source.load(i).shape == (3, 32, 32) for i in range(len(source)))
     line = said()
     assert "2 .jxl" in line and "1 .jpg_large (looks like JPEG;" in line
+    assert "1 .0001 (looks like DICOM; call such files .dcm)" in line
     assert "1 without an ending (looks like PNG;" in line and "txt" not in line and "csv" not in line
     open_train(config("flat", tmp_path))
     assert said() == line  # once
@@ -132,10 +134,11 @@ def test_a_class_without_a_readable_image_is_named(tmp_path, said):
     for split in ("train", "test"):
         picture(tmp_path / split / "a" / "1.png")
     picture(tmp_path / "test" / "b" / "1.png")
-    (tmp_path / "train" / "b").mkdir()
+    for empty in ("b", "c"):
+        (tmp_path / "train" / empty).mkdir()
     (tmp_path / "train" / "b" / "1.jxl").write_bytes(b"x")
     assert open_train(config("folder", tmp_path)).classes == ["a"]
-    assert "1 folders hold no image that is read, and are no classes: b" in said() and "1 .jxl" in said()
+    assert "2 folders hold no image that is read, and are no classes: b, c" in said() and "1 .jxl" in said()
     fails(config("folder", tmp_path), "train split lacks: b", "hold no image that is read", split="test")
 
 
@@ -187,6 +190,26 @@ def test_csv_columns_that_say_nothing(tmp_path):
     ):
         (tmp_path / "list.csv").write_text(text)
         fails(config("list", tmp_path / "list.csv"), words)
+
+
+def test_a_list_that_names_an_image_twice_or_does_not_end_a_quotation(tmp_path, said):
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name)
+    (tmp_path / "list.csv").write_text("filename,label\na.png,x\nb.png,y\na.png,x\nb.png,x\nc.png,x\n")
+    source = open_train(config("list", tmp_path / "list.csv"))
+    assert names(source) == ["a.png", "b.png", "c.png"] and source.labels.tolist() == [0, 1, 0]
+    assert "2 lines left out, whose image an earlier line names (a.png); 1 of them with another label" in said()
+    (tmp_path / "list.csv").write_text('filename,label\n"a.png,x\n' + "b.png,y\n" * 20_000)
+    fails(config("list", tmp_path / "list.csv"), "is no CSV that can be read", "a quotation mark left open?")
+
+
+def test_a_table_with_another_ending(tmp_path):
+    """Its first line is no image, and its columns are no class."""
+    picture(tmp_path / "a.png")
+    for name in ("list.tsv", "list.txt"):
+        (tmp_path / name).write_text("filename\tlabel\na.png\tx\n")
+        source = open_train(config("list", tmp_path / name))
+        assert names(source) == ["a.png"] and source.classes == ["x"]
 
 
 def test_csv_splits_in_a_folder(tmp_path):

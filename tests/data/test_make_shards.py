@@ -94,7 +94,7 @@ def test_the_converter_refuses(loose, shards, capsys, tmp_path):
         "--splits", "vall"
     )
     assert "does not exist" in says(root=tmp_path / "gone", output=tmp_path / "new") and not (tmp_path / "new").exists()
-    assert "classes that the train split lacks" not in says() and digests(shards) == before
+    assert "that the train split lacks" not in says() and digests(shards) == before
     assert make_shards(shards, tmp_path / "recut", "--keep_order", name="shards") == 0
     assert open_train(config("shards", tmp_path / "recut")).content(70) == open_train(config("shards", shards)).content(
         70
@@ -134,17 +134,18 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_written(tmp_path, capsys)
     os.mkfifo(tmp_path / "s" / "pipe.png")
     assert make_shards(tmp_path / "s", tmp_path / "o", name="flat") == 0
     said = capsys.readouterr()
-    assert "5 images in 1 shards" in said.out and "3 files could not be read and are left out" in said.err
+    assert "5 images in 1 shard," in said.out and "3 files could not be read and are left out" in said.err
     assert all(name in said.err for name in ("x.png", "self.png", "pipe.png"))
     assert len(open_split(DataConfig(name="shards", root=str(tmp_path / "o")), "train")) == 5
 
 
-def test_class_names_that_are_no_utf8_or_hold_a_newline(tmp_path):
-    for name in ("caf\udce9", "a\nb"):
+def test_class_names_that_are_no_utf8_or_hold_a_newline_or_spaces(tmp_path):
+    for name in ("caf\udce9", "a\nb", " ", "b "):
         folder = os.path.join(os.fspath(tmp_path), "s", name)
         os.makedirs(folder)
         Image.new("RGB", (8, 8)).save(os.path.join(folder, "1.png"))
     assert make_shards(tmp_path / "s", tmp_path / "o") == 0
-    assert (tmp_path / "o" / "classes.txt").read_text() == "a\\nb\ncaf\\xe9\n"
+    assert (tmp_path / "o" / "classes.txt").read_text() == "\\x20\na\\nb\nb\\x20\ncaf\\xe9\n"
     source = open_split(DataConfig(name="shards", root=str(tmp_path / "o")), "train")
-    assert source.classes == ["a\\nb", "caf\\xe9"] and sorted(source.labels.tolist()) == [0, 1]
+    assert source.classes == ["\\x20", "a\\nb", "b\\x20", "caf\\xe9"]
+    assert sorted(source.labels.tolist()) == [0, 1, 2, 3]

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.data.make import config
 from vit_suite.data import ranges
 from vit_suite.data.decode import MAX_PIXELS, DecodeError, decode, jpeg_size
-from vit_suite.data.pixels import ValueRange, parse_range
+from vit_suite.data.pixels import Reading, ValueRange, parse_range
 from vit_suite.data.registry import open_test, open_train
 from vit_suite.errors import UserError
 
@@ -67,19 +67,19 @@ def test_signed_and_float_values_need_a_range(tmp_path):
         with pytest.raises(DecodeError, match=r"values from -\d.*data\.value_range minmax, or two numbers"):
             read(path)
         for given in ("minmax", (least, -least)):
-            assert np.abs(read(path, value_range=parse_range(given))[0].astype(int) - wanted).max() <= 1
+            assert np.abs(read(path, reading=Reading(parse_range(given)))[0].astype(int) - wanted).max() <= 1
     save(tmp_path / "c.npy", (RAMP - 128).astype(np.int8))
     assert (read(tmp_path / "c.npy")[0] == RAMP).all()  # signed bytes have one range
 
 
 def test_two_numbers_cut_what_lies_beyond_and_leave_8_bits_alone(tmp_path):
-    half = parse_range([0.25, 0.75])
+    half = Reading(parse_range([0.25, 0.75]))
     save(tmp_path / "f.npy", np.array([[0, 0.25, 0.5, 0.75, 1, np.nan]], np.float32))
-    assert read(tmp_path / "f.npy", value_range=half)[0].tolist() == [[0, 0, 128, 255, 255, 0]]
+    assert read(tmp_path / "f.npy", reading=half)[0].tolist() == [[0, 0, 128, 255, 255, 0]]
     save(tmp_path / "g.png", RAMP.astype(np.uint8))
-    assert (read(tmp_path / "g.png", value_range=half)[0] == RAMP).all()
+    assert (read(tmp_path / "g.png", reading=half)[0] == RAMP).all()
     save(tmp_path / "flat.npy", np.full((3, 3), 7.0))
-    assert (read(tmp_path / "flat.npy", value_range=parse_range("minmax")) == 0).all()
+    assert (read(tmp_path / "flat.npy", reading=Reading(parse_range("minmax"))) == 0).all()
     for wrong in ("maxmin", [5, 1], [1, 1], [1]):
         with pytest.raises(UserError, match="data.value_range is .*expected auto, minmax, or two numbers"):
             parse_range(wrong)
@@ -101,7 +101,7 @@ def test_a_set_has_one_range_and_says_which(tmp_path, caplog, bits):
     root, cfg = gray_set(tmp_path / "gray", bits), {"channels": 1}
     with caplog.at_level(logging.WARNING, "vit_suite"):
         train, test = (open_one(config("folder", root, **cfg)) for open_one in (open_train, open_test))
-    assert train.value_range == test.value_range == ValueRange("auto", 0, 2**bits - 1)
+    assert train.reading.value_range == test.reading.value_range == ValueRange("auto", 0, 2**bits - 1)
     assert int(train.load(0).max()) == 255 and 24 <= int(test.load(0).max()) <= 26  # dark pictures stay dark
     said = [record.message for record in caplog.records]
     if bits < 16:
@@ -201,8 +201,9 @@ def test_one_limit_of_pixels_for_every_format(tmp_path, kind):
             decode(path, 3, content)
     Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
     with pytest.raises(DecodeError, match="30 x 20 pixels are more than the 599 allowed"):
-        decode(tmp_path / "b.png", 3, max_pixels=599)
-    assert decode(tmp_path / "b.png", 3, max_pixels=600).shape == (3, 20, 30) and MAX_PIXELS > 20_000 * 8_000
+        decode(tmp_path / "b.png", 3, reading=Reading(max_pixels=599))
+    assert decode(tmp_path / "b.png", 3, reading=Reading(max_pixels=600)).shape == (3, 20, 30)
+    assert MAX_PIXELS > 20_000 * 8_000
 
 
 def test_size_of_a_jpeg_from_its_header(tmp_path):

@@ -11,7 +11,7 @@ from vit_suite.config import DataConfig
 from vit_suite.data import science
 from vit_suite.data.decode import DecodeError, decode, image_size
 from vit_suite.data.listing import undecodable
-from vit_suite.data.pixels import parse_range
+from vit_suite.data.pixels import Reading, parse_range
 from vit_suite.data.registry import open_train
 
 tifffile = pytest.importorskip("tifffile")
@@ -56,9 +56,9 @@ def test_signed_and_float_types(tmp_path, kind):
     path = tiff(tmp_path / "a.tif", values)
     with pytest.raises(DecodeError, match="data.value_range"):
         decode(path, 1)
-    found = decode(path, 1, value_range=parse_range([-128, 127]))
+    found = decode(path, 1, reading=Reading(parse_range([-128, 127])))
     assert np.abs(found[0].astype(int) - RAMP).max() <= 1
-    stretched = decode(path, 1, value_range=parse_range("minmax"))
+    stretched = decode(path, 1, reading=Reading(parse_range("minmax")))
     assert stretched.min() == 0 and stretched.max() == 255
 
 
@@ -149,7 +149,7 @@ def test_dicom_window_slope_and_inversion(tmp_path):
     wanted = ((stored * 2.0 - 1000 + 60) * 255 / 199).clip(0, 255)
     assert np.abs(decode(path, 1)[0] - wanted).max() <= 1
     assert (decode(path, 3)[2] == decode(path, 1)[0]).all()
-    asked = decode(path, 1, value_range=parse_range([-1000, 1016]))
+    asked = decode(path, 1, reading=Reading(parse_range([-1000, 1016])))
     assert np.abs(asked[0] - (stored * 2.0) * 255 / 2016).max() <= 1
     inverted = dicom(
         tmp_path / "xray.dcm",
@@ -180,7 +180,7 @@ def test_dicom_that_is_none(tmp_path):
         decode(tmp_path / "a.dcm")
     path = dicom(tmp_path / "b.dcm", RAMP)
     with pytest.raises(DecodeError, match="data.max_pixels"):
-        decode(path, max_pixels=100)
+        decode(path, reading=Reading(max_pixels=100))
     assert science.DICOM == (".dcm", ".dicom")
 
 
@@ -205,6 +205,61 @@ def test_that_only_the_first_frame_is_read_is_said(tmp_path, caplog):
     said = [line for line in caplog.messages if "frames" in line]
     assert len(said) == 1 and "2 of the 3 files looked at hold several pages or frames" in said[0]
     assert "pages.tif has 2" in said[0] or "scan.dcm has 5" in said[0]
+
+
+def test_one_frame_of_several(tmp_path, caplog):
+    """`data.frame 1` in every format that holds frames, from a file and from its bytes."""
+    frames = [np.ascontiguousarray(RGB[:, ::-1]), RGB, 255 - RGB]
+    gray = np.stack([RAMP, RAMP // 2, RAMP // 4])
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for name in ("a.tif", "a.png", "a.gif", "a.webp", "a.mpo"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
+    tiff(tmp_path / "wide.tif", gray.astype(np.uint16) * 257, photometric="minisblack")
+    dicom(tmp_path / "scan.dcm", gray)
+    for path in sorted(tmp_path.iterdir()):
+        for content in (None, path.read_bytes()):
+            found = decode(path, 3, content, Reading(frame=1)).astype(int)
+            wanted = RAMP[None] // 2 if path.stem in ("scan", "wide") else RGB.transpose(2, 0, 1)
+            lossy = 12 if path.suffix in (".webp", ".mpo", ".gif") else 0
+            assert np.abs(found - wanted).mean() <= lossy, path.name
+            with pytest.raises(DecodeError, match="holds 3 frames; data.frame 3 counts from 0"):
+                decode(path, 3, content, Reading(frame=3))
+    assert (decode(tmp_path / "scan.dcm", 3, None, Reading(frame=0)) == RAMP).all()
+    for name, write in (("b.jpg", Image.fromarray(RGB).save), ("b.npy", lambda path: np.save(path, RGB))):
+        write(tmp_path / name)
+        with pytest.raises(DecodeError, match="holds 1 frame; data.frame 1 counts"):
+            decode(tmp_path / name, 3, None, Reading(frame=1))
+    source = open_train(DataConfig(name="flat", root=str(tmp_path), frame=1), 0)
+    assert (source.load(len(source) - 2) == RAMP // 2).all()  # scan.dcm
+    assert any("frame 1 of each is read (data.frame)" in line for line in caplog.messages)
+
+
+def test_pages_of_two_sizes(tmp_path):
+    """A small preview before the picture itself."""
+    pages = [Image.fromarray(RGB[:8, :8].copy()), Image.fromarray(RGB)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    assert decode(tmp_path / "a.tif", 3, None, Reading(frame=1)).shape == (3, *RAMP.shape)
+    assert image_size(tmp_path / "a.tif") == (8, 8) and image_size(tmp_path / "a.tif", 1) == RAMP.shape
+    with pytest.raises(DecodeError, match="data.max_pixels"):
+        decode(tmp_path / "a.tif", 3, None, Reading(max_pixels=64, frame=1))
+
+
+def test_a_dicom_palette_gives_colors(tmp_path):
+    tables = np.stack([np.arange(256), 255 - np.arange(256), np.full(256, 7)]).astype(np.uint16) * 257
+    names = ("Red", "Green", "Blue")
+    tags = {f"{name}PaletteColorLookupTableData": table.tobytes() for name, table in zip(names, tables, strict=True)}
+    tags |= {f"{name}PaletteColorLookupTableDescriptor": [256, 0, 16] for name in names}
+    path = dicom(tmp_path / "a.dcm", RAMP, PhotometricInterpretation="PALETTE COLOR", **tags)
+    assert (decode(path) == np.stack([RAMP, 255 - RAMP, np.full_like(RAMP, 7)])).all()
+    with pytest.raises(DecodeError):  # a palette that is missing is not read as gray
+        decode(dicom(tmp_path / "b.dcm", RAMP, PhotometricInterpretation="PALETTE COLOR"))
+
+
+def test_a_volume_in_one_page_is_refused_in_words(tmp_path):
+    planes = np.zeros((4, 32, 32), np.uint16)
+    path = tiff(tmp_path / "a.tif", planes, photometric="minisblack", volumetric=True, tile=(4, 16, 16))
+    with pytest.raises(DecodeError, match="a volume of 4 planes"):
+        decode(path)
 
 
 def test_heic(tmp_path, monkeypatch):

@@ -314,3 +314,46 @@ def test_coco_names_keep_their_endings_and_bad_rows_are_listed(tmp_path):
     content["images"] = content["images"][:1]
     (tmp_path / "c.json").write_text(json.dumps(content))
     assert len(open_truths(tmp_path / "i", tmp_path / "c.json")[0]) == 1  # a.png does not get a.jpg's boxes
+
+
+def test_masks_as_arrays_and_floats(tmp_path):
+    """(H, W, 1), one array of an .npz, floats in 0..1; NaN, programs and too many pixels are refused in words."""
+    shape = PIXELS == 3
+    np.save(tmp_path / "deep.npy", shape[..., None])
+    np.savez(tmp_path / "one.npz", mask=shape)
+    Image.fromarray(shape.astype(np.float32)).save(tmp_path / "unit.tif")
+    for name in ("deep.npy", "one.npz", "unit.tif"):
+        assert read_mask(tmp_path / name).tolist() == shape.astype(int).tolist(), name
+    holes = np.where(shape, np.nan, 0).astype(np.float32)
+    np.save(tmp_path / "nan.npy", holes)
+    Image.fromarray(holes).save(tmp_path / "nan.tif")
+    Image.new("RGB", (4, 2)).save(tmp_path / "program.png", "EPS")
+    np.lib.format.open_memmap(tmp_path / "large.npy", mode="w+", dtype=np.uint8, shape=(2**14, 2**14)).flush()
+    for name, words in (
+        ("nan.npy", "NaN"),
+        ("nan.tif", "NaN"),
+        ("program.png", "EPS"),
+        ("large.npy", "pixels are more"),
+    ):
+        with pytest.raises(UserError, match=f"mask '.*{name}' cannot be read .*{words}"):
+            read_mask(tmp_path / name)
+
+
+def test_boxes_are_told_by_what_is_in_the_file(images, tmp_path, caplog):
+    """COCO called .txt; VOC files with names of their own, whose <filename> is the image's."""
+    entry = {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "c.jpg"}]}
+    entry["annotations"] = [{"image_id": 1, "bbox": [0, 0, 2, 2]}, {"image_id": 1, "bbox": [0, 0, 10**400, 1]}]
+    entry["annotations"] += [{"image_id": "2", "bbox": [0, 0, 2, 2]}]
+    (tmp_path / "boxes.txt").write_text(json.dumps(entry), encoding="utf-8-sig")
+    source, truths = open_truths(images, tmp_path / "boxes.txt")
+    assert truths.load(0).tolist() == [[0, 0, 2, 2]] and len(truths.load(1)) == 0
+    assert ["OverflowError" in str(source.failures[0]), "annotation 2" in str(source.failures[1])] == [True, True]
+    (tmp_path / "voc").mkdir()
+    for number, name in enumerate(("a.jpg", "c.jpg")):
+        box = f"<xmin>{number + 1}</xmin><ymin>1</ymin><xmax>3</xmax><ymax>2</ymax>"
+        (tmp_path / "voc" / f"label{number}.xml").write_text(
+            f"<annotation><filename>{name}</filename><object><bndbox>{box}</bndbox></object></annotation>"
+        )
+    source, truths = open_truths(images, tmp_path / "voc")
+    assert [truths.load(index).tolist() for index in range(2)] == [[[0, 0, 3, 2]], [[1, 0, 3, 2]]]
+    assert "no VOC file has the name of an image" in caplog.text

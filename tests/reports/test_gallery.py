@@ -18,9 +18,11 @@ from PIL import Image
 from tests.reports.browser import CHROMIUM, Browser
 from vit_suite.attention.manifest import OK, read_manifest, write_manifest
 from vit_suite.attention.maps import mass_mask
+from vit_suite.data.pixels import Reading, parse_range
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.errors import UserError
 from vit_suite.reports import gallery
+from vit_suite.reports.contact import Tile, thumbnail
 from vit_suite.reports.gallery import quantized, write_gallery
 
 NAMES = ["cat", "deep/dog", "deep/</script><b>", "fish & chips"]
@@ -143,6 +145,23 @@ def test_pictures_that_have_moved_and_those_of_a_data_set(tmp_path):
         io.BytesIO(base64.b64decode(content(write_gallery(folder, source))["items"][0]["picture"].partition(",")[2]))
     )
     assert np.asarray(pixels).tolist() == source.load(2).permute(1, 2, 0).tolist()
+
+
+def test_pictures_are_read_as_the_export_read_them(tmp_path):
+    """Floats from -5 to 5: data.value_range minmax shows them in the gallery, and on a contact sheet."""
+    folder, path = export(tmp_path, ["cat"]), tmp_path / "images" / "0.npy"
+    np.save(path, np.linspace(-5, 5, 32 * 32).reshape(32, 32))
+    write_manifest(
+        folder / "manifest.csv",
+        [{"image": str(path), "kind": "npz", "status": OK, "file": "cat_attention.npz"}],
+    )
+    how = Reading(parse_range("minmax"))
+    for reading, shades in ((how, 256), (Reading(), 1)):
+        picture = content(write_gallery(folder, None, reading))["items"][0]["picture"]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))))
+        assert len(np.unique(pixels)) == shades
+        tile = np.asarray(thumbnail(Tile(str(path), reading=reading), None))
+        assert len(np.unique(tile)) == shades
 
 
 def test_what_no_gallery_can_be_made_of(tmp_path, monkeypatch):

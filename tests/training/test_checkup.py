@@ -29,7 +29,7 @@ def findings(tmp_path, ranks=1, **options):
 
 def test_few_steps_an_epoch_are_said_with_a_batch_that_has_more(tmp_path):
     few = findings(tmp_path, data__length=450, data__batch_size=256)["steps"]
-    assert few.level == "warning" and "make 1 steps of 256 an epoch, 194 images sit out" in few.said
+    assert few.level == "warning" and "make 1 step of 256 an epoch, 194 images sit out" in few.said
     assert few.mend == "Try data.batch_size 16: 28 steps an epoch."
     assert findings(tmp_path, data__length=450, data__batch_size=16)["steps"].level == "ok"
 

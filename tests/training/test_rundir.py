@@ -103,7 +103,7 @@ def test_resume_after_the_time_limit(pretrain, straight_run, tmp_path):
     metrics = results(tmp_path / "run")[0]["metrics"]
     assert metrics["steps"] == 1 and metrics["knn_top1"] > 0
     said = pretrain(**limit, **THREE)
-    assert said.status == 0 and "is complete: 1 steps, nothing left to train" in said.log and "max_minutes" in said.log
+    assert said.status == 0 and "is complete: 1 step, nothing left to train" in said.log and "max_minutes" in said.log
     assert pretrain(**THREE).status == 0
     assert sha256(tmp_path / "run") == sha256(straight_run)
 

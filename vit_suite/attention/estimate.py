@@ -11,6 +11,7 @@ from vit_suite.attention.formats import FORMATS, files_of
 from vit_suite.data.decode import DecodeError, image_size
 from vit_suite.data.inputs import Pictures
 from vit_suite.data.reading import try_load
+from vit_suite.errors import counted
 
 SAMPLED = 16
 """Images, evenly spaced, whose headers are read."""
@@ -28,7 +29,7 @@ def estimate(pictures: Pictures, drawing: Drawing, heads: int) -> str:
     """
     sizes = list(_sizes(pictures))
     if not sizes:
-        return f"{len(pictures)} images"
+        return counted(len(pictures), "image")
     count, total = 0, 0.0
     for size in sizes:
         for kind, _, name in files_of(drawing, "image", heads, size):
@@ -39,7 +40,7 @@ def estimate(pictures: Pictures, drawing: Drawing, heads: int) -> str:
             count += 1
     share = len(pictures) / len(sizes)
     need = total * share
-    text = f"{len(pictures)} images: about {round(count * share):,} files, {_spelled(need)}"
+    text = f"{counted(len(pictures), 'image')}: about {counted(round(count * share), 'file')}, {_spelled(need)}"
     if any(drawing.drawn_size(size) != size for size in sizes):
         text += f"; overlays and heat maps are drawn at {drawing.side} pixels at most (draw_side)"
     free = shutil.disk_usage(_existing(drawing.output)).free
@@ -54,7 +55,7 @@ def _sizes(pictures: Pictures) -> Iterator[tuple[int, int]]:
     count = min(SAMPLED, len(pictures))
     decoded = False
     for index in (number * len(pictures) // count for number in range(count)):
-        size = image_size(pictures.path(index))
+        size = image_size(pictures.path(index), pictures.source.reading.frame)
         if size is None and not decoded:
             image, decoded = try_load(pictures.source.load, index), True
             size = None if isinstance(image, DecodeError) else (image.shape[1], image.shape[2])

@@ -38,6 +38,7 @@ from vit_suite.attention.maps import require_cls
 from vit_suite.attention.video import FRAMES, cut_frames, is_video, need_av
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.inputs import Pictures, open_pictures
+from vit_suite.data.pixels import Reading
 from vit_suite.data.registry import set_reading
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError, unknown_name
@@ -69,6 +70,8 @@ class ExportSummary:
     """Files that did not decode. They are listed in `quarantine` and in the manifest."""
     quarantine: Path | None = None
     """quarantine.txt, when something failed."""
+    reading: Reading = Reading()
+    """How the files were read."""
     shrunk: int = 0
     """Number of images that the backbone saw smaller than they are, because of the token limit."""
     coarse: int = 0
@@ -118,16 +121,18 @@ def export_attention(
     options = options or ExportOptions()
     drawing = Drawing.of(Path(output), options)
     _check(backbone, drawing, options)
+    if is_video(images) and options.reading is not None and options.reading.frame:
+        raise UserError(f"data.frame {options.reading.frame}, but all frames of the video '{images}' are drawn.")
     started = time.monotonic()
     pictures, rate = _open(images, drawing, len(mean), options.overwrite)
-    if options.reading is not None and not isinstance(images, ImageSource):
+    if options.reading is not None and not isinstance(images, ImageSource) and not is_video(images):
         set_reading(pictures.source, options.reading)
     if options.progress and distributed.rank() == 0:
         log.info("%s", estimate(pictures, drawing, backbone.heads))
     worker = Worker(backbone, drawing, pictures, options, mean, std)
     blocks = cut(len(pictures), options.batch_size)[distributed.rank() :: distributed.world_size()]
     threads = min(MOST_THREADS, options.workers or cores())
-    summary = ExportSummary(drawing.output)
+    summary = ExportSummary(drawing.output, reading=pictures.source.reading)
     drawing.output.mkdir(parents=True, exist_ok=True)
     try:
         with (

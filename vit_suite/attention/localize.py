@@ -93,8 +93,10 @@ class Localizer:
             for method, rows in own.parts.items():
                 parts[method] += rows
         if not looked.sizes:
+            unusable = [*self.source.failures, *failures.values()]
+            first = f" The first that cannot be used: {unusable[0]}" if unusable else ""
             raise UserError(
-                f"none of the {len(self.source)} images of {self.source.title} decodes and shows an object."
+                f"none of the {len(self.source)} images of {self.source.title} decodes and shows an object.{first}"
             )
         looked.failures = [failures[index] for index in sorted(failures)]
         order = torch.tensor(list(looked.sizes)).argsort()  # grouped by grid, batches come in another order

@@ -14,7 +14,7 @@ from vit_suite.config import AttentionConfig
 from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.hardware import rank_device
 from vit_suite.logs import speak
 from vit_suite.reports.gallery import write_gallery
@@ -41,7 +41,8 @@ def run(cfg: AttentionConfig) -> None:
             total = summary.images + len(summary.failures)
             Quarantine(limit=cfg.data.max_corrupt).report(summary.failures, "the images", total)
             if cfg.gallery:
-                print(f"gallery: {write_gallery(cfg.output, images if isinstance(images, ImageSource) else None)}")
+                source = images if isinstance(images, ImageSource) else None
+                print(f"gallery: {write_gallery(cfg.output, source, summary.reading)}")
 
 
 def open_data(cfg: AttentionConfig, loaded: LoadedBackbone) -> ImageSource:
@@ -55,7 +56,7 @@ def sentence(summary: ExportSummary, cfg: AttentionConfig) -> str:
     """What was written, what was left out, and which option would show more."""
     files = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.files.items()))
     speed = f"{summary.images_per_second:.1f} a second, {summary.model_share:.0%} of the time in the model"
-    lines = [f"{summary.images} images ({speed}): {files} in {summary.output}, listed in manifest.csv"]
+    lines = [f"{counted(summary.images, 'image')} ({speed}): {files} in {summary.output}, listed in manifest.csv"]
     if summary.failures:
         lines.append(f"files that do not decode: {len(summary.failures)}, listed in {summary.quarantine}")
     if cfg.clip_artifacts is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -13,7 +14,8 @@ from vit_suite.config import DoctorConfig, PretrainConfig, ProfileConfig
 from vit_suite.data.files import split_folders
 from vit_suite.data.listing import subfolders
 from vit_suite.data.module import ImageDataModule
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
+from vit_suite.places import check_input
 from vit_suite.training import checkup
 from vit_suite.training.checkup import Finding
 from vit_suite.training.parts import build_parts
@@ -40,6 +42,8 @@ def run(cfg: DoctorConfig) -> None:
 def look_at(target: str, cfg: DoctorConfig) -> Iterator[Finding]:
     """Findings on one path: a checkpoint or run directory, else a folder of images."""
     path = Path(target).expanduser()
+    if os.path.lexists(path):
+        check_input("targets", str(path))
     if path.is_dir() and not (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         yield from folder(path, cfg)
     else:
@@ -77,7 +81,9 @@ def folder(path: Path, cfg: DoctorConfig) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("error", f"folder '{path}'", str(error))
         return
-    yield Finding("ok", f"folder '{path}'", f"{images:,} images to train on, read as data.name {options.name}.")
+    yield Finding(
+        "ok", f"folder '{path}'", f"{counted(images, 'image')} to train on, read as data.name {options.name}."
+    )
     yield from checkup.of_images(data)
 
 
@@ -88,7 +94,7 @@ def training(cfg: DoctorConfig) -> Iterator[Finding]:
         plain = adopt(plain, load_backbone(plain.start))
     ranks = checkup.ranks_of(plain)
     with tempfile.TemporaryDirectory() as scratch:
-        data, method, device, precision, _ = build_parts(plain, Path(scratch))
+        data, method, device, precision, _ = build_parts(plain, None)
         trained = sum(weight.numel() for weight in method.trained().parameters() if weight.requires_grad)
         network = f"{plain.method.name}, {trained / 1e6:.1f} million trained weights, {precision} on {device}."
         yield Finding("ok", "network", network)

@@ -8,6 +8,7 @@ from vit_suite import distributed
 from vit_suite.config import EmbedConfig
 from vit_suite.data.inputs import open_images
 from vit_suite.data.quarantine import Quarantine
+from vit_suite.errors import counted
 from vit_suite.evaluation.embedding import EmbedSummary, check_output, embed, make_embedder, protocol_of
 from vit_suite.evaluation.embedding_files import need_pyarrow
 from vit_suite.logs import speak
@@ -36,7 +37,7 @@ def run(cfg: EmbedConfig) -> None:
 def sentence(summary: EmbedSummary, total: int) -> str:
     """What was written, and what was left out."""
     speed = f"{summary.images_per_second:.1f} a second, {summary.model_share:.0%} of the time in the model"
-    lines = [f"{summary.images} images ({speed}): {summary.output}"]
+    lines = [f"{counted(summary.images, 'image')} ({speed}): {summary.output}"]
     if summary.resumed:
         lines.append(f"{summary.resumed} of them were ready from an earlier start")
     if summary.failures:

@@ -12,6 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from vit_suite.config import DataConfig, ExportConfig
+from vit_suite.data.decode import DecodeError
+from vit_suite.data.reading import try_load
 from vit_suite.data.registry import open_test
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
@@ -69,10 +71,12 @@ def check_request(cfg: ExportConfig, target: Path) -> None:
 def images_for_check(cfg: ExportConfig, loaded: LoadedBackbone) -> tuple[Callable[[tuple[int, int]], Tensor], str]:
     """(normalized images of a size, what they are)."""
     source, what = source_for_check(cfg, loaded)
-    found = [source.get(index) for index in range(min(len(source), 4 * IMAGES))]
-    raw = [image for image in found if image is not None][:IMAGES]
+    found = [try_load(source.load, index) for index in range(min(len(source), 4 * IMAGES))]
+    raw = [image for image in found if not isinstance(image, DecodeError)][:IMAGES]
     if not raw:
-        raise UserError(f"none of the first images of {source.title} decodes: name others with --images.")
+        raise UserError(
+            f"none of the first images of {source.title} decodes: name others with --images. The first: {found[0]}"
+        )
     return lambda size: eval_view(raw, size, loaded.mean, loaded.std), f"{len(raw)} {what}"
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from vit_suite import distributed
 from vit_suite.config import KNNConfig
 from vit_suite.data.resident import GIB
+from vit_suite.errors import counted
 from vit_suite.evaluation.interval import bank_remarks, chance
 from vit_suite.evaluation.knn_scorer import Scorer, accuracies, shots_metrics
 from vit_suite.evaluation.scored import open_scored, view_size
@@ -57,7 +58,7 @@ def run(cfg: KNNConfig) -> None:
         if distributed.rank() == 0:
             bank = f"bank of {data.usable(scorer.bank)}" + (f": {cfg.draws} draws from each class" if cfg.shots else "")
             count = data.usable(scorer.test)
-            print(f"{data.name}: top-1 % of {count} images, {bank}, temperature {cfg.temperature}\n{shown}")
+            print(f"{data.name}: top-1 % of {counted(count, 'image')}, {bank}, temperature {cfg.temperature}\n{shown}")
             print(guessing)
             for remark in [] if cfg.shots else bank_remarks(cfg.k, bank_labels):
                 log.warning("%s", remark)

@@ -13,7 +13,7 @@ from vit_suite.cluster.script import OPTIONS, RECORD, SCRIPT, ranks_per_node, sb
 from vit_suite.cluster.slurm import require_slurm, submit
 from vit_suite.cluster.state import report
 from vit_suite.config.launch import TRAININGS
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.files import write_atomically
 from vit_suite.parsing import dump_config
 
@@ -43,9 +43,9 @@ def run(cfg: Any) -> None:
     job = submit(folder / SCRIPT)
     record = {"job": job, "runs": [name for name in runs if name]} | ({} if training else {"command": cfg.command})
     _write(folder / RECORD, json.dumps(record) + "\n")
-    several = f", {len(runs)} runs" if len(runs) > 1 else ""
+    several = f", {counted(len(runs), 'run')}" if len(runs) > 1 else ""
     where, array = shlex.quote(str(folder)), "_*" if "" not in runs else ""
-    print(f"job {job}: {cfg.nodes} nodes x {ranks_per_node(cfg)} ranks{several}")
+    print(f"job {job}: {counted(cfg.nodes, 'node')} x {counted(ranks_per_node(cfg), 'rank')}{several}")
     print(f"how it is: vit-suite launch --status {where}")
     print(f"its log:   {where}/slurm-{job}{array}.log")
 

@@ -7,6 +7,7 @@ import sys
 from vit_suite.config import MakeShardsConfig
 from vit_suite.data.pack import pack
 from vit_suite.data.registry import DATASETS
+from vit_suite.errors import counted
 from vit_suite.logs import speak
 
 SHOWN = 20
@@ -17,7 +18,10 @@ def run(cfg: MakeShardsConfig) -> None:
     """Pack, and say how much."""
     speak()
     packed = pack(cfg)
-    print(f"{packed.images} images in {packed.shards} shards, {packed.size / 2**20:.0f} MiB, in {cfg.output}")
+    print(
+        f"{counted(packed.images, 'image')} in {counted(packed.shards, 'shard')}, {packed.size / 2**20:.0f} MiB,"
+        f" in {cfg.output}"
+    )
     if packed.left_out:
         print(f"{len(packed.left_out)} files could not be read and are left out:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in packed.left_out[:SHOWN]), file=sys.stderr)

@@ -10,6 +10,7 @@ from vit_suite import distributed
 from vit_suite.config import PredictConfig
 from vit_suite.data.inputs import open_images
 from vit_suite.data.quarantine import Quarantine
+from vit_suite.errors import counted
 from vit_suite.evaluation.embedding import Embedder, EmbedOptions
 from vit_suite.evaluation.predict import Prediction, check_table, open_head, predict, write_predictions
 from vit_suite.hardware import pick_precision, rank_device
@@ -59,4 +60,4 @@ def sentence(found: Sequence[Prediction], classes: Sequence[str], output: Path) 
     counts = Counter(one.numbers[0] for one in found).most_common()
     shown = ", ".join(f"{classes[number]} {count}" for number, count in counts[:SHOWN])
     rest = f", {len(counts) - SHOWN} more classes" if len(counts) > SHOWN else ""
-    return f"{len(found)} images in {output}: {shown}{rest}"
+    return f"{counted(len(found), 'image')} in {output}: {shown}{rest}"

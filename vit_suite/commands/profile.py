@@ -9,7 +9,7 @@ from typing import Any
 
 from vit_suite import distributed
 from vit_suite.config import ProfileConfig
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.hardware import matmul_rate
 from vit_suite.logs import speak
 from vit_suite.reports.results import table
@@ -21,20 +21,17 @@ def run(cfg: ProfileConfig) -> None:
     speak()
     check(cfg)
     output = Path(cfg.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output '{output}' cannot be a folder: {error.strerror}.") from None
     with tempfile.TemporaryDirectory() as folder:
         recorder, about = measure(cfg, Path(folder))
     figures = summary(recorder, cfg.data.batch_size) | about
     rate = matmul_rate(about["precision"], recorder.phases.device)
     figures |= {"matmul_flops_per_second": rate, "share_of_matmul_rate": figures["flops_per_second"] / rate}
+    output.mkdir(parents=True, exist_ok=True)
     recorder.profiler.export_chrome_trace(str(output / "trace.json"))
     (output / "profile.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(text(figures, cfg.operators))
     print(
-        f"\n{output}/trace.json: {recorder.traced} steps, for chrome://tracing or ui.perfetto.dev;"
+        f"\n{output}/trace.json: {counted(recorder.traced, 'step')}, for chrome://tracing or ui.perfetto.dev;"
         f" {output}/profile.json: these figures"
     )
 

@@ -32,7 +32,7 @@ class AttentionConfig(ReadingConfig):
     """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
     solo-learn, lightly), timm:NAME, or builtin:shapes."""
     images: Input | None = None
-    """Folder of images (searched through), one image, a text list of paths, or a video; without it the split of
+    """Folder of images (searched through), one image, a list (text or CSV), or a video; without it the split of
     data.name to score."""
     data: ImagesConfig = field(default_factory=lambda: ImagesConfig(name=""))
     output: OutputFolder = "attention"

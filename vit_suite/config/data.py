@@ -39,6 +39,9 @@ class ImagesConfig:
     14, 16), floats 0..1, DICOM by its window; minmax = each image's own least and largest value; or two numbers."""
     max_pixels: Count = 178_956_970
     """Files whose header claims more pixels are not read: they count as files that do not decode."""
+    frame: Annotated[int, Range(0, ceiling=1_000_000)] = 0
+    """Which page or frame is read of files that hold several (TIFF, GIF, DICOM, ...), counted from 0. Files with fewer
+    count as files that do not decode."""
     max_corrupt: Share = 1.0
     """Share of files that may fail to decode (they are listed) before the command fails."""
     download: bool = False

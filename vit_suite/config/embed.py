@@ -32,7 +32,7 @@ class EmbedConfig(ReadingConfig):
     """Run directory, file or folder of a released network (DINO, DINOv2, DINOv3, MAE, SiT, Hugging Face, timm,
     solo-learn, lightly), timm:NAME, or builtin:shapes."""
     images: Input | None = None
-    """Folder of images (searched through), one image, or a text list of paths; without it the split of data.name."""
+    """Folder of images (searched through), one image, or a list (text or CSV); without it the split of data.name."""
     data: ImagesConfig = field(default_factory=lambda: ImagesConfig(name=""))
     output: Output = "embeddings.parquet"
     """File that is written; its ending is the format: .parquet (needs pyarrow), .npz, .npy (with NAME.table.csv) or

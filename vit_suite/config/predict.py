@@ -19,7 +19,7 @@ class PredictConfig:
     checkpoint: Checkpoint
     """Run directory of `vit-suite finetune`, or of `pretrain --method.name supervised`."""
     images: Input | None = None
-    """Folder of images (searched through), one image, or a text list of paths; without it the split of data.name."""
+    """Folder of images (searched through), one image, or a list (text or CSV); without it the split of data.name."""
     data: ImagesConfig = field(default_factory=lambda: ImagesConfig(name=""))
     output: OutputFile = "labels.csv"
     """CSV file that is written: path, class (its name), number (from 0), probability (0 to 1). Files that do not decode

@@ -9,8 +9,8 @@ Axes: C channels, H height, W width. What a file may be, and what becomes of it:
 - EXIF orientation is applied; a damaged EXIF block is ignored, and so is an orientation in XMP, as in OpenCV and
   libvips.
 - N channels (not 1 or 3): bands as they are; N must match. An array is (H, W), (H, W, N) or (N, H, W).
-- Several pages or frames: the first, or all of them where they are as many gray ones as there are channels. That the
-  first is taken is logged once a set (`ranges.py`).
+- Several pages or frames: the one that `data.frame` names, or all of them where they are as many gray ones as there
+  are channels and `data.frame` is 0. Which one is taken is logged once a set (`ranges.py`).
 
 The size is read from the header first: one limit of pixels holds for every format, before memory is taken.
 """
@@ -29,7 +29,7 @@ from PIL import Image
 
 from vit_suite.data.messages import Listening
 from vit_suite.data.orientation import orientation, upright
-from vit_suite.data.pixels import AUTO, Unfit, ValueRange, Wide, convert_channels, finish
+from vit_suite.data.pixels import MAX_PIXELS, READING, Reading, Unfit, Wide, check_frame, convert_channels, finish
 from vit_suite.data.science import DICOM, INSTALL, frames_of_dicom, is_plain, read_array, read_dicom, read_tiff
 from vit_suite.errors import UserError
 
@@ -44,11 +44,12 @@ JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif")
 ROOTS = (".tif", ".tiff")
 HEIF = (".heic", ".heif", ".hif")
 INSTALL_HEIF = "pip install 'vit-suite[heif]'"
-FRAMES = (*ROOTS, *DICOM, *HEIF, ".gif", ".apng", ".webp", ".avif")
+FRAMES = (*ROOTS, *DICOM, *HEIF, ".gif", ".png", ".apng", ".webp", ".avif")
 """Endings of files that may hold several pages or frames."""
-MAX_PIXELS = 178_956_970
-"""Pixels of the largest image that is read when `data.max_pixels` is not given: Pillow's own limit for a decompression
-bomb. As RGB it takes 0.5 GiB."""
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Bytes 8 to 12 of a HEIC file, after `ftyp`."""
+PROGRAMS = ("EPS",)
+"""Pillow's names of formats that it gives to another program (Ghostscript), which would run what the file says."""
 PHOTOMETRIC, SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 262, 277, 339
 """TIFF tags."""
 SIGNED = 2
@@ -75,17 +76,16 @@ def decode(
     path: str | os.PathLike,
     channels: int = 3,
     content: bytes | None = None,
-    value_range: ValueRange = AUTO,
-    max_pixels: int = MAX_PIXELS,
+    reading: Reading = READING,
 ) -> np.ndarray:
     """The image at `path` as uint8 (channels, H, W); where `content` is given it is the file's bytes, and `path` only
     its name. DecodeError, with one line, for whatever is wrong with this file."""
     path = os.fspath(path)
 
     def convert() -> np.ndarray:
-        found = read_raw(path, channels, content, max_pixels)
+        found = read_raw(path, channels, content, reading)
         if isinstance(found, Wide):
-            return finish(found, channels, value_range, "it")
+            return finish(found, channels, reading.value_range, "it")
         assert found is not None  # only with only_wide
         return convert_channels(found, channels, "it")
 
@@ -124,14 +124,15 @@ def _need_heif(suffix: str) -> None:
     pillow_heif.register_heif_opener()
 
 
-def read_wide(path: str, content: bytes | None, channels: int, max_pixels: int) -> Wide | None:
+def read_wide(path: str, content: bytes | None, channels: int, reading: Reading) -> Wide | None:
     """What a file holds whose values are wider than 8 bits; None for every other file. DecodeError as `decode`."""
-    found = _guarded(path, lambda: read_raw(path, channels, content, max_pixels, only_wide=True))
+    found = _guarded(path, lambda: read_raw(path, channels, content, reading, only_wide=True))
     return found if isinstance(found, Wide) and found.values.dtype not in (np.uint8, np.bool_) else None
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """(H, W) from the header alone, EXIF orientation applied; None when Pillow cannot read the header."""
+def image_size(path: str | os.PathLike, frame: int = 0) -> tuple[int, int] | None:
+    """(H, W) from the header alone, EXIF orientation applied; None when Pillow cannot read the header, or when the file
+    does not hold so many frames."""
     path = os.fspath(path)
     if path.lower().endswith((*ARRAYS, *DICOM)):
         return None
@@ -140,6 +141,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
             return None
         _need_heif(os.path.splitext(path)[1].lower())
         with Image.open(path) as image:
+            image.seek(frame)
             turned = orientation(image) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # Pillow's plugins raise almost anything
@@ -165,13 +167,14 @@ def _guarded(path: str, work: Callable[[], Any]) -> Any:
 
 
 def read_raw(
-    path: str, channels: int, content: bytes | None, max_pixels: int, only_wide: bool = False
+    path: str, channels: int, content: bytes | None, reading: Reading, only_wide: bool = False
 ) -> np.ndarray | Wide | None:
     """uint8 (C, H, W), or a `Wide` for values of more than 8 bits.
 
     only_wide: return None as soon as the header says 8 bits. Raises whatever the readers raise.
     """
     _check_file(path, content)
+    max_pixels, frame = reading.max_pixels, reading.frame
 
     def check(height: int, width: int) -> None:
         if height * width > max_pixels:
@@ -182,10 +185,11 @@ def read_raw(
     suffix = os.path.splitext(path)[1].lower()
     _need_heif(suffix)
     if suffix in ARRAYS:
+        check_frame(frame, 1)
         return read_array(_file(path, content), channels, check)
     if suffix in DICOM:
-        return read_dicom(_file(path, content), channels, check)
-    if suffix in JPEG and channels in (1, 3) and not only_wide:
+        return read_dicom(_file(path, content), channels, check, frame)
+    if suffix in JPEG and channels in (1, 3) and not only_wide and not frame:
         if content is None:
             with open(path, "rb") as file:
                 content = file.read()
@@ -194,9 +198,15 @@ def read_raw(
     if max_pixels > MAX_PIXELS:  # the user has asked for more than Pillow itself allows
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
-        with Image.open(_file(path, content)) as image:
+        with opened(path, content) as image:
             check(image.height, image.width)
-            return _pixels(image, path, channels, content, check, only_wide)
+            _seek(image, frame)
+            check(image.height, image.width)
+            if image.format == "TIFF" and _needs_tifffile(image, channels, frame):
+                return _wide_tiff(image, path, channels, content, check, frame)
+            if image.format == "PNG" and not frame and _is_16_bit(image):
+                return _png16(image, path, content)
+            return _pixels(image, channels, only_wide, frame)
     except Image.DecompressionBombError:
         raise Unfit(f"more than the {max_pixels:,} pixels allowed; data.max_pixels raises the limit") from None
     except (Unfit, UserError):
@@ -205,7 +215,7 @@ def read_raw(
         if suffix not in ROOTS:
             raise
         try:
-            return read_tiff(_file(path, content), channels, check)
+            return read_tiff(_file(path, content), channels, check, frame)
         except Unfit:  # it understood the file, and says more
             raise
         except Exception:  # neither Pillow nor tifffile reads it: Pillow's reason is the shorter one
@@ -226,6 +236,34 @@ def _check_file(path: str, content: bytes | None) -> None:
 
 def _file(path: str, content: bytes | None) -> str | io.BytesIO:
     return path if content is None else io.BytesIO(content)
+
+
+def opened(path: str, content: bytes | None = None) -> Image.Image:
+    """The file as Pillow opens it. Unfit for one that Pillow would give to another program."""
+    try:
+        image = Image.open(_file(path, content))
+    except Image.UnidentifiedImageError:
+        start = content
+        if start is None:
+            with open(path, "rb") as file:
+                start = file.read(12)
+        if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS:
+            raise
+        _need_heif(HEIF[0])  # a HEIC with another ending
+        image = Image.open(_file(path, content))
+    if image.format in PROGRAMS:
+        image.close()
+        raise Unfit(f"it is {image.format}, a program that draws: save it as a picture")
+    return image
+
+
+def _seek(image: Image.Image, frame: int) -> None:
+    """Go to a frame. Unfit if there are not so many."""
+    if not frame:
+        return
+    count = int(getattr(image, "n_frames", 1))
+    check_frame(frame, count)
+    image.seek(frame)
 
 
 # -- JPEG --------------------------------------------------------------------------------------------------------------
@@ -279,26 +317,12 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
 # -- What Pillow opens -------------------------------------------------------------------------------------------------
 
 
-def _pixels(
-    image: Image.Image,
-    path: str,
-    channels: int,
-    content: bytes | None,
-    check: Callable[[int, int], None],
-    only_wide: bool,
-) -> np.ndarray | Wide | None:
-    pages = getattr(image, "n_frames", 1) if channels not in (1, 3) else 1
-    if image.format == "TIFF" and (
-        not is_plain(_tags(image)) or (channels not in (1, 3) and _needs_bands(image, pages))
-    ):
-        return _wide_tiff(image, path, channels, content, check)
-    if image.format == "PNG" and _is_16_bit(image):
-        return _png16(image, path, content)
+def _pixels(image: Image.Image, channels: int, only_wide: bool, frame: int) -> np.ndarray | Wide | None:
     if image.mode.startswith("I") or image.mode == "F":
         return Wide(np.asarray(upright(image))[..., None])
     if only_wide:
         return None
-    frame = _frame_box(image)
+    box = None if frame else _frame_box(image)
     image = upright(image)
     if channels not in (1, 3):
         return _channels_first(np.asarray(image))
@@ -306,11 +330,11 @@ def _pixels(
         image = image.convert("LA")
     if image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getextrema()[-1] == (0, 0):
         image = image.convert("RGB")  # writers leave the fourth byte 0 and mean no transparency
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info or frame:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info or box:
         image = image.convert("RGBA")
-        if frame:  # pixels of a GIF outside of its first frame are transparent
+        if box:  # pixels of a GIF outside of its first frame are transparent
             inner = Image.new("RGBA", image.size)
-            inner.paste(image.crop(frame), frame)
+            inner.paste(image.crop(box), box)
             image = inner
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "LAB":
@@ -372,24 +396,34 @@ def _tags(image: Any) -> Any:
     return image.tag_v2
 
 
-def _needs_bands(image: Image.Image, pages: int) -> bool:
-    """Whether Pillow would change the bands of an N-channel TIFF."""
+def _needs_tifffile(image: Image.Image, channels: int, frame: int) -> bool:
+    """Whether Pillow would change the values of a TIFF, or the bands of an N-channel one."""
+    if not is_plain(_tags(image)):
+        return True
+    if channels in (1, 3):
+        return False
+    pages = 1 if frame else int(getattr(image, "n_frames", 1))
     bands = int(_tags(image).get(SAMPLES_PER_PIXEL, 1))
     return pages > 1 or bands > 4 or len(image.getbands()) != bands
 
 
 def _wide_tiff(
-    image: Image.Image, path: str, channels: int, content: bytes | None, check: Callable[[int, int], None]
+    image: Image.Image,
+    path: str,
+    channels: int,
+    content: bytes | None,
+    check: Callable[[int, int], None],
+    frame: int,
 ) -> Wide:
     """A TIFF through tifffile. Without tifffile, what Pillow reads correctly: gray values of 16 and 32 bits, and gray
     pages."""
     try:
-        return read_tiff(_file(path, content), channels, check)
+        return read_tiff(_file(path, content), channels, check, frame)
     except Unfit as error:
         bands = int(_tags(image).get(SAMPLES_PER_PIXEL, 1))
         if INSTALL not in str(error) or bands != 1:
             raise
-    if channels not in (1, 3) and (pages := getattr(image, "n_frames", 1)) > 1:
+    if channels not in (1, 3) and not frame and (pages := getattr(image, "n_frames", 1)) > 1:
         if pages != channels:
             raise Unfit(f"has 1 band in {pages} pages, but data.channels is {channels}")
         found = []

@@ -19,7 +19,7 @@ from vit_suite.data.decode import is_image
 from vit_suite.data.listing import Listing, found_in, say_once, subfolders, walk_images
 from vit_suite.data.lists import read_list
 from vit_suite.data.source import FileSource
-from vit_suite.errors import UserError, nearest
+from vit_suite.errors import UserError, counted, nearest, short
 from vit_suite.files import printable
 
 SPLITS = ("train", "val", "test")
@@ -86,13 +86,13 @@ def class_files(folder: Path) -> Classes:
     """The class folders of `folder`. Folders that this suite wrote are no classes."""
     found = Classes([], [], [], [], Listing(folder))
     for name in subfolders(folder):
-        others = found.listing.others.copy()
+        explained = len(found.listing.outputs) + len(found.listing.twice) + len(found.listing.failures)
         files = list(found.listing.walk(name))
         if files:
             found.paths.extend(files)
             found.labels.extend([len(found.names)] * len(files))
             found.names.append(name)
-        elif found.listing.others != others:
+        elif explained == len(found.listing.outputs) + len(found.listing.twice) + len(found.listing.failures):
             found.empty.append(name)
     return found
 
@@ -109,7 +109,8 @@ def class_folder_source(
     if not found.paths or loose > len(found.paths):
         expected = f"expected {folder}/CLASS/image.jpg, found {found_in(folder)}"
         hint = f", {loose} images directly in it; for unlabeled images use data.name flat" if loose else ""
-        what = "no class folders with images" if not found.paths else f"only {len(found.paths)} images in class folders"
+        few_images = f"only {counted(len(found.paths), 'image')} in class folders"
+        what = few_images if found.paths else "no class folders with images"
         raise UserError(f"{what} in '{folder}': {expected}{hint}.")
     if loose:
         say_once(f"{title}: {loose} images directly in '{folder}' belong to no class and are left out")
@@ -122,8 +123,8 @@ def class_folder_source(
         unknown = [one for one in found.names if one not in classes]
         if unknown:
             raise UserError(
-                f"'{folder}' has {len(unknown)} classes that the train split lacks: {few(unknown)}; there their folders"
-                " are missing, or hold no image that is read."
+                f"'{folder}' has {counted(len(unknown), 'class')} that the train split lacks: {few(unknown)}; there"
+                " their folders are missing, or hold no image that is read."
             )
         labels = torch.tensor([classes.index(one) for one in found.names])[labels]
     shown = [printable(one) for one in (found.names if classes is None else classes)]
@@ -134,7 +135,7 @@ def class_folder_source(
 
 def few(names: list[str]) -> str:
     """The first five names for a message."""
-    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
+    return ", ".join(short(printable(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def open_folder(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
@@ -197,8 +198,8 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
     paths, words = read_list(file)
     base = file.resolve().parent
     if not any((base / path).exists() for path in paths[:100]):
-        tried = f"none of the first {min(100, len(paths))} paths in '{file}' exists"
-        raise UserError(f"{tried}; relative ones are looked up in '{base}'. First: {paths[0]}")
+        tried = f"none of the first {counted(min(100, len(paths)), 'path')} in '{file}' exists"
+        raise UserError(f"{tried}; relative ones are looked up in '{base}'. First: {short(printable(paths[0]))}")
     known = {word for word in words if word is not None}
     if not known:
         return FileSource(file.stem, chosen, base, paths, cfg.channels)
@@ -206,7 +207,7 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
         trained = {word for word in read_list(lists["train"])[1] if word is not None}
         if trained and known - trained:  # new classes would shift the numbers of the others
             raise UserError(
-                f"'{file}' has {len(known - trained)} classes that {lists['train'].name} lacks:"
+                f"'{file}' has {counted(len(known - trained), 'class')} that {lists['train'].name} lacks:"
                 f" {', '.join(sorted(known - trained)[:5])}."
             )
         known |= trained
@@ -252,7 +253,7 @@ def open_tiny_imagenet(cfg: DataConfig, root: Path, split: str | None) -> FileSo
     # Distinct WNIDs can share a first word ("cardigan"): those keep their number, so that class names stay distinct.
     plain = [names.get(wnid, wnid) for wnid in wnids]
     classes = [word if plain.count(word) == 1 else f"{word} ({wnid})" for wnid, word in zip(wnids, plain, strict=True)]
-    name = "Tiny-ImageNet" if len(wnids) == 200 else f"Tiny-ImageNet ({len(wnids)} classes)"
+    name = "Tiny-ImageNet" if len(wnids) == 200 else f"Tiny-ImageNet ({counted(len(wnids), 'class')})"
     return FileSource(
         name, chosen, root, paths, cfg.channels, classes, labels, torch.tensor(boxes, dtype=torch.float32)
     )

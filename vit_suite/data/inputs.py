@@ -17,6 +17,7 @@ import numpy as np
 from vit_suite.config import ImagesConfig
 from vit_suite.data.decode import is_image
 from vit_suite.data.listing import Listing, found_in
+from vit_suite.data.lists import read_list
 from vit_suite.data.registry import open_test, set_reading
 from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.errors import UserError
@@ -78,7 +79,7 @@ def open_pictures(images: str | os.PathLike | ImageSource, output: Path, channel
     if images.is_file():
         if is_image(images.name):
             return _of_files([images.stem], [images.name], [str(images)], channels)
-        files = read_list(images)
+        files = list(dict.fromkeys(map(os.path.normpath, read_list(images)[0])))
         paths = [str(images.parent / file) for file in files]
         return _of_files(output_names(inside(files)), files, paths, channels)
     if not images.is_dir():
@@ -108,25 +109,6 @@ def _of_source(source: ImageSource) -> Pictures:
     digits = len(str(len(source) - 1))
     names = [f"{source.split}/{index:0{digits}}" for index in range(len(source))]
     return Pictures(names, names, source)
-
-
-def read_list(file: Path) -> list[str]:
-    """The paths in a text file, each once. A line is `path` or `path<TAB>label`.
-
-    A relative path starts from the folder of the file.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"images '{file}' is no image, no video and no UTF-8 list of paths ({type(error).__name__})"
-        ) from None
-    paths = dict.fromkeys(
-        os.path.normpath(line.split("\t")[0].strip()) for line in lines if line.strip() and not line.startswith("#")
-    )
-    if not paths:
-        raise UserError(f"the list '{file}' names no images: expected lines of `path`")
-    return list(paths)
 
 
 def inside(paths: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from PIL import Image, features
 
 from vit_suite.data.decode import HEIF, INSTALL_HEIF, DecodeError, is_image
 from vit_suite.data.science import DICOM, INSTALL
+from vit_suite.errors import short
 from vit_suite.files import printable
 
 log = logging.getLogger("vit_suite")
@@ -27,6 +28,8 @@ PICTURES = frozenset(
     " .nii .mha .nrrd .czi .nd2 .lif .svs .fits".split()
 )
 """Endings of pictures that are not read. Another ending is named only if Pillow recognizes one of its files."""
+DICOM_MARK = 128, b"DICM"
+"""Place and bytes by which a DICOM file is told; scanners often write it without an ending."""
 MANIFEST = "image,height,width,kind,head,file,threshold,status"
 """First line of the manifest.csv of an attention export."""
 SHOWN = 5
@@ -137,6 +140,9 @@ class Listing:
         if not os.path.isfile(self.example[ending]):  # opening a pipe would wait for a writer
             return None
         try:
+            with open(self.example[ending], "rb") as file:
+                if file.read(DICOM_MARK[0] + 4).endswith(DICOM_MARK[1]):
+                    return f" (looks like DICOM; call such files {DICOM[0]})"
             with Image.open(self.example[ending]) as image:
                 return f" (looks like {image.format}; give such files an ending that is read)"
         except Exception:  # no picture, or none that Pillow knows
@@ -144,7 +150,7 @@ class Listing:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(short(printable(name)) for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def undecodable(ending: str) -> str | None:

@@ -8,32 +8,61 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vit_suite.data.decode import is_image
-from vit_suite.errors import UserError
+from vit_suite.data.listing import say_once
+from vit_suite.errors import UserError, counted, short
+from vit_suite.files import printable
 
 FILES = ("filename", "file_name", "filepath", "file_path", "path", "image_path", "file", "image", "img", "image_name")
 LABELS = ("label", "class", "species", "category", "target", "class_name", "label_name", "y", "id", "class_id")
 """Names of the columns of paths and of labels, the first that occurs counts; upper and lower case are equal. In a file
 of two columns, the one that holds no paths is the label, whatever its name."""
 
+LONGEST_PATH = 4096
+"""Characters of a path on Linux."""
 Rows = tuple[list[str], list[str | None]]
 """(paths, labels as words or None)."""
 
 
 def read_list(file: Path) -> Rows:
-    """The images that a list names. UserError when it is no text in UTF-8, or names none."""
+    """The images that a list names, each once. UserError when it is no text in UTF-8, or names none.
+
+    An image that is named again would count twice, or lie in both parts of a `data.holdout`: its first line counts, and
+    how many lines are left out is said.
+    """
     if file.exists() and not file.is_file():  # opening a pipe would wait for a writer
         raise UserError(f"the list '{file}' is no regular file.")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.root '{file}' is not a readable UTF-8 list of paths ({type(error).__name__}).") from None
-    paths, words = _read_csv(file, text) if file.suffix.lower() == ".csv" else _read_lines(text)
+        raise UserError(f"'{file}' is not a readable UTF-8 list of paths ({type(error).__name__}).") from None
+    paths, words = _read_csv(file, text) if _is_table(file, text) else _read_lines(text)
     if not paths:
         raise UserError(
             f"the list '{file}' names no images: expected lines of `path` or `path<TAB>label`, or a .csv whose first"
             " line names its columns, such as filename,label."
         )
-    return paths, words
+    if too_long := [path for path in paths if len(path) > LONGEST_PATH]:
+        raise UserError(
+            f"'{file}' names a path of {len(too_long[0]):,} characters, {short(printable(too_long[0]))}; at most"
+            f" {LONGEST_PATH:,} are possible."
+        )
+    first = dict(zip(reversed(paths), range(len(paths) - 1, -1, -1), strict=True))
+    if len(first) == len(paths):
+        return paths, words
+    again = [row for row, path in enumerate(paths) if first[path] != row]
+    other = sum(words[row] != words[first[paths[row]]] for row in again)
+    say_once(
+        f"'{file}': {counted(len(again), 'line')} left out, whose image an earlier line names"
+        f" ({printable(paths[again[0]])})" + (f"; {other} of them with another label" if other else "")
+    )
+    rows = sorted(first.values())
+    return [paths[row] for row in rows], [words[row] for row in rows]
+
+
+def _is_table(file: Path, text: str) -> bool:
+    """Whether a list has columns: by its ending, or because its first line names them."""
+    cells = [cell.strip().lower() for cell in re.split("[,;\t]", text.split("\n", 1)[0])]
+    return file.suffix.lower() in (".csv", ".tsv") or (len(cells) > 1 and any(cell in FILES for cell in cells))
 
 
 def _read_lines(text: str) -> Rows:
@@ -59,7 +88,10 @@ def _read_csv(file: Path, text: str) -> Rows:
     """The rows of a CSV. Its first line names the columns; a file without such a line has `path` or `path,label`."""
     first = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first.count)
-    table = [row for row in csv.reader(text.split("\n"), delimiter=delimiter) if any(cell.strip() for cell in row)]
+    try:
+        table = [row for row in csv.reader(text.split("\n"), delimiter=delimiter) if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise UserError(f"'{file}' is no CSV that can be read ({error}): is a quotation mark left open?") from None
     if not table:
         return [], []
     header = [cell.strip() for cell in table[0]]

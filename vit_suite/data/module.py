@@ -24,7 +24,7 @@ from vit_suite.data.quarantine import Quarantine
 from vit_suite.data.registry import dataset_info, open_split, open_test, open_train, statistics
 from vit_suite.data.resident import make_resident, to_device
 from vit_suite.data.source import ImageSource, ResidentSource, stratified
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 
 log = logging.getLogger("vit_suite")
 
@@ -151,7 +151,8 @@ class ImageDataModule(pl.LightningDataModule):
             if isinstance(source, ResidentSource)
             else "from files"
         )
-        log.info("%s: %d images, %d classes, %s", source.title, len(source), len(source.classes), where)
+        images, classes = counted(len(source), "image"), counted(len(source.classes), "class")
+        log.info("%s: %s, %s, %s", source.title, images, classes, where)
         return source
 
     @property

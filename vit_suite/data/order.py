@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vit_suite.data.source import stable_seed
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 
 
 class Batch(NamedTuple):
@@ -95,9 +95,14 @@ class EpochPlan:
             raise UserError(f"data.batch_size is {self.batch_size}; expected at least 1.")
         if self.batch_size > self.total:
             better = fitting_batch(self.total)
-            mend = f" Try data.batch_size {better}: {self.total // better} steps an epoch." if self.total else ""
+            mend = (
+                f" Try data.batch_size {better}: {counted(self.total // better, 'step')} an epoch."
+                if self.total
+                else ""
+            )
             raise UserError(
-                f"data.batch_size {self.batch_size} is larger than the data set of {self.total} training images.{mend}"
+                f"data.batch_size {self.batch_size} is larger than the data set of"
+                f" {counted(self.total, 'training image')}.{mend}"
             )
         if self.batch_size % parts:
             below, above = self.batch_size // parts * parts, -(-self.batch_size // parts) * parts

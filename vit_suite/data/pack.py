@@ -70,7 +70,7 @@ def pack(cfg: MakeShardsConfig) -> Packed:
         for source in splits:
             write_split(source, unfinished, cfg, packed.left_out)
         if splits[0].classes:
-            (unfinished / CLASSES).write_text("".join(f"{name}\n" for name in splits[0].classes), encoding="utf-8")
+            (unfinished / CLASSES).write_text("".join(map(_line, splits[0].classes)), encoding="utf-8")
         shards = open_index(unfinished, sorted(path.name for path in unfinished.glob("*.tar")), whole=True)
         move(unfinished, output)
     finally:
@@ -78,6 +78,11 @@ def pack(cfg: MakeShardsConfig) -> Packed:
     packed.images = sum(len(shard.names) for shard in shards.values())
     packed.shards, packed.size = len(shards), sum(shard.length for shard in shards.values())
     return packed
+
+
+def _line(name: str) -> str:
+    """A class name as a line of classes.txt, whose readers strip spaces: those at its ends are escaped."""
+    return re.sub("^ +| +$", lambda found: r"\x20" * len(found[0]), name) + "\n"
 
 
 def open_splits(cfg: MakeShardsConfig) -> list[ImageSource]:

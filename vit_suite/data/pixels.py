@@ -23,10 +23,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 
 BITS = (8, 10, 12, 14, 16)
 """Depths that instruments store in 16-bit numbers."""
+MAX_PIXELS = 178_956_970
+"""Pixels of the largest image that is read when `data.max_pixels` is not given: Pillow's own limit for a decompression
+bomb. As RGB it takes 0.5 GiB."""
 HINT = "data.value_range minmax, or two numbers, says what becomes black and white"
 
 
@@ -44,6 +47,25 @@ class ValueRange(NamedTuple):
 
 
 AUTO = ValueRange()
+
+
+class Reading(NamedTuple):
+    """How the files of a set are read: the options of `data` with these names."""
+
+    value_range: ValueRange = AUTO
+    max_pixels: int = MAX_PIXELS
+    frame: int = 0
+    """Which page or frame of a file that holds several, from 0."""
+
+
+READING = Reading()
+"""The default of every option."""
+
+
+def check_frame(frame: int, count: int) -> None:
+    """Unfit if a file that holds `count` pages or frames has no frame of this number."""
+    if frame >= count:
+        raise Unfit(f"holds {counted(count, 'frame')}; data.frame {frame} counts from 0")
 
 
 def parse_range(value: str | Sequence[float] | ValueRange) -> ValueRange:

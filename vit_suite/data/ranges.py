@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_suite.data.decode import FRAMES, DecodeError, count_frames, may_be_wide, read_wide
 from vit_suite.data.listing import say_once
-from vit_suite.data.pixels import ValueRange, Wide, depth
+from vit_suite.data.pixels import BITS, ValueRange, Wide, depth
 from vit_suite.data.source import FileSource, ImageSource, Subset
 from vit_suite.errors import UserError
 from vit_suite.files import printable
@@ -23,15 +23,14 @@ FIRST, PROBES = 64, 512
 8 bits."""
 
 
-def settle(source: ImageSource, wanted: ValueRange, train: Callable[[], ImageSource] | None = None) -> None:
-    """Give `source` (files or shards) its value range.
+def settle(source: ImageSource, train: Callable[[], ImageSource] | None = None) -> None:
+    """Give `source` (files or shards), whose `reading` is as the user wants it, its value range if that is auto.
 
     `train` opens the training split of the same set, if `source` is another split. Both splits must have one range:
     with two, the same picture would have two brightnesses. A range narrower than the type can hold is logged once.
     """
-    source.value_range = wanted
     say_frames(source)
-    if wanted.mode != "auto":
+    if source.reading.value_range.mode != "auto":
         return
     most, kind, count = largest(source)
     if not count:
@@ -40,7 +39,7 @@ def settle(source: ImageSource, wanted: ValueRange, train: Callable[[], ImageSou
     if train is not None:
         try:
             other = train()
-            other.max_pixels = source.max_pixels
+            other.reading = source.reading
             trained = largest(other)
             if trained[2]:
                 (most, kind, count), title = trained, other.title
@@ -49,28 +48,30 @@ def settle(source: ImageSource, wanted: ValueRange, train: Callable[[], ImageSou
     bits = depth(most)
     if bits is None:
         return  # more than 16 bits: the decoder refuses each file and names data.value_range
-    source.value_range = ValueRange("auto", 0, 2**bits - 1)
-    if most < np.iinfo(kind).max // 2:
+    source.reading = source.reading._replace(value_range=ValueRange("auto", 0, 2**bits - 1))
+    if bits < BITS[-1]:
         say_once(
             f"{title}: the {count} files looked at hold {kind} values up to {most:.0f}: read as {bits} bits, 0 to"
-            f" {2**bits - 1}. data.value_range 0 {np.iinfo(np.uint16).max} reads them as 16 bits."
+            f" {2**bits - 1}. data.value_range 0 {2 ** BITS[-1] - 1} reads them as 16 bits."
         )
 
 
 def say_frames(source: ImageSource) -> None:
-    """Log once that only the first page or frame of a file is read, if some of a sample of the set hold several."""
+    """Log once which page or frame of a file is read, if some of a sample of the set hold several."""
     found: dict[str, int] = {}
     picks = [index for index in _spread(len(source), FIRST) if source.path(index).lower().endswith(FRAMES)]
     for index in picks:
         base, place = _of_base(source, index)
         frames = count_frames(base.path(place), None if isinstance(base, FileSource) else base.content(place))
-        if frames > 1 and frames != source.channels:
+        stacked = source.channels not in (1, 3) and frames == source.channels and not source.reading.frame
+        if frames > 1 and not stacked:
             found[base.path(place)] = frames
     if found:
         path, frames = next(iter(found.items()))
+        which = f"frame {source.reading.frame}" if source.reading.frame else "the first"
         say_once(
             f"{source.title}: {len(found)} of the {len(picks)} files looked at hold several pages or frames"
-            f" ({printable(os.path.basename(path))} has {frames}): the first of each is read."
+            f" ({printable(os.path.basename(path))} has {frames}): {which} of each is read (data.frame)."
         )
 
 
@@ -109,7 +110,7 @@ def _wide(source: ImageSource, index: int) -> Wide | None:
     if content is None and not isinstance(source, FileSource):
         return None
     try:
-        return read_wide(path, content, source.channels, source.max_pixels)
+        return read_wide(path, content, source.channels, source.reading)
     except DecodeError:
         return None
 

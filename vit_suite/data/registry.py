@@ -15,13 +15,13 @@ import torch
 
 from vit_suite.config import DataConfig, ImagesConfig
 from vit_suite.data import files, published, shards
-from vit_suite.data.pixels import parse_range
+from vit_suite.data.pixels import Reading, parse_range
 from vit_suite.data.published import open_published
 from vit_suite.data.ranges import settle
 from vit_suite.data.shapes import CLASSES as SHAPES
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.data.source import ImageSource, stratified
-from vit_suite.errors import UserError, unknown_name
+from vit_suite.errors import UserError, counted, unknown_name
 from vit_suite.files import locked
 
 ROOT_VARIABLE = "VIT_SUITE_DATA"
@@ -189,7 +189,9 @@ def _held_out(cfg: DataConfig, info: DatasetInfo, root: Path, split: str | None)
     set_reading(whole, cfg)
     count = round(cfg.holdout * len(whole))
     if not 0 < count < len(whole):
-        raise UserError(f"data.holdout {cfg.holdout:g} of {len(whole)} images of {whole.name} leaves a split empty.")
+        raise UserError(
+            f"data.holdout {cfg.holdout:g} of {counted(len(whole), 'image')} of {whole.name} leaves a split empty."
+        )
     held = stratified(whole.labels, len(whole), count, cfg.holdout_seed)
     rest = torch.ones(len(whole), dtype=torch.bool)
     rest[held] = False
@@ -200,8 +202,8 @@ def _held_out(cfg: DataConfig, info: DatasetInfo, root: Path, split: str | None)
 
 def set_reading(source: ImageSource, cfg: ImagesConfig, train: Callable[[], ImageSource] | None = None) -> ImageSource:
     """`source`, whose files are read as `cfg` says. `train`: see `ranges.settle`."""
-    source.max_pixels = cfg.max_pixels
-    settle(source, parse_range(cfg.value_range), train)
+    source.reading = Reading(parse_range(cfg.value_range), cfg.max_pixels, cfg.frame)
+    settle(source, train)
     return source
 
 

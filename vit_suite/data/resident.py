@@ -42,7 +42,7 @@ def _probe(source: ImageSource, index: int) -> tuple[int, int] | None:
     while isinstance(source, Subset):
         index = int(source.indices[index])
         source = source.base
-    if isinstance(source, FileSource) and (size := image_size(source.path(index))):
+    if isinstance(source, FileSource) and (size := image_size(source.path(index), source.reading.frame)):
         return size
     image = try_load(source.load, index)
     return None if isinstance(image, DecodeError) else (image.shape[1], image.shape[2])

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vit_suite.data.orientation import ORIENTATION
-from vit_suite.data.pixels import Unfit, Wide, by_channels, channel_axis, unit
+from vit_suite.data.pixels import Unfit, Wide, by_channels, channel_axis, check_frame, unit
 
 INSTALL = "pip install 'vit-suite[science]'"
 DICOM = (".dcm", ".dicom")
@@ -77,8 +77,8 @@ def is_plain(tags: Any) -> bool:
     return max(bits) <= 8 and set(formats) <= {UNSIGNED, UNDEFINED}
 
 
-def read_tiff(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
-    """The first page, or as many gray pages as there should be channels."""
+def read_tiff(file: str | io.BytesIO, channels: int, check: Check, frame: int = 0) -> Wide:
+    """The page `frame`; or, for 0, as many gray pages as there should be channels."""
     try:
         import tifffile
     except ImportError:
@@ -86,12 +86,16 @@ def read_tiff(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
     if isinstance(file, io.BytesIO):
         file.seek(0)
     with tifffile.TiffFile(file) as tiff:
-        page = tiff.pages.first
+        if frame:
+            check_frame(frame, len(tiff.pages))
+        page: Any = tiff.pages.first if not frame else tiff.pages[frame]
         if int(page.photometric) in LOGLUV:
             raise Unfit("a LogLuv TIFF (SGI's high dynamic range) is not read: save it as a TIFF of 32-bit floats")
         check(page.imagelength, page.imagewidth)
+        if page.imagedepth > 1:
+            raise Unfit(f"a TIFF whose page is a volume of {page.imagedepth} planes: save the planes as pages")
         bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
-        if channels not in (1, 3) and page.samplesperpixel == 1 and len(tiff.pages) == channels:
+        if not frame and channels not in (1, 3) and page.samplesperpixel == 1 and len(tiff.pages) == channels:
             pages = [_decoded(tiff.pages[number]) for number in range(channels)]
             return Wide(np.concatenate([_dark_is_zero(one, page, bits) for one in pages], 2), bits=_odd(bits))
         values = _decoded(page)
@@ -180,15 +184,15 @@ def _cmyk(values: np.ndarray, bits: int | None) -> np.ndarray:
 # -- DICOM -------------------------------------------------------------------------------------------------------------
 
 
-def read_dicom(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
+def read_dicom(file: str | io.BytesIO, channels: int, check: Check, frame: int = 0) -> Wide:
     """Values after slope and intercept (Hounsfield units of a CT), with the window that the file names.
 
-    MONOCHROME1 (white is zero) is inverted. Of several frames the first is taken, or all of them where there are as
-    many as channels.
+    MONOCHROME1 (white is zero) is inverted, a palette gives its colors. Of several frames `frame` is taken; or, for 0,
+    all of them where there are as many as channels.
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, pixel_array
+        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
     except ImportError:
         raise Unfit(f"DICOM is read by pydicom: {INSTALL}") from None
     data = pydicom.dcmread(file)
@@ -196,9 +200,12 @@ def read_dicom(file: str | io.BytesIO, channels: int, check: Check) -> Wide:
         raise Unfit("a DICOM file without pixels")
     check(int(data.Rows), int(data.Columns))
     samples, frames = int(data.get("SamplesPerPixel", 1)), int(data.get("NumberOfFrames", 1) or 1)
-    stacked = channels not in (1, 3) and samples == 1 and frames == channels
-    numbers = range(channels) if stacked else (0,)
+    check_frame(frame, frames)
+    stacked = not frame and channels not in (1, 3) and samples == 1 and frames == channels
+    numbers = range(channels) if stacked else (frame,)
     found = [pixel_array(data, index=number) for number in numbers]
+    if data.get("PhotometricInterpretation") == "PALETTE COLOR":
+        return Wide(apply_color_lut(found[0], data))
     if samples > 1:
         return by_channels(found[0], channels)
     stored = np.stack(found, -1)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_suite.data.decode import EXTENSIONS
-from vit_suite.errors import UserError, short
+from vit_suite.errors import UserError, counted, short
 from vit_suite.files import locked, write_atomically
 
 log = logging.getLogger("vit_suite")
@@ -96,7 +96,7 @@ def _complete(file: Path, known: dict[str, Shard], names: Sequence[str]) -> dict
     new = [name for name in names if name not in known]
     if not new:
         return known
-    log.info("reading the headers of %d shards in %s, which %s lacks", len(new), file.parent, INDEX)
+    log.info("reading the headers of %s in %s, which %s lacks", counted(len(new), "shard"), file.parent, INDEX)
     with ThreadPoolExecutor(min(READERS, len(new))) as pool:
         known |= zip(new, pool.map(lambda name: scan(file.parent / name), new), strict=True)
     try:

@@ -75,7 +75,7 @@ class ShardSource(ImageSource):
         return len(self.names)
 
     def load(self, index: int) -> Tensor:
-        pixels = decode(self.path(index), self.channels, self.content(index), self.value_range, self.max_pixels)
+        pixels = decode(self.path(index), self.channels, self.content(index), self.reading)
         return torch.from_numpy(writable(pixels))
 
     def path(self, index: int) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_suite.data.decode import MAX_PIXELS, DecodeError, decode
-from vit_suite.data.pixels import AUTO, ValueRange, convert_channels
+from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.pixels import READING, Reading, convert_channels
 from vit_suite.data.quarantine import Quarantine
 
 __all__ = ["ArraySource", "FileSource", "ImageSource", "ResidentSource", "Subset", "stable_seed", "stratified"]
@@ -30,7 +30,7 @@ class ImageSource:
     shards: int64 (N,), the number of the tar file that holds an image; None where images lie in files of their own.
     quarantine: where `get` reports; set by the data module.
     failures: what could not even be listed (a folder without permission).
-    value_range, max_pixels: how files are read (`data.value_range`, `data.max_pixels`); set by whoever opens the set.
+    reading: how files are read (`data.value_range`, `data.max_pixels`, `data.frame`); set by whoever opens the set.
     """
 
     name: str
@@ -43,8 +43,7 @@ class ImageSource:
     has_masks: bool = False
     shards: Tensor | None = None
     quarantine: Quarantine | None = None
-    value_range: ValueRange = AUTO
-    max_pixels: int = MAX_PIXELS
+    reading: Reading = READING
     failures: Sequence[DecodeError] = ()
 
     def __len__(self) -> int:
@@ -83,7 +82,7 @@ class ImageSource:
     @property
     def title(self) -> str:
         """Name and split, as messages show them."""
-        return f"{self.name} {self.split}"
+        return f"{self.name} {self.split}".strip()
 
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSource:
         """The images at `indices`, in that order."""
@@ -93,7 +92,7 @@ class ImageSource:
         """Copy from `other` what holds for any part of it."""
         self.name, self.split, self.classes, self.channels = other.name, other.split, other.classes, other.channels
         self.image_size, self.has_masks, self.quarantine = other.image_size, other.has_masks, other.quarantine
-        self.value_range, self.max_pixels, self.failures = other.value_range, other.max_pixels, other.failures
+        self.reading, self.failures = other.reading, other.failures
 
 
 class Subset(ImageSource):
@@ -149,7 +148,7 @@ class FileSource(ImageSource):
         return len(self.paths)
 
     def load(self, index: int) -> Tensor:
-        pixels = decode(self.path(index), self.channels, None, self.value_range, self.max_pixels)
+        pixels = decode(self.path(index), self.channels, None, self.reading)
         return torch.from_numpy(writable(pixels))
 
     def path(self, index: int) -> str:

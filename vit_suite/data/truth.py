@@ -25,7 +25,7 @@ from vit_suite.data.listing import Listing, found_in
 from vit_suite.data.source import FileSource, ImageSource
 from vit_suite.data.truth_boxes import BoxFile, ImageBoxes, find_xml, read_boxes
 from vit_suite.data.truth_masks import MaskValues, read_mask
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, short
 from vit_suite.files import printable
 
 __all__ = ["MaskValues", "Truths", "open_truths", "read_mask", "source_truths"]
@@ -131,6 +131,7 @@ def _with_masks(
 def _with_boxes(
     images: Path, paths: list[str], truth: Path, found: BoxFile, channels: int
 ) -> tuple[FileSource, Truths]:
+    _by_filename(found, paths)
     partners = _match(paths, found.images, images, truth, f"boxes ({found.what})")
     failures, good, tensors = list(found.failures), [], []
     for i, entry in partners.items():
@@ -149,6 +150,15 @@ def _with_boxes(
             "%d boxes in '%s' begin at 0: files that count pixels from 0 need --box_origin 0", found.zeros, truth
         )
     return _source(images, paths, good, failures, channels), Truths("boxes", f"boxes in {truth}", tensors.__getitem__)
+
+
+def _by_filename(found: BoxFile, paths: list[str]) -> None:
+    """Where no VOC file is called as an image is, take the names that stand in them (`<filename>`)."""
+    stems = {Path(path).stem for path in paths}
+    inside = {Path(entry.name).stem: entry for entry in found.images.values() if entry.name}
+    if stems.isdisjoint(Path(name).name for name in found.images) and not stems.isdisjoint(inside):
+        log.warning("no VOC file has the name of an image: the <filename> in each says which one it is about")
+        found.images = inside
 
 
 def _source(images: Path, paths: list[str], good: list[int], failures: list[DecodeError], channels: int) -> FileSource:
@@ -221,7 +231,7 @@ def _voc_key(way: Callable[[str], str], name: str) -> str:
 
 
 def _listed(names: Sequence[object]) -> str:
-    shown = ", ".join(printable(str(name)) for name in names[:SHOWN])
+    shown = ", ".join(short(printable(str(name))) for name in names[:SHOWN])
     return shown + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
 
 

@@ -26,6 +26,8 @@ class ImageBoxes:
     boxes: list[Box] = field(default_factory=list)
     size: tuple[int, int] | None = None
     """(H, W) of the image, where the file tells it."""
+    name: str | None = None
+    """File name of the image, where a VOC file tells it."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ def read_boxes(truth: Path, origin: int = 1) -> BoxFile:
 
     origin: the number that VOC XML gives the first pixel, 1 in VOC itself.
     """
-    if truth.is_file() and truth.suffix.lower() == ".json":
+    if truth.is_file() and (truth.suffix.lower() == ".json" or _is_json(truth)):
         return _coco(truth)
     if truth.is_file() and truth.suffix.lower() == ".txt":
         return _text([truth])
@@ -70,6 +72,12 @@ def read_boxes(truth: Path, origin: int = 1) -> BoxFile:
     )
 
 
+def _is_json(file: Path) -> bool:
+    """Whether a text file holds a JSON object, whatever its ending is."""
+    with open(file, "rb") as opened:
+        return opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+
 def _voc(folder: Path, files: list[Path], origin: int) -> BoxFile:
     """All objects, difficult ones too, as LOST's evaluation takes them. The last pixel is named, so x1 is one more."""
     found = BoxFile("VOC XML")
@@ -81,7 +89,8 @@ def _voc(folder: Path, files: list[Path], origin: int) -> BoxFile:
         except (ElementTree.ParseError, OSError, ValueError, OverflowError) as error:
             found.failures.append(DecodeError(str(file), f"is no VOC annotation ({error}): {expected}"))
             continue
-        entry = ImageBoxes(size=(height, width) if width and height else None)
+        size = (height, width) if width and height else None
+        entry = ImageBoxes(size=size, name=root.findtext("filename") or None)
         for box in root.iterfind("object/bndbox"):
             words = [box.findtext(name) for name in ("xmin", "ymin", "xmax", "ymax")]
             try:
@@ -107,7 +116,7 @@ def _coco(file: Path) -> BoxFile:
             entry = found.images.setdefault(str(image["file_name"]), ImageBoxes())
             if image.get("height") and image.get("width"):
                 entry.size = int(float(image["height"])), int(float(image["width"]))
-    except (KeyError, TypeError, ValueError, RecursionError, OSError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, OSError, AttributeError, OverflowError) as error:
         what = short(f"{type(error).__name__}: {error}")
         raise UserError(f"'{file}' is no COCO annotation ({what}): {expected}.") from error
     for number, note in enumerate(notes):
@@ -117,7 +126,7 @@ def _coco(file: Path) -> BoxFile:
             entry = found.images[named[note["image_id"]]]
             x, y, width, height = map(float, note["bbox"])
             entry.boxes.append([x, y, x + width, y + height])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"annotation {number} ({type(error).__name__}: {error}): {expected}"
             found.failures.append(DecodeError(f"{file}#{number}", what))
     return found

@@ -7,11 +7,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vit_suite.data.decode import JPEG
+from vit_suite.data.decode import ARRAYS, JPEG, opened
 from vit_suite.data.orientation import upright
+from vit_suite.data.pixels import MAX_PIXELS, Unfit
+from vit_suite.data.science import read_array
 from vit_suite.errors import UserError
 
 VOID = (224, 224, 192)
@@ -46,6 +47,8 @@ def read_mask(path: str | Path, values: MaskValues = "auto") -> Tensor:
         raise UserError(f"mask '{path}' is no regular file.")
     try:
         pixels, alpha = _read(path, values)
+    except (UserError, Unfit) as error:
+        raise UserError(f"mask '{path}' cannot be read ({error}).") from None
     except Exception as error:  # Pillow's plugins raise almost anything on damaged input
         raise UserError(f"mask '{path}' cannot be read ({type(error).__name__}: {error}).") from error
     if alpha is not None and values == "auto" and alpha.min() < alpha.max():
@@ -76,16 +79,34 @@ def read_mask(path: str | Path, values: MaskValues = "auto") -> Tensor:
 
 def _read(path: Path, values: MaskValues) -> tuple[np.ndarray, np.ndarray | None]:
     """(pixels (H, W) or (H, W, 3), alpha (H, W) or None)."""
-    if path.suffix.lower() == ".npy":
-        return np.load(path, allow_pickle=False), None
-    with Image.open(path) as file:
+    if path.suffix.lower() in ARRAYS:
+        array, alpha = read_array(str(path), 1, check_pixels)[:2]
+        if alpha is not None:
+            raise UserError(
+                f"shape {array.shape[:2]} with {array.shape[2] + 1} values a pixel; expected one, or colors"
+            )
+        return _finite(array[..., 0] if array.shape[2] == 1 else array), None
+    with opened(str(path)) as file:
+        check_pixels(file.height, file.width)
         image = upright(file)
-        if image.mode == "P" and values == "index" or image.mode in ("1", "L") or image.mode.startswith("I"):
-            return np.asarray(image), None
+        if image.mode == "P" and values == "index" or image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+            return _finite(np.asarray(image)), None
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             whole = np.asarray(image.convert("RGBA"))
             return whole[..., :3], whole[..., 3]
         return np.asarray(image.convert("RGB")), None
+
+
+def check_pixels(height: int, width: int) -> None:
+    """UserError for a mask that claims more pixels than photographs may have."""
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} allowed")
+
+
+def _finite(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise UserError("it holds NaN or infinity")
+    return pixels
 
 
 def _of_colors(path: Path, pixels: np.ndarray) -> Tensor:

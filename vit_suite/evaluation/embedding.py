@@ -368,8 +368,9 @@ def protocol_of(embedder: Embedder, source: ImageSource, sha256: str, checkpoint
         "sha256": sha256,
         "mean": list(embedder.mean),
         "std": list(embedder.std),
-        "value_range": list(source.value_range),
-        "max_pixels": source.max_pixels,
+        "value_range": list(source.reading.value_range),
+        "max_pixels": source.reading.max_pixels,
+        "frame": source.reading.frame,
         "device": embedder.device.type,
     }
 

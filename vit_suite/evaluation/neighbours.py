@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vit_suite.config import EmbedConfig, NeighboursConfig
-from vit_suite.data.decode import MAX_PIXELS, DecodeError, decode
-from vit_suite.data.pixels import AUTO, ValueRange
+from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.pixels import AUTO, MAX_PIXELS, Reading, ValueRange
 from vit_suite.errors import UserError, nearest
 from vit_suite.evaluation.embedding import make_embedder
 from vit_suite.evaluation.embedding_files import Embeddings
@@ -128,15 +128,22 @@ def _embedded(cfg: NeighboursConfig, found: Embeddings, paths: Sequence[str]) ->
         accelerator="cpu",
     )
     embedder = make_embedder(options, loaded)
-    how = (ValueRange(*made.get("value_range", AUTO)), made.get("max_pixels", MAX_PIXELS))
+    how = reading_of(found)
     queries = []
     for path in paths:
         try:
-            pixels = torch.from_numpy(np.array(decode(path, loaded.backbone.cfg.channels, None, *how), order="C"))
+            pixels = torch.from_numpy(np.array(decode(path, loaded.backbone.cfg.channels, None, how), order="C"))
         except DecodeError as error:
             raise UserError(f"query '{path}' does not decode: {error.reason}") from None
         queries.append(Query(path, embedder([pixels])[0], -1))
     return queries
+
+
+def reading_of(found: Embeddings) -> Reading:
+    """How the files were read whose features these are."""
+    made = found.protocol
+    how = ValueRange(*made.get("value_range", AUTO)), made.get("max_pixels", MAX_PIXELS), made.get("frame", 0)
+    return Reading(*how)
 
 
 # Clusters

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vit_suite.data.source import ImageSource
+from vit_suite.errors import counted
 from vit_suite.files import write_atomically
 
 PACKAGES = ("vit-suite", "torch", "torchvision", "pytorch-lightning", "timm", "numpy", "pillow")
@@ -104,7 +105,7 @@ def git_state(folder: Path) -> str:
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=12", "HEAD") + (
-            f", {len(changed.splitlines())} files changed" if changed else ""
+            f", {counted(len(changed.splitlines()), 'file')} changed" if changed else ""
         )
     except (OSError, subprocess.SubprocessError):  # no git, no checkout, or somebody else's that git refuses
         return ""

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.pixels import Reading
 from vit_suite.files import write_atomically
 
 SIDE = 112
@@ -32,6 +33,8 @@ class Tile:
     """Text below the picture."""
     frame: tuple[int, int, int] | None = None
     """Color of a frame around it."""
+    reading: Reading = Reading()
+    """How the file is read."""
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Tile]], titles: Sequence[str], folder: Path | None = None) -> None:
@@ -54,7 +57,7 @@ def draw_sheet(rows: Sequence[Sequence[Tile]], titles: Sequence[str], folder: Pa
         pen.text((GAP, top), title, "black", font)
         for place, tile in enumerate(row):
             left = GAP + place * (SIDE + GAP)
-            picture = thumbnail(tile.path, folder)
+            picture = thumbnail(tile, folder)
             canvas.paste(picture, (left + (SIDE - picture.width) // 2, top + LINE + (SIDE - picture.height) // 2))
             if tile.frame is not None:
                 pen.rectangle(
@@ -65,11 +68,11 @@ def draw_sheet(rows: Sequence[Sequence[Tile]], titles: Sequence[str], folder: Pa
     return canvas
 
 
-def thumbnail(path: str, folder: Path | None) -> Image.Image:
-    """The picture at `path` within SIDE x SIDE; a gray square where it does not decode."""
+def thumbnail(tile: Tile, folder: Path | None) -> Image.Image:
+    """The picture of a tile within SIDE x SIDE; a gray square where it does not decode."""
     inner = SIDE - 2 * FRAME
     try:
-        pixels = decode(path if folder is None else folder / path, 3)
+        pixels = decode(tile.path if folder is None else folder / tile.path, 3, None, tile.reading)
     except DecodeError:
         return Image.new("RGB", (inner, inner), (190, 190, 190))
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))

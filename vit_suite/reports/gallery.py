@@ -27,6 +27,7 @@ from vit_suite.attention.manifest import NAME, OK, read_manifest
 from vit_suite.attention.palette import INFERNO
 from vit_suite.attention.render import as_picture
 from vit_suite.data.decode import DecodeError, decode
+from vit_suite.data.pixels import READING, Reading
 from vit_suite.data.reading import prefetch
 from vit_suite.data.source import ImageSource
 from vit_suite.errors import UserError
@@ -41,12 +42,12 @@ MOST = 400 * 2**20
 SUMMARIES = ("mean", "max", "rollout")
 
 
-def write_gallery(folder: str | Path, source: ImageSource | None = None) -> Path:
+def write_gallery(folder: str | Path, source: ImageSource | None = None, reading: Reading = READING) -> Path:
     """Write FOLDER/index.html from manifest.csv and the npz files that an export left in FOLDER; returns its path.
 
     Pictures come from the files that the manifest names; for a data set without files from `source`; else from the
-    first overlay. UserError when there is no manifest, an image has no npz, images do not have the same maps, or the
-    page would be too large.
+    first overlay. `reading` is how the export read the files. UserError when there is no manifest, an image has no npz,
+    images do not have the same maps, or the page would be too large.
     """
     folder = Path(folder)
     if not (folder / NAME).is_file():
@@ -66,8 +67,9 @@ def write_gallery(folder: str | Path, source: ImageSource | None = None) -> Path
     places = {} if source is None else {source.path(index): index for index in range(len(source))}
 
     def item(entry: tuple[str, list[dict[str, str]]]) -> tuple[list[str], float, dict[str, Any]]:
-        found = None if source is None or entry[0] not in places else source.load(places[entry[0]]).numpy()
-        return _item(folder, *entry, found)
+        if source is None or entry[0] not in places:
+            return _item(folder, *entry, _read(*entry, folder, reading))
+        return _item(folder, *entry, source.load(places[entry[0]]).numpy())
 
     path = folder / "index.html"
     write_atomically(path, lambda temporary: _write(temporary, folder, prefetch(item, images.items(), ahead=32)))
@@ -116,8 +118,6 @@ def _item(
     heads = arrays["attention"]  # (h, gh, gw)
     maps = {f"head{i}": head for i, head in enumerate(heads)} | {"mean": heads.mean(0)}
     maps |= {label: arrays[label] for label in SUMMARIES if label in arrays}
-    if picture is None:
-        picture = _read(image, folder, rows)
     links = [(_title(row), quote(os.fsencode(row["file"]))) for row in rows]
     components = [decode(folder / row["file"]) for row in rows if row["kind"] == "pca"]
     return (
@@ -135,12 +135,12 @@ def _item(
     )
 
 
-def _read(image: str, folder: Path, rows: list[dict[str, str]]) -> np.ndarray | None:
+def _read(image: str, rows: list[dict[str, str]], folder: Path, reading: Reading) -> np.ndarray | None:
     """uint8 (C, H, W) of the image; where it cannot be read, of its first overlay; else None."""
     overlays = [folder / row["file"] for row in rows if row["kind"] == "overlay"]
-    for path in [Path(image), *overlays[:1]]:
+    for path, how in [(Path(image), reading), *((path, READING) for path in overlays[:1])]:
         try:
-            return decode(path)
+            return decode(path, reading=how)
         except (DecodeError, UserError):  # moved away since, or of more channels than a picture has
             continue
     return None

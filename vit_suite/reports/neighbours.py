@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from vit_suite.errors import counted
 from vit_suite.evaluation.embedding_files import Embeddings
 from vit_suite.evaluation.geometry import Pair, nearest_rows
-from vit_suite.evaluation.neighbours import Clusters, Query
+from vit_suite.evaluation.neighbours import Clusters, Query, reading_of
 from vit_suite.files import safe_cell, write_atomically
 from vit_suite.reports.contact import BLUE, GREEN, RED, Tile, write_sheet
 
@@ -31,15 +32,15 @@ def write_neighbours(folder: Path, found: Embeddings, queries: list[Query], k: i
     features = torch.stack([query.feature for query in queries])
     rows = torch.tensor([query.row for query in queries])
     cosines, places = nearest_rows(found.features, features, k, rows if bool((rows >= 0).any()) else None)
-    lines, tiles = [], []
+    lines, tiles, how = [], [], reading_of(found)
     for query, values, near in zip(queries, cosines.tolist(), places.tolist(), strict=True):
         own = found.columns.classes[query.row] if query.row >= 0 else ""
-        tiles.append([Tile(query.path, ["query", own], BLUE)])
+        tiles.append([Tile(query.path, ["query", own], BLUE, how)])
         for rank, (value, row) in enumerate(zip(values, near, strict=True), 1):
             name = found.columns.classes[row]
             lines.append([query.path, rank, found.columns.paths[row], f"{value:.6f}", name])
             frame = None if not own or not name else GREEN if own == name else RED
-            tiles[-1].append(Tile(found.columns.paths[row], [f"{value:.3f}", name], frame))
+            tiles[-1].append(Tile(found.columns.paths[row], [f"{value:.3f}", name], frame, how))
     _write_csv(folder / "neighbours.csv", ["query", "rank", "path", "cosine", "class"], lines)
     write_sheet(folder / "neighbours.png", tiles, [query.path for query in queries], images)
     return f"{len(queries)} queries: {folder}/neighbours.csv, neighbours.png"
@@ -61,8 +62,8 @@ def write_pairs(place: Path, first: Embeddings, second: Embeddings, pairs: list[
         return f"{place.name}: no pair, {table}"
     tiles = [
         [
-            Tile(a.paths[one], [f"{cosine:.4f}", a.classes[one]]),
-            Tile(b.paths[other], ["", b.classes[other]]),
+            Tile(a.paths[one], [f"{cosine:.4f}", a.classes[one]], reading=reading_of(first)),
+            Tile(b.paths[other], ["", b.classes[other]], reading=reading_of(second)),
         ]
         for one, other, cosine in pairs[:SHOWN_PAIRS]
     ]
@@ -81,11 +82,11 @@ def write_clusters(folder: Path, found: Embeddings, clusters: Clusters, images: 
     tiles, titles = [], []
     for place in range(min(clusters.metrics["count"], SHOWN_CLUSTERS)):
         members = [row for row in clusters.order if clusters.number[row] == place]
-        tiles.append([Tile(paths[row], [names[row]]) for row in members[:SHOWN_MEMBERS]])
+        tiles.append([Tile(paths[row], [names[row]], reading=reading_of(found)) for row in members[:SHOWN_MEMBERS]])
         known = [names[row] for row in members if names[row]]
         most = max(set(known), key=lambda name: (known.count(name), name)) if known else ""
         purity = f", {known.count(most) / len(known):.0%} {most}" if known else ""
-        titles.append(f"cluster {place}: {len(members)} images{purity}")
+        titles.append(f"cluster {place}: {counted(len(members), 'image')}{purity}")
     write_sheet(folder / "clusters.png", tiles, titles, images)
     return f"{clusters.metrics['count']} clusters: {folder}/clusters.csv, clusters.png"
 

@@ -17,7 +17,7 @@ import yaml
 
 from vit_suite import recipes
 from vit_suite.data.module import ImageDataModule
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.files import write_atomically
 from vit_suite.parsing import load_config
 from vit_suite.reports import page
@@ -219,7 +219,8 @@ def embedding_sections(run: RunFiles, images: int, further: bool) -> tuple[list[
     captions = [label or name for label, name in zip(found.labels, found.names, strict=True)]
     rows = [[(found.thumbnails[i], captions[i]) for i in (query, *near)] for query, near in neighbours(found.features)]
     colored = ", colored by class" if any(found.labels) else ""
-    remark = f"<p>{len(found.names)} images of {page.escape(source.title)}{colored}; the mouse shows the image.</p>"
+    count = counted(len(found.names), "image")
+    remark = f"<p>{count} of {page.escape(source.title)}{colored}; the mouse shows the image.</p>"
     return maps, page.strips(rows) + "<p>The framed image, then those nearest to it by cosine.</p>", remark
 
 

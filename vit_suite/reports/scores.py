@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vit_suite.attention.localized import Localized
+from vit_suite.errors import counted
 from vit_suite.evaluation.fewshot import Spread
 from vit_suite.evaluation.interval import wilson
 from vit_suite.evaluation.knn import KNNResult
@@ -125,7 +126,8 @@ def localization_report(found: Localized) -> str:
     masks = found.localizer.truths.kind == "masks"
     count, scored = len(found.choosing), int((~found.choosing).sum())
     lines = [
-        f"{found.localizer.truths.title}: {scored} images scored, {count - scored} others chose thresholds and heads"
+        f"{found.localizer.truths.title}: {counted(scored, 'image')} scored, {count - scored} others chose thresholds"
+        " and heads"
     ]
     if found.looked.empty:
         lines.append(f"{found.looked.empty} images without an object are left out")

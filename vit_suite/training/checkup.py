@@ -22,7 +22,7 @@ from vit_suite.data.decode import DecodeError
 from vit_suite.data.module import ImageDataModule
 from vit_suite.data.order import FEW_STEPS, fitting_batch
 from vit_suite.data.source import ImageSource
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.methods.base import Method
 from vit_suite.optim.schedules import peak_rate
 
@@ -73,20 +73,20 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
     yield Finding(
         "ok",
         "batch",
-        f"global batch {batch} = {ranks} ranks x {cfg.trainer.accumulate} accumulated x {local} images;"
-        f" peak learning rate {rate:.3g}.",
+        f"global batch {batch} = {counted(ranks, 'rank')} x {cfg.trainer.accumulate} accumulated x"
+        f" {counted(local, 'image')}; peak learning rate {rate:.3g}.",
     )
     steps, left = images // batch, images % batch
-    said = f"{images:,} images make {steps} steps of {batch} an epoch"
+    said = f"{counted(images, 'image')} make {counted(steps, 'step')} of {batch} an epoch"
     if cfg.data.repeats > 1:
         said += f", which see {steps * batch // cfg.data.repeats:,} of them {cfg.data.repeats} times."
     else:
-        said += f", {left} images sit out." if left else "."
+        said += f", {counted(left, 'image')} sit out." if left else "."
     epochs = cfg.trainer.max_epochs
     total = steps * epochs if cfg.trainer.max_steps == -1 else min(steps * epochs, cfg.trainer.max_steps)
     if steps < FEW_STEPS and total < FEW_IN_ALL:
         better = fitting_batch(images)
-        mend = f"Try data.batch_size {better}: {images // better} steps an epoch."
+        mend = f"Try data.batch_size {better}: {counted(images // better, 'step')} an epoch."
         yield Finding("warning", "steps", said, mend if better < batch else "There are few images.")
     else:
         yield Finding("ok", "steps", said)
@@ -94,7 +94,8 @@ def of_batch(cfg: PretrainConfig, data: ImageDataModule, ranks: int) -> Iterator
         yield Finding(
             "warning",
             "warm-up",
-            f"it takes {cfg.optim.warmup_epochs:g} epochs of {steps} steps, and the whole run has {total} steps.",
+            f"it takes {cfg.optim.warmup_epochs:g} epochs of {counted(steps, 'step')}, and the whole run has"
+            f" {counted(total, 'step')}.",
             f"Try optim.warmup_epochs {max(0.1, 0.1 * total / max(1, steps)):.2g}.",
         )
 
@@ -309,7 +310,8 @@ def of_steps(cfg: PretrainConfig, data: ImageDataModule, steps: Steps, ranks: in
     total = total if cfg.trainer.max_steps == -1 else min(total, cfg.trainer.max_steps)
     seconds = steps.seconds * local / steps.images
     hours = seconds * total / 3600
-    said = f"{seconds:.2f} s a step of {local} images a rank here, so {total:,} steps take {spoken(3600 * hours)}."
+    whole = f"{counted(total, 'step')}: {spoken(3600 * hours)}"
+    said = f"{seconds:.2f} s a step of {counted(local, 'image')} a rank here; {whole}."
     limit = cfg.trainer.max_minutes
     if hours > 24 and steps.device.type == "cpu":
         yield Finding("warning", "time", said, "That is long for a CPU: see docs/which_recipe.md.")

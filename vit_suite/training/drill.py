@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 
 from vit_suite.config import PretrainConfig
-from vit_suite.errors import UserError, unknown_name
+from vit_suite.errors import UserError, counted, unknown_name
 from vit_suite.parsing import dump_config
 from vit_suite.signals import STATUS, WARNING
 from vit_suite.training import rundir
@@ -98,7 +98,9 @@ def drill_callbacks(done: int, last: int) -> list[Drill]:
     (event,) = parse(os.environ[DRILL])
     if not done < event.step <= last:
         behind = f" and {done} of them are done" if done else ""
-        raise UserError(f"drill {event}: the training has {last} steps{behind}; name a step from {done + 1} to {last}.")
+        raise UserError(
+            f"drill {event}: the training has {counted(last, 'step')}{behind}; name a step from {done + 1} to {last}."
+        )
     return [Drill(event)]
 
 

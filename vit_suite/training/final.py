@@ -10,7 +10,7 @@ from vit_suite import distributed
 from vit_suite.config import PretrainConfig
 from vit_suite.config.limits import pair
 from vit_suite.data.module import ImageDataModule
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.evaluation.classification import Classification, classify
 from vit_suite.evaluation.interval import chance, wilson
 from vit_suite.reports.confusion import save_confusion
@@ -46,7 +46,7 @@ def score_test(cfg: PretrainConfig, parts: Parts, folder: Path) -> dict[str, Any
     guessing = chance(labels, len(method.classes or []))
     low, high = wilson(scores.top1, scores.images)
     if distributed.rank() == 0:
-        title = f"{data.name}, top-1 {scores.top1:.2f}% of {scores.images} images"
+        title = f"{data.name}, top-1 {scores.top1:.2f}% of {counted(scores.images, 'image')}"
         if scores.confusion is not None:
             save_confusion(folder, scores.confusion, method.classes or [], title)
         log.info("%s; 95%% interval of top-1 %.1f-%.1f; %s", sentence(scores), low, high, guessing)
@@ -76,6 +76,6 @@ def test_protocol(cfg: PretrainConfig, parts: Parts) -> dict[str, object]:
 def sentence(scores: Classification) -> str:
     """The scores in one line."""
     return (
-        f"test: top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% of {scores.images} images, "
+        f"test: top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% of {counted(scores.images, 'image')}, "
         f"calibration error {100 * scores.calibration_error:.2f}% (15 bins), NLL {scores.nll:.4f} nats"
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vit_suite.data.decode import DecodeError
 from vit_suite.data.source import ImageSource
+from vit_suite.errors import counted
 from vit_suite.hardware import cores
 from vit_suite.training.checkup import amount, spoken
 from vit_suite.training.progress import Length
@@ -87,8 +88,8 @@ class Forecast(pl.Callback):
         free = free_memory()
         read = f" ({reading:.2g} s of it reading)" if reading > TOLD * each else ""
         said = (
-            f"about {spoken(seconds)} of training: {steps:,} steps of {batch} images, {each:.2g} s each{read};"
-            f" about {amount(memory)} of memory"
+            f"about {spoken(seconds)} of training: {counted(steps, 'step')} of {counted(batch, 'image')},"
+            f" {each:.2g} s each{read}; about {amount(memory)} of memory"
             + (f", {amount(free)} are free" if free else "")
             + ". Scores and other programs on this machine come on top."
         )

@@ -34,8 +34,9 @@ class Parts(NamedTuple):
     """Checkpoint that training starts from, and the license of its weights; backbone.json repeats it."""
 
 
-def build_parts(cfg: PretrainConfig, folder: Path) -> Parts:
-    """Seed everything; open the data and build the method of a training whose files lie in `folder`. Writes nothing.
+def build_parts(cfg: PretrainConfig, folder: Path | None) -> Parts:
+    """Seed everything; open the data and build the method of a training whose files lie in `folder`, or that writes
+    none (None). Of files, only quarantine.txt is written, where images do not decode.
 
     Raises:
         UserError: options contradict each other, the data, or the machine.
@@ -48,7 +49,7 @@ def build_parts(cfg: PretrainConfig, folder: Path) -> Parts:
     device = pick_device(cfg.trainer.accelerator)
     precision = pick_precision(cfg.trainer.precision, device)
     check_compile(cfg.trainer, device)
-    quarantine = Quarantine(folder / "quarantine.txt", cfg.data.max_corrupt)
+    quarantine = Quarantine(None if folder is None else folder / "quarantine.txt", cfg.data.max_corrupt)
     data = ImageDataModule(cfg.data, seed=cfg.run.seed, quarantine=quarantine, accumulate=cfg.trainer.accumulate)
     method = method_class(cfg).from_data(cfg, data)
     if cfg.trainer.compile != "none":

@@ -36,7 +36,7 @@ def measure(cfg: ProfileConfig, folder: Path) -> tuple[Recorder, dict[str, Any]]
     if cfg.start:  # speed does not depend on the weights, so they are not taken over
         adopted: Any = adopt(cfg, load_backbone(cfg.start, cfg))
         cfg = adopted
-    data, method, device, precision, _ = build_parts(cfg, folder)
+    data, method, device, precision, _ = build_parts(cfg, None)
     phases = Phases(device)
     label(phases, method, data)
     recorder = Recorder(phases, cfg.warmup, cfg.steps)

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 from vit_suite import distributed
 from vit_suite.config import PretrainConfig
 from vit_suite.data.module import ImageDataModule
+from vit_suite.errors import counted
 from vit_suite.logs import main_process
 from vit_suite.models.lora import merged, trained_share
 from vit_suite.reports.about import write_about
@@ -216,7 +217,7 @@ def record(run: Run, scores: dict[str, float], seconds: float) -> None:
     complete = run.checkpoint is not None and run.trainer.global_step == run.steps_before
     method = run.parts.method
     if complete and rundir.recorded(run.folder, weights_sha256(merged(method.evaluation_backbone()).vit.state_dict())):
-        log.info("%s is complete: %d steps, nothing left to train.", run.folder, run.steps_before)
+        log.info("%s is complete: %s, nothing left to train.", run.folder, counted(run.steps_before, "step"))
         log.info("A larger trainer.max_epochs, max_steps or max_minutes goes on; --run.overwrite starts anew.")
         return
     if complete:
@@ -268,4 +269,5 @@ def summarize(run: Run, scores: dict[str, float], seconds: float) -> None:
     sha256 = weights_sha256(merged(method.evaluation_backbone()).vit.state_dict())
     append_result(run.folder / "results.json", task, metrics, protocol, sha256)
     last = f", kNN {metrics['knn_top1']:.2f}%" if "knn_top1" in metrics else ""
-    log.info("done: %d steps, %d images in %.0f s%s; %s", steps, images, seconds, last, run.folder)
+    done = f"{counted(steps, 'step')}, {counted(images, 'image')}"
+    log.info("done: %s in %.0f s%s; %s", done, seconds, last, run.folder)

@@ -14,7 +14,7 @@ import torch
 
 from vit_suite.config import VERSION, PretrainConfig
 from vit_suite.data.source import ImageSource
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.files import remove_partial, write_atomically
 from vit_suite.logs import main_process
 from vit_suite.parsing import Given, dump_config, load_config, read_yaml
@@ -106,7 +106,7 @@ def check_images(folder: Path, source: ImageSource) -> None:
         images, classes, names = int(before["images"]), int(before["classes"]), str(before["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):  # an old run, or one that was killed as it began
         return
-    now = f"{len(source)} images in {len(source.classes)} classes"
+    now = f"{counted(len(source), 'image')} in {counted(len(source.classes), 'class')}"
     if (images, classes) != (len(source), len(source.classes)):
         found = f"{source.title} has {now} now"
     elif names != fingerprint(source):
@@ -114,7 +114,7 @@ def check_images(folder: Path, source: ImageSource) -> None:
     else:
         return
     raise UserError(
-        f"'{folder}' holds a run on {images} images in {classes} classes, but {found}. "
+        f"'{folder}' holds a run on {counted(images, 'image')} in {counted(classes, 'class')}, but {found}. "
         "Put the images back to resume, name another run.output, or give --run.overwrite to start anew."
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from vit_suite.config import BackboneConfig, DataConfig, PretrainConfig
 from vit_suite.config.limits import pair
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.methods.base import Method
 from vit_suite.weights.checkpoint import LoadedBackbone
 
@@ -89,6 +89,6 @@ def take_weights(method: Method, start: LoadedBackbone | None, checkpoint: Path 
     if before != now and before is not None and now is not None:
         names = next((f"; '{a}' was '{b}'" for a, b in zip(now, before, strict=False) if a != b), "")
         raise UserError(
-            f"cannot resume: the head of '{checkpoint}' has {len(before)} classes and the data {len(now)}{names}. Give"
-            " the data it was trained on, or --run.overwrite to start anew."
+            f"cannot resume: the head of '{checkpoint}' has {counted(len(before), 'class')} and the data"
+            f" {len(now)}{names}. Give the data it was trained on, or --run.overwrite to start anew."
         )
