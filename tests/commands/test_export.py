@@ -64,6 +64,17 @@ def test_folders_load_as_their_users_load_them(export, tmp_path, format, options
     with torch.no_grad():
         torch.testing.assert_close(answers["features"], backbone(images), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(answers["patches"], backbone.tokens(images).patches, atol=1e-5, rtol=1e-5)
+    reads_back(tmp_path / "out", backbone)
+
+
+def reads_back(folder, backbone) -> None:
+    """`--checkpoint` takes the folder too, with mean, std and size."""
+    back = load_backbone(folder)
+    channels = backbone.cfg.channels
+    assert (back.mean, back.std) == ([0.5] * channels, [0.25] * channels) and back.image_size == backbone.cfg.image_size
+    images = torch.randn(2, channels, *backbone.cfg.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(back.backbone.tokens(images), backbone.tokens(images), atol=1e-5, rtol=1e-5)
 
 
 ROPE = {"layer_scale": 1e-5, "registers": 3, "positions": "rope"}
@@ -75,8 +86,10 @@ ROPE = {"layer_scale": 1e-5, "registers": 3, "positions": "rope"}
     ids=["scaled", "tanh", "rope", "gated"],
 )
 def test_timm_folders_of_newer_networks(export, tmp_path, options):
-    said = export(random_backbone(**options), "--format", "timm", "--outputs", "features", "patches")
+    backbone = random_backbone(**options)
+    said = export(backbone, "--format", "timm", "--outputs", "features", "patches")
     assert said.status == 0, said.err
+    reads_back(tmp_path / "out", backbone)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"].startswith("vit_")
 
 

@@ -8,10 +8,22 @@ from safetensors.torch import load_file
 
 from vit_suite.config import BackboneConfig
 from vit_suite.models.backbone import Backbone
+from vit_suite.models.positions import resize_position
 from vit_suite.weights.checkpoint import load_backbone
 
 OF_DINO = ("out_dim", "hidden_dim", "bottleneck_dim", "warmup_teacher_temperature_epochs")
 OTHER = {f"method__{name}": None for name in OF_DINO} | {"views__local_size": None, "views__local_crops": None}
+OF_METHOD = {
+    "supervised": {"method__ema": 0.0},
+    "mae": {"method__decoder_dim": 16, "method__decoder_depth": 1, "method__decoder_heads": 2},
+    "dinov2": {
+        "method__out_dim": 32,
+        "method__hidden_dim": 24,
+        "method__bottleneck_dim": 8,
+        "views__local_size": 16,
+        "views__local_crops": 2,
+    },
+}
 STILL = {"optim__lr": 0.0, "optim__min_lr": 0.0, "optim__weight_decay": 0.0, "optim__weight_decay_end": 0.0}
 """Steps that change nothing: whatever a run ends with, it began with."""
 
@@ -29,9 +41,9 @@ def state(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "backbone.safetensors")
 
 
-@pytest.mark.parametrize("method", ["dino", "sit", "supervised"])
+@pytest.mark.parametrize("method", ["dino", "dinov2", "mae", "sit", "supervised"])
 def test_methods_start_from_a_run(go_on, tiny_run, tmp_path, method):
-    said = go_on(method, **STILL, **({"method__ema": 0.0} if method == "supervised" else {}))
+    said = go_on(method, **STILL, **OF_METHOD.get(method, {}))
     assert said.status == 0, said.err
     before, after = state(tiny_run), state(tmp_path / "run")
     if method != "sit":  # whose rotation token is one more register
@@ -77,6 +89,28 @@ def test_heads_come_along_when_asked_for(go_on, tiny_run, tmp_path):
     )
     heads = [name for name in before if ".head." in name and "teacher" in name]
     assert heads and all(torch.allclose(before[name], after[name], atol=1e-6) for name in heads)
+
+
+def test_heads_of_a_full_checkpoint_of_dino(go_on, tiny_run, tmp_path):
+    """main_dino.py's names: `head.mlp.0.weight` of the teacher, `module.head.` of the student."""
+    ours = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    teacher = {name.removeprefix("teacher.").replace(".vit.", "."): x for name, x in ours.items() if "teacher." in name}
+    student = {f"module.{name}": torch.zeros_like(x) for name, x in teacher.items()}
+    torch.save({"teacher": teacher, "student": student, "epoch": 3}, tmp_path / "checkpoint.pth")
+    start = {"start": tmp_path / "checkpoint.pth", "checkpoint_heads": 3}
+    said = go_on(start_heads=True, method__momentum_teacher=1.0, **start, **STILL)
+    assert said.status == 0, said.err
+    after = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    heads = [name for name in ours if name.startswith("teacher.head.")]
+    assert heads and all(torch.allclose(ours[name], after[name], atol=1e-6) for name in heads)
+
+
+def test_another_image_size_resizes_the_positions_once(go_on, tiny_run, tmp_path):
+    said = go_on(views__global_size=48, views__local_size=24, **STILL)
+    assert said.status == 0, said.err
+    before, after = state(tiny_run)["pos_embed"], state(tmp_path / "run")["pos_embed"]
+    assert before.shape == (1, 17, 24) and after.shape == (1, 37, 24)  # CLS, and 4 x 4 or 6 x 6 patches
+    torch.testing.assert_close(after, resize_position(before, (4, 4), (6, 6), 1), atol=1e-6, rtol=0)
 
 
 def test_heads_that_do_not_fit(go_on, tmp_path):

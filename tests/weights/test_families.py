@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -327,6 +328,25 @@ def test_heads_and_decoders_are_reported(backbone, tmp_path):
     loaded = load_backbone(tmp_path / "a.pth", ReadingConfig(checkpoint_heads=4))
     assert loaded.report.left_out == ["head.weight"]
     assert str(loaded.report) == "30 of 30 keys matched, 1 left out (not of the backbone: head)"
+
+
+# -- timm by name ------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_of_timm(monkeypatch):
+    """The weights are random here, in place of the download; statistics, size and license are timm's."""
+    made, asked = timm.create_model, []
+
+    def create(name, **options):
+        asked.append(options.pop("pretrained", False))
+        return made(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    loaded = load_backbone("timm:vit_tiny_patch16_224")
+    assert True in asked and loaded.family == "timm" and loaded.backbone.heads == 3
+    assert loaded.mean == [0.5] * 3 and loaded.image_size == [224, 224] and loaded.license == "apache-2.0"
+    with pytest.raises(UserError, match="--checkpoint_family is dinov2, but 'timm:vit_tiny_patch16_224' is timm's"):
+        load_backbone("timm:vit_tiny_patch16_224", ReadingConfig(checkpoint_family="dinov2"))
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

@@ -28,8 +28,10 @@ LEAST_HEAD, MOST_HEADS = 8, 64
 """Width of a head, and number of heads, within which a message suggests numbers."""
 
 
-def infer(state: Mapping[str, Tensor], family: Family, heads: int, source: str) -> dict[str, Any]:
-    """Options of the backbone whose weights, in timm's names, are `state`."""
+def infer(
+    state: Mapping[str, Tensor], family: Family, heads: int, config: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Options of the backbone whose weights, in timm's names, are `state`. `config`: config.json beside it, or {}."""
     patch = _shape(state, "patch_embed.proj.weight", 4, source)
     dim, channels, height, width = patch
     if height != width:
@@ -59,7 +61,7 @@ def infer(state: Mapping[str, Tensor], family: Family, heads: int, source: str) 
     }
     if "pos_embed" not in state:
         return options | {"image_size": [max(1, family.size // height) * height] * 2}
-    grid = grid_of(state, prefix, source)
+    grid = grid_of(state, prefix, config.get("image_size"), height, source)
     options["prefix_positions"] = state["pos_embed"].shape[1] != grid[0] * grid[1]
     return options | {"image_size": [side * height for side in grid]}
 
@@ -91,11 +93,19 @@ def block_numbers(state: Mapping[str, Tensor]) -> set[int]:
     return {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d{1,6})\.", name))}
 
 
-def grid_of(state: Mapping[str, Tensor], prefix: int, source: str) -> list[int]:
-    """[h, w] in patches of a square position grid, with positions for the `prefix` tokens, CLS alone, or patches
-    alone."""
+def grid_of(state: Mapping[str, Tensor], prefix: int, size: object, patch: int, source: str) -> list[int]:
+    """[h, w] in patches of the position grid, with positions for the `prefix` tokens, CLS alone, or patches alone.
+
+    `size`: what config.json says, [height, width] in pixels. Without it the grid is a square. 25 positions are 4 x 6
+    patches and CLS, or 5 x 5 patches.
+    """
     tokens = _shape(state, "pos_embed", 3, source)[1]
-    for others in (prefix, int("cls_token" in state), 0):
+    counts = (prefix, int("cls_token" in state), 0)
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):
+        grid = [side // patch for side in size]
+        if tokens - grid[0] * grid[1] in counts:
+            return grid
+    for others in counts:
         side = math.isqrt(max(0, tokens - others))
         if side and side * side == tokens - others:
             return [side, side]

@@ -42,7 +42,7 @@ def read_state(content: Content, source: str, how: ReadingConfig) -> LoadedBackb
         raise UserError(f"checkpoint '{source}' ({family.title}): {error}") from None
     state = {name: tensor for name, tensor in state.items() if not any(re.search(row, name) for row in family.dropped)}
     heads, who = find_heads(state, family, how.checkpoint_heads, content.config, content.said, source)
-    options = infer(state, family, heads, source) | of_config(content.config, source)
+    options = infer(state, family, heads, content.config, source) | of_config(content.config, source)
     backbone, report = fill(options, state, left_out, source, how.allow_partial)
     mean, std = of_preprocessor(content.preprocessor, family, source)
     description = {

@@ -14,11 +14,8 @@ from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import EXPLICIT
 from vit_suite.weights.checkpoint import LoadedBackbone
 from vit_suite.weights.export.huggingface import write_json
+from vit_suite.weights.timm_weights import BASE, ROTARY
 
-BASE = "vit_base_patch16_224"
-"""A plain timm ViT, of which every dimension is overridden."""
-ROTARY = "vit_small_patch16_dinov3_qkvb"
-"""The same with rotary positions."""
 TIMM_EPS = 1e-6
 """LayerNorm's epsilon in BASE."""
 
