@@ -106,8 +106,10 @@ def test_the_next_commands_of_an_unlabeled_tree_need_no_labels():
     assert options.data.holdout == 0.2
 
 
-def test_the_next_commands_of_a_classifier_hold_out_what_it_held_out():
-    options = {"method.name": "supervised", "data.name": "folder", "data.root": "here", "data.holdout": 0.25}
-    first, second, _ = next_commands(load_config(None, options), Path("runs/a"))
-    assert first == "predict --checkpoint runs/a --images IMAGES --output runs/a/labels.csv"
-    assert second == "knn --checkpoint runs/a --data.name folder --data.root here --data.holdout 0.25 --baselines"
+def test_the_next_commands_of_a_classifier_hold_out_what_it_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("head.safetensors").touch()
+    cfg = load_config(None, {"data.name": "folder", "data.root": "here", "data.holdout": 0.25})
+    first, second, _ = next_commands(cfg, Path())
+    assert first == "predict --checkpoint . --images IMAGES --output ./labels.csv"
+    assert second == "knn --checkpoint . --data.name folder --data.root here --data.holdout 0.25 --baselines"

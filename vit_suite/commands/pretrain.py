@@ -10,6 +10,7 @@ from vit_suite.config import PretrainConfig
 from vit_suite.logs import speak
 from vit_suite.training.drill import run_drill
 from vit_suite.training.run import train
+from vit_suite.weights import head
 
 log = logging.getLogger("vit_suite")
 
@@ -42,7 +43,7 @@ def next_commands(cfg: PretrainConfig, folder: Path) -> list[str]:
         held_out = f" --data.holdout {cfg.data.holdout:g}" if cfg.data.holdout else ""
         named = [f"predict --checkpoint {run} --images IMAGES --output {run}/labels.csv"]
         return [
-            *(named if cfg.method.name == "supervised" else []),
+            *(named if (folder / head.NAME).is_file() else []),
             f"knn --checkpoint {run} {options}{held_out} --baselines",
             f"attention --checkpoint {run} --images IMAGES --output {run}/attention --gallery",
         ]
