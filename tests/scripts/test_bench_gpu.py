@@ -10,24 +10,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import bench_gpu  # noqa: E402
+
 STEPS = ["step vits16", "step vitb16", "step dinov2 vits16", "step mae vits16"]
 TRAININGS = ["training cifar", "training sit vits16", "training supervised vits16"]
-
-
-def bench(*arguments) -> subprocess.CompletedProcess:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.mark.slow
 def test_every_case_on_a_cpu(tmp_path):
     size = ("--device", "cpu", "--tiny", "--rounds", 2, "--steps", 1)
     contenders = ("--contender", "ours", "ours graphs", "lightly bf16", "official fp16")
-    done = bench(*size, *contenders, "--output", tmp_path / "gpu.json")
+    command = [sys.executable, str(SCRIPT), *map(str, size), *contenders, "--output", str(tmp_path / "gpu.json")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = [row for row in found["rows"] if row["contender"] == "ours"]
@@ -58,18 +58,18 @@ def test_every_case_on_a_cpu(tmp_path):
     )
 
 
-def test_the_plan_fits_nine_minutes(tmp_path):
-    done = bench("--plan", "--peer", tmp_path)
-    assert done.returncode == 0, done.stderr
-    minutes = float(done.stdout.split("together ")[1].split()[0])
-    assert 3 < minutes < 9 and all(case in done.stdout for case in STEPS + TRAININGS)
-    assert "official fp16" in done.stdout and "ours graphs" not in done.stdout
+def test_the_plan_fits_nine_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--plan", "--peer", str(tmp_path)])
+    bench_gpu.main()
+    said = capsys.readouterr().out
+    minutes = float(said.split("together ")[1].split()[0])
+    assert 3 < minutes < 9 and all(case in said for case in STEPS + TRAININGS)
+    assert "official fp16" in said and "ours graphs" not in said
 
 
-def test_without_a_gpu():
-    done = bench()
-    assert done.returncode == 1 and done.stdout == ""
-    assert (
-        done.stderr
-        == "bench_gpu.py: torch sees no GPU here; --device cpu --tiny shows on a CPU that the script works.\n"
-    )
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="^bench_gpu.py: torch sees no GPU here; --device cpu --tiny shows on a CPU"):
+        bench_gpu.main()
+    assert not capsys.readouterr().out
