@@ -80,6 +80,20 @@ def in_score(rank):
     OnlineKNN.score = broken
 
 
+def in_start(rank):
+    """The second rank fails before the ranks have met."""
+    from vit_suite.training import run
+
+    build = run.build_parts
+
+    def broken(*args):
+        if rank == FAILING:
+            raise OSError(5, "Input/output error")
+        return build(*args)
+
+    run.build_parts = broken
+
+
 def photographs(folder: Path) -> Path:
     """32 images, the last of which is broken: one of two ranks meets it."""
     (folder / "train" / "a").mkdir(parents=True)
@@ -96,11 +110,13 @@ WAYS = {
     "callback": in_callback,
     "score": in_score,
     "corrupt": lambda rank: None,
+    "start": in_start,
 }
 
 
-LAUNCHED = ("callback", "score")
-"""Ways that are tried with Lightning's own launcher too: the rank that it started fails, or the one that started it."""
+LAUNCHED = ("callback", "score", "start")
+"""Ways that are tried with Lightning's own launcher: the rank that it started fails, or the one that started it; or the
+first of these fails before the ranks have met, and then Lightning kills the other."""
 
 
 def launch(way: str, folder: Path) -> int:
@@ -211,4 +227,4 @@ if __name__ == "__main__":
         sys.exit(launch(sys.argv[2], place))
     photographs(place / "photographs")
     by_lightning = {f"launched {way}": launched(way, place) for way in LAUNCHED}
-    print(json.dumps({way: outcome(way, place) for way in WAYS} | by_lightning))
+    print(json.dumps({way: outcome(way, place) for way in WAYS if way != "start"} | by_lightning))

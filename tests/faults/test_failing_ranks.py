@@ -16,6 +16,7 @@ CAUSES = {
     "callback": "ValueError: the callback broke (rank 1)",
     "score": "OSError: [Errno 28] No space left on device",
     "corrupt": "UserError: 1 of the 32 images of",
+    "start": "OSError: [Errno 5] Input/output error (rank 1)",
 }
 STATUS = {"corrupt": 2}
 """Exit status of the rank that failed; 1 if not said. The other one always ends with 1."""
@@ -41,7 +42,7 @@ def test_ranks_that_lightning_starts_end_together(outcomes, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", CAUSES)
+@pytest.mark.parametrize("way", [way for way in CAUSES if way != "start"])  # where torchrun would end the other rank
 def test_one_rank_that_fails_ends_both(outcomes, way):
     found = outcomes[way]
     assert found["seconds"] < failing_ranks.LIMIT, found

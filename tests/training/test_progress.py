@@ -149,3 +149,15 @@ def test_a_command_without_a_terminal_writes_lines_and_no_bar(vit_suite, tmp_pat
     assert "it/s" not in said.out + said.err
     options["run__output"] = tmp_path / "quiet"
     assert not re.search(r"step \d of 4,", vit_suite("pretrain", *words(trainer__progress=False, **options)).log)
+
+
+def test_the_failure_of_a_rank_stays(tmp_path):
+    """Rank 0 goes on for a moment, or the launcher ends it; a later start writes over it."""
+    progress = Progress(tmp_path, Length(1, 12, 12))
+    progress.write("running")
+    Progress(tmp_path, Length(1, 12, 12)).write("failed", "OSError: broken (rank 1)")
+    for state in ("running", "stopped"):
+        progress.write(state, "SIGTERM")
+        assert read_status(tmp_path).reason == "OSError: broken (rank 1)"
+    Progress(tmp_path, Length(1, 12, 12)).write("running")
+    assert read_status(tmp_path).state == "running"

@@ -90,7 +90,8 @@ class Progress(pl.Callback):
         self._warned = False
 
     def write(self, state: Literal["running", "stopped", "done", "failed"], reason: str | None = None) -> Status:
-        """Replace status.json, and return its content. A run that goes on does not overwrite the failure of a rank."""
+        """Replace status.json, and return its content. A run that goes on, or that the launcher ends, does not
+        overwrite the failure of a rank."""
         left = (self.length.max_steps - self.step) * self.length.batch_size
         status = Status(
             state,
@@ -104,7 +105,7 @@ class Progress(pl.Callback):
             reason=reason,
         )
         failed = self._written_at and (before := read_status(self.folder)) and before.state == "failed"
-        if not (failed and state == "running"):
+        if not (failed and state in ("running", "stopped")):
             write_status(self.folder, status)
         self._written_at = time.monotonic()
         return status

@@ -37,7 +37,7 @@ from vit_suite.training.progress import Length, Progress, on_terminal
 from vit_suite.training.scores import OnlineScore, build_scores
 from vit_suite.training.start import adopt, check_start, origin_of, take_weights
 from vit_suite.training.stop import answer, requeued
-from vit_suite.training.together import NO_FAILURE, FailTogether
+from vit_suite.training.together import NO_FAILURE, FailTogether, note_before_start
 from vit_suite.training.trainer import build_trainer
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone, weights_sha256
 from vit_suite.weights.heads import take_heads
@@ -86,7 +86,14 @@ def train(cfg: PretrainConfig, start: LoadedBackbone | None = None) -> Path | No
         fresh = [path for path in (Path(cfg.run.output), *Path(cfg.run.output).parents) if not path.exists()]
         for path in reversed(fresh) if main_process() else []:
             stack.callback(_remove_empty, path)  # a user's error leaves nothing behind
-        run = prepare(cfg, start, signals, stack)
+        try:
+            run = prepare(cfg, start, signals, stack)
+        except NO_FAILURE:
+            raise
+        except BaseException as error:
+            if not main_process():
+                note_before_start(Path(cfg.run.output), error)
+            raise
         started = time.perf_counter()
         finished = fit(run)
         if finished is None:

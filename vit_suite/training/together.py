@@ -8,9 +8,12 @@ ends with `os._exit` (cli.py). The launcher (torchrun, srun --kill-on-bad-exit, 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
@@ -21,7 +24,7 @@ from vit_suite.errors import UserError
 from vit_suite.signals import Stopped
 from vit_suite.training import rundir
 from vit_suite.training.progress import Progress
-from vit_suite.training.status import read_status
+from vit_suite.training.status import read_status, write_status
 
 NO_FAILURE = (Stopped, KeyboardInterrupt, SystemExit)
 """Ends of a training that all ranks come to by themselves, or that are the launcher's business."""
@@ -36,6 +39,23 @@ LONGEST = 300
 
 class PeerFailed(RuntimeError):
     """Another rank failed; the message is its cause."""
+
+
+def cause_of(error: BaseException, rank: int) -> str:
+    """The error as status.json says it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST] + (f" (rank {rank})" if rank else "")
+
+
+def note_before_start(folder: Path, error: BaseException) -> None:
+    """Say in status.json that another rank than the first failed before the ranks met: its node lacks the images, or
+    its GPU is broken. The launcher then ends rank 0, which waits for all ranks and cannot know why."""
+    rank = max(int(os.environ.get(name, "0")) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    for _ in range(int(PATIENCE / SETTLED)):  # until rank 0 has made the directory, and may have written over this
+        status = read_status(folder)
+        if status is not None and status.state == "running":
+            with suppress(OSError):
+                write_status(folder, replace(status, state="failed", reason=cause_of(error, rank), updated=time.time()))
+        time.sleep(SETTLED)
 
 
 class FailTogether(pl.Callback):
@@ -77,9 +97,7 @@ class FailTogether(pl.Callback):
             if self.cause() is None:
                 rundir.take_back(folder)
             return
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
-        if rank:
-            reason += f" (rank {rank})"
+        reason = cause_of(error, rank)
         for _ in range(3):  # rank 0 may write over the first, and hardly over the second
             if self.cause() is not None or not (folder / rundir.CONFIG).is_file():  # which rank 0 may have taken back
                 return
