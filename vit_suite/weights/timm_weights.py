@@ -83,9 +83,15 @@ def explicit_options(config: dict[str, Any], arguments: dict[str, Any]) -> tuple
         "prefix_positions": left.get("no_embed_class") is not True,
         "pool": "mean" if left.get("global_pool") == "avg" else "cls",
     }
-    said = {"swiglu_mlp": swiglu, "no_embed_class": not options["prefix_positions"], "qkv_bias": True, "fc_norm": False}
-    said |= {"swiglu_align_to": 1, "act_layer": "gelu_tanh"}
-    return options, {name: value for name, value in left.items() if name not in said or value != said[name]}
+    without_effect: dict[str, Any] = {
+        "swiglu_mlp": swiglu,
+        "no_embed_class": not options["prefix_positions"],
+        "act_layer": "gelu_tanh",
+        "qkv_bias": True,
+        "fc_norm": False,
+        "swiglu_align_to": 1,
+    }
+    return options, {k: value for k, value in left.items() if k not in without_effect or value != without_effect[k]}
 
 
 def read_timm(source: str, how: ReadingConfig) -> LoadedBackbone:
