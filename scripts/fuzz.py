@@ -1,5 +1,5 @@
-"""Feed wrong values to everything a stranger can write: options, YAML, weights' metadata, shards, masks and boxes; and
-start trainings with values that the schema allows.
+"""Feed wrong values to everything a stranger can write: options, YAML, weights' metadata, shards, masks, boxes, lists;
+and start trainings with values that the schema allows.
 
     python scripts/fuzz.py --cases 3000            # the kinds in turn
     python scripts/fuzz.py --cases 300 --kind options --seed 7
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fuzz_files import shard_cases, truth_cases, weight_cases
+from fuzz_files import list_cases, shard_cases, truth_cases, weight_cases
 from fuzz_options import Case, option_cases, start_cases
 
 from vit_suite.errors import UserError
@@ -56,10 +56,11 @@ KINDS: dict[str, Callable[[random.Random, Path], Iterator[Case]]] = {
     "weights": weight_cases,
     "shards": shard_cases,
     "truth": truth_cases,
+    "lists": list_cases,
 }
 
-SHARE = {"options": 2, "start": 15, "weights": 6, "shards": 6, "truth": 6}
-"""The cases divided by this number are of a kind: half are options, and starts come on top."""
+SHARE = {"options": 2, "start": 15, "weights": 6, "shards": 6, "truth": 6, "lists": 15}
+"""The cases divided by this number are of a kind: half are options, and starts and lists come on top."""
 
 
 class TooLong(BaseException):

@@ -1,4 +1,4 @@
-"""Cases of scripts/fuzz.py about files: weights with hostile metadata, shards, masks and boxes."""
+"""Cases of scripts/fuzz.py about files: weights with hostile metadata, shards, masks and boxes, lists."""
 
 from __future__ import annotations
 
@@ -251,4 +251,52 @@ def try_truth(images: Path, place: Path, files: dict[str, bytes]) -> str | None:
             continue
         if truths.kind == "boxes" and not found.isfinite().all():
             return "a box that is not finite"
+    return None
+
+
+# -- Lists -------------------------------------------------------------------------------------------------------------
+
+HEADERS = ["filename,label", "label;filename", "image\tclass", "filename", "x,y,z", "filename|label", "", "a.png,cat"]
+CELLS = ["a.png", "b.png", "gone.png", ".", "..", "/dev/zero", "", " ", "\0", '"', '"a.png', "a\u2028b.png",
+         "\udcff.png", "cat", "1", "-1", "nan", "9" * 400, "x" * 5000, "#", "{}"]  # fmt: skip
+
+
+def list_cases(rng: random.Random, folder: Path) -> Iterator[Case]:
+    """Tables and text lists with odd rows, quotations that do not end and other encodings, beside two images."""
+    import vit_suite.data.registry  # noqa: F401 (here, so that no case pays for importing torch)
+
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(picture())
+    while True:
+        rows = [[rng.choice(CELLS) for _ in range(rng.choice([1, 2, 2, 2, 3]))] for _ in range(rng.randrange(0, 6))]
+        delimiter = rng.choice(",,;\t| ")
+        text = "\n".join([rng.choice(HEADERS), *(delimiter.join(row) for row in rows)])
+        if rng.random() < 0.1:
+            text += '\n"' + "y,x\n" * 50_000
+        encoding = rng.choice(["utf-8", "utf-8", "utf-8-sig", "utf-16"])
+        content = text.replace("\n", rng.choice(["\n", "\r\n", "\r"])).encode(encoding, "surrogatepass")
+        ending = rng.choice(["csv", "csv", "tsv", "txt"])
+        yield Case(
+            f"list .{ending} {encoding} {text[:90]!r}",
+            lambda content=content, ending=ending: try_list(folder / f"list.{ending}", content),
+        )
+
+
+def try_list(path: Path, content: bytes) -> str | None:
+    from vit_suite.config import DataConfig
+    from vit_suite.data.decode import DecodeError
+    from vit_suite.data.registry import open_train
+
+    path.write_bytes(content)
+    source = open_train(DataConfig(name="list", root=str(path)), 0)
+    paths = [source.path(index) for index in range(len(source))]
+    if len(set(paths)) < len(paths):
+        return "an image twice"
+    if source.labels is not None and int(source.labels.max()) >= len(source.classes):
+        return "a label without a class"
+    for index in range(len(source)):
+        try:
+            source.load(index)
+        except DecodeError:  # one file that is listed; the command goes on
+            continue
     return None

@@ -1,4 +1,4 @@
-"""What strangers write never ends in a traceback: 300 cases of scripts/fuzz.py; and that the script finds faults."""
+"""What strangers write never ends in a traceback: 350 cases of scripts/fuzz.py; and that the script finds faults."""
 
 import logging
 from pathlib import Path
@@ -19,7 +19,9 @@ def script():
         yield fuzz
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("options", 150), ("weights", 50), ("shards", 50), ("truth", 50)])
+@pytest.mark.parametrize(
+    ("kind", "cases"), [("options", 150), ("weights", 50), ("shards", 50), ("truth", 50), ("lists", 50)]
+)
 def test_no_case_is_wrong(script, kind, cases):
     counts, findings = script.fuzz(kind, cases, seed=1)
     assert not findings, "\n".join(map(str, findings))

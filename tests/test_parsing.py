@@ -15,7 +15,7 @@ from vit_suite.config import (
     LocalizeConfig,
     PretrainConfig,
 )
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.options import Schema
 from vit_suite.parsing import dump_config, load_config
 
@@ -404,6 +404,11 @@ def test_every_number_has_a_largest_value():
                 if kinds & {int, float} and key not in free:
                     with pytest.raises(ValueError):
                         option.convert([10**39] * 2 if option.is_list else 10**39)
+
+
+def test_messages_count_in_singular_and_plural():
+    said = [counted(number, thing) for number, thing in ((1, "step"), (0, "image"), (1, "class"), (1200, "class"))]
+    assert said == ["1 step", "0 images", "1 class", "1,200 classes"]
 
 
 def test_messages_quote_80_characters():

@@ -201,6 +201,10 @@ def test_a_list_that_names_an_image_twice_or_does_not_end_a_quotation(tmp_path, 
     assert "2 lines left out, whose image an earlier line names (a.png); 1 of them with another label" in said()
     (tmp_path / "list.csv").write_text('filename,label\n"a.png,x\n' + "b.png,y\n" * 20_000)
     fails(config("list", tmp_path / "list.csv"), "is no CSV that can be read", "a quotation mark left open?")
+    (tmp_path / "list.txt").write_text("9" * 400)  # longer than the name of a file can be
+    fails(config("list", tmp_path / "list.txt"), "none of the first 1 path in", "First: 999")
+    (tmp_path / "list.txt").write_text("a.png\nb\0.png")
+    fails(config("list", tmp_path / "list.txt"), "a path with a zero byte")
 
 
 def test_a_table_with_another_ending(tmp_path):

@@ -197,7 +197,7 @@ def open_list(cfg: DataConfig, root: Path, split: str | None) -> FileSource:
         choose_split(split, [WHOLE], f"the list '{root}'")
     paths, words = read_list(file)
     base = file.resolve().parent
-    if not any((base / path).exists() for path in paths[:100]):
+    if not any(os.path.exists(base / path) for path in paths[:100]):
         tried = f"none of the first {counted(min(100, len(paths)), 'path')} in '{file}' exists"
         raise UserError(f"{tried}; relative ones are looked up in '{base}'. First: {short(printable(paths[0]))}")
     known = {word for word in words if word is not None}

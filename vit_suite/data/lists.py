@@ -46,6 +46,8 @@ def read_list(file: Path) -> Rows:
             f"'{file}' names a path of {len(too_long[0]):,} characters, {short(printable(too_long[0]))}; at most"
             f" {LONGEST_PATH:,} are possible."
         )
+    if any("\0" in path for path in paths):
+        raise UserError(f"'{file}' names a path with a zero byte, which no file has: is it a text file?")
     first = dict(zip(reversed(paths), range(len(paths) - 1, -1, -1), strict=True))
     if len(first) == len(paths):
         return paths, words
@@ -100,9 +102,11 @@ def _read_csv(file: Path, text: str) -> Rows:
     else:
         columns, rows = _columns(header, file), table[1:]
     place, label = columns
-    short = [row for row in rows if len(row) <= place]
-    if short:
-        raise UserError(f"'{file}': the line '{delimiter.join(short[0])[:80]}' has no column {header[place]!r}.")
+    lacking = [row for row in rows if len(row) <= place]
+    if lacking:
+        raise UserError(
+            f"'{file}': the line '{delimiter.join(lacking[0])[:80]}' has no column {short(header[place])!r}."
+        )
     words = [row[label].strip() or None if label is not None and label < len(row) else None for row in rows]
     return [row[place].strip() for row in rows], words
 
@@ -111,10 +115,11 @@ def _columns(header: Sequence[str], file: Path) -> tuple[int, int | None]:
     """(number of the column of paths, number of the column of labels or None). UserError, with the names of the
     columns, when they do not tell."""
     names = [name.lower() for name in header]
+    shown = short(", ".join(header[:8]))
     place = next((names.index(name) for name in FILES if name in names), None)
     if place is None:
         raise UserError(
-            f"'{file}' has the columns {', '.join(header[:8])}: name the one that holds paths filename, and the one of"
+            f"'{file}' has the columns {shown}: name the one that holds paths filename, and the one of"
             " the classes label."
         )
     others = [number for number in range(len(names)) if number != place]
@@ -122,5 +127,5 @@ def _columns(header: Sequence[str], file: Path) -> tuple[int, int | None]:
         return place, others[0] if others else None
     label = next((names.index(name) for name in LABELS if name in names and names.index(name) != place), None)
     if label is None:
-        raise UserError(f"'{file}' has the columns {', '.join(header[:8])}: name the one of the classes label.")
+        raise UserError(f"'{file}' has the columns {shown}: name the one of the classes label.")
     return place, label

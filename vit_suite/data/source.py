@@ -140,7 +140,7 @@ class FileSource(ImageSource):
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         self.boxes = boxes
         self.root = os.fspath(root)
-        longest = max((len(os.fsencode(path)) for path in paths), default=1)
+        longest = max(1, max((len(os.fsencode(path)) for path in paths), default=1))
         names = (os.fsencode(path) for path in paths)  # not a second list of millions of objects
         self.paths = np.fromiter(names, dtype=f"S{longest}", count=len(paths))  # relative to root, or absolute
 

@@ -19,7 +19,7 @@ from vit_suite import distributed
 from vit_suite.config import BackboneConfig, CropConfig, MethodConfig, OptimConfig, PretrainConfig
 from vit_suite.config.limits import pair
 from vit_suite.data.module import ImageDataModule
-from vit_suite.errors import UserError
+from vit_suite.errors import UserError, counted
 from vit_suite.methods.hooks import Losses as Losses
 from vit_suite.methods.hooks import MethodHooks
 from vit_suite.methods.sharding import Sharded
@@ -184,16 +184,16 @@ class Method(MethodHooks):
             self.global_batch = local * self.trainer.world_size * accumulate
         self.peak_lr = peak_rate(self.optim.lr, self.global_batch, self.optim.lr_scaling)
         log.info(
-            "global batch %d = %d ranks x %d accumulated x %d images; lr %.3g = %.3g x %s; %d steps of %d epochs",
+            "global batch %d = %s x %d accumulated x %s; lr %.3g = %.3g x %s; %s of %s",
             self.global_batch,
-            self.trainer.world_size,
+            counted(self.trainer.world_size, "rank"),
             accumulate,
-            self.global_batch // self.trainer.world_size // accumulate,
+            counted(self.global_batch // self.trainer.world_size // accumulate, "image"),
             self.peak_lr,
             self.optim.lr,
             f"{self.global_batch} / 256" if self.optim.lr_scaling == "linear" else f"sqrt({self.global_batch} / 1024)",
-            self.max_steps,
-            math.ceil(self.max_steps / self.steps_per_epoch),
+            counted(self.max_steps, "step"),
+            counted(math.ceil(self.max_steps / self.steps_per_epoch), "epoch"),
         )
         self._warn_of_schedules()
         compared = self.compares_images()

@@ -25,7 +25,9 @@ def left_out(failures: list[str]) -> str:
     """One line about the files that a score was measured without; empty when there are none."""
     if not failures:
         return ""
-    return f"{len(failures)} files do not decode and are left out, listed in the entry; the first: {failures[0]}"
+    do, are = ("does", "is") if len(failures) == 1 else ("do", "are")
+    files = counted(len(failures), "file")
+    return f"{files} {do} not decode and {are} left out, listed in the entry; the first: {failures[0]}"
 
 
 # kNN
