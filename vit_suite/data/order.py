@@ -190,11 +190,15 @@ class EpochLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that `state` counts. UserError when the order it counts in was another."""
-        names = {"total": "number of training images", "batch_size": "data.batch_size", "seed": "run.seed"}
-        names["repeats"] = "data.repeats"
-        for key, name in (names | {"window": "data.shard_window (0 for data.order shuffle)"}).items():
-            now = getattr(self.plan, key)
-            before = state.get(key, 1)  # runs from before there was data.repeats
+        names = {
+            "total": "number of training images",
+            "batch_size": "data.batch_size",
+            "seed": "run.seed",
+            "repeats": "data.repeats",
+            "window": "data.shard_window (0 for data.order shuffle)",
+        }
+        for key, name in names.items():
+            before, now = state[key], getattr(self.plan, key)
             if before != now:
                 raise UserError(f"cannot resume: the run began with {name} {before}, now it is {now}.")
         self.epoch, self.position, self._placed = (
