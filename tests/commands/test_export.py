@@ -16,6 +16,7 @@ from vit_suite.weights.export import check
 from vit_suite.weights.export.formats import FORMATS
 from vit_suite.weights.export.graph import resize_weights
 
+ONE_ROW = {"image_size": [1, 64], "patch_size": [1, 16]}
 SHAPES = ["--data.name", "shapes", "--data.test_length", "4"]
 
 
@@ -44,7 +45,9 @@ def leftovers(folder) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"registers": 2}, {"pool": "mean"}, {"image_size": [16, 24], "channels": 1}], ids=str
+    "options",
+    [{}, {"registers": 2}, {"pool": "mean"}, {"image_size": [16, 24], "channels": 1, "patch_size": [4, 6]}, ONE_ROW],
+    ids=str,
 )
 @pytest.mark.parametrize("format", ["safetensors", "timm", "huggingface"])
 def test_folders_load_as_their_users_load_them(export, tmp_path, format, options):
@@ -155,8 +158,8 @@ def test_positions_in_a_graph_are_those_of_interpolate():
 
 
 def test_a_graph_of_few_patches(export, tmp_path):
-    """The check does not ask it for images of one patch, which no graph takes."""
-    said = export(random_backbone(image_size=[8, 8]), "--format", "torch")
+    """The check does not ask it for images of one patch, which no graph takes. Patches of two sides."""
+    said = export(random_backbone(image_size=[8, 16], patch_size=[4, 8]), "--format", "torch")
     assert said.status == 0, said.err
 
 
@@ -198,6 +201,14 @@ def test_requests_that_cannot_be(export, tmp_path, options, words, message):
     said = export(random_backbone(**options), *words)
     assert said.status == 2 and message in said.err, said.err
     assert len(said.err.splitlines()) == 1 and leftovers(tmp_path) == set()
+
+
+def test_a_network_of_channels_that_generated_images_have_not(vit_suite, tmp_path):
+    """It needs images that the user names."""
+    save_backbone(random_backbone(channels=6), tmp_path / "in", [0.5] * 6, [0.25] * 6)
+    said = vit_suite("export", "--checkpoint", tmp_path / "in", "--output", tmp_path / "out")
+    assert said.status == 2 and "6 channels, and generated ones have 1 or 3: give some with --images" in said.err
+    assert leftovers(tmp_path) == set()
 
 
 def test_a_folder_that_is_not_empty_stays_as_it_is(export, tmp_path):

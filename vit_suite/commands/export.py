@@ -97,5 +97,9 @@ def source_for_check(cfg: ExportConfig, loaded: LoadedBackbone) -> tuple[ImageSo
             return source, f"images of {source.title}, the run's own data"
         except UserError as error:
             log.info("the run's own data does not open (%s): the check takes generated images", error)
+    if channels not in (1, 3):
+        raise UserError(
+            f"the check needs images of {channels} channels, and generated ones have 1 or 3: give some with --images."
+        )
     shapes = replace(DataConfig(), name="shapes", test_length=IMAGES, image_size=64, channels=channels)
     return open_test(shapes, cfg.seed), "generated images"

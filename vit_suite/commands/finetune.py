@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 from vit_suite.commands.pretrain import say_next
 from vit_suite.config import FinetuneConfig, PretrainConfig, ReadingConfig, SupervisedViewsConfig
-from vit_suite.config.limits import pair
+from vit_suite.config.limits import one_or_two, pair
 from vit_suite.logs import speak
 from vit_suite.training.run import train
 from vit_suite.weights.checkpoint import LoadedBackbone, load_backbone
@@ -24,8 +24,7 @@ def as_run(cfg: FinetuneConfig, loaded: LoadedBackbone) -> PretrainConfig:
     """The training run that `cfg` stands for: what `config.yaml` of its run directory holds."""
     size = cfg.views.global_size
     if size is None:
-        height, width = pair(loaded.image_size)
-        size = height if height == width else [height, width]
+        size = one_or_two(pair(loaded.image_size))
     return PretrainConfig(
         method=cfg.method,
         backbone=cfg.backbone,

@@ -122,6 +122,12 @@ def pair(size: int | Iterable[int]) -> tuple[int, int]:
     return values[0], values[-1]
 
 
+def one_or_two(size: Iterable[int]) -> int | list[int]:
+    """The side of a square, or [height, width]."""
+    height, width = size
+    return height if height == width else [height, width]
+
+
 def spell_sides(size: int | Iterable[int]) -> str:
     """`16` for a square, `1x16` for height 1 and width 16."""
     height, width = pair(size)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vit_suite.config import BackboneConfig
+from vit_suite.config.limits import one_or_two
 from vit_suite.errors import UserError, nearest
 from vit_suite.options import Schema
 from vit_suite.weights.families import Family
@@ -34,10 +35,6 @@ def infer(
     """Options of the backbone whose weights, in timm's names, are `state`. `config`: config.json beside it, or {}."""
     patch = _shape(state, "patch_embed.proj.weight", 4, source)
     dim, channels, height, width = patch
-    if height != width:
-        raise UserError(
-            f"checkpoint '{source}' has patches of {height}x{width} pixels; only square ones are supported."
-        )
     if dim % heads:
         raise UserError(
             f"checkpoint '{source}' has tokens of width {dim}, which {heads} heads do not divide: give another number"
@@ -47,7 +44,7 @@ def infer(
     prefix = int("cls_token" in state) + registers
     options: dict[str, Any] = {
         "name": "vit",
-        "patch_size": height,
+        "patch_size": one_or_two((height, width)),
         "dim": dim,
         "depth": depth_of(state, source),
         "heads": heads,
@@ -60,10 +57,10 @@ def infer(
         **family.options,
     }
     if "pos_embed" not in state:
-        return options | {"image_size": [max(1, family.size // height) * height] * 2}
-    grid = grid_of(state, prefix, config.get("image_size"), height, source)
+        return options | {"image_size": [max(1, family.size // side) * side for side in (height, width)]}
+    grid = grid_of(state, prefix, config.get("image_size"), (height, width), source)
     options["prefix_positions"] = state["pos_embed"].shape[1] != grid[0] * grid[1]
-    return options | {"image_size": [side * height for side in grid]}
+    return options | {"image_size": [grid[0] * height, grid[1] * width]}
 
 
 def block_options(state: Mapping[str, Tensor], dim: int, source: str) -> dict[str, Any]:
@@ -93,7 +90,7 @@ def block_numbers(state: Mapping[str, Tensor]) -> set[int]:
     return {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d{1,6})\.", name))}
 
 
-def grid_of(state: Mapping[str, Tensor], prefix: int, size: object, patch: int, source: str) -> list[int]:
+def grid_of(state: Mapping[str, Tensor], prefix: int, size: object, patch: tuple[int, int], source: str) -> list[int]:
     """[h, w] in patches of the position grid, with positions for the `prefix` tokens, CLS alone, or patches alone.
 
     `size`: what config.json says, [height, width] in pixels. Without it the grid is a square. 25 positions are 4 x 6
@@ -102,7 +99,7 @@ def grid_of(state: Mapping[str, Tensor], prefix: int, size: object, patch: int, 
     tokens = _shape(state, "pos_embed", 3, source)[1]
     counts = (prefix, int("cls_token" in state), 0)
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):
-        grid = [side // patch for side in size]
+        grid = [size[0] // patch[0], size[1] // patch[1]]
         if tokens - grid[0] * grid[1] in counts:
             return grid
     for others in counts:

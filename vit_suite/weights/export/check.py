@@ -17,12 +17,12 @@ TOLERANCE = 1e-4
 
 def sizes_to_check(loaded: LoadedBackbone, row: Format) -> list[tuple[int, int]]:
     """(height, width) in pixels: the native size; if the format takes any size, also a wider and a smaller one."""
-    patch, (rows, columns) = loaded.backbone.patch_size, loaded.backbone.native_grid
-    native = (rows * patch, columns * patch)
+    (high, wide), (rows, columns) = loaded.backbone.patch, loaded.backbone.native_grid
+    native = (rows * high, columns * wide)
     if not row.any_size:
         return [native]
-    wider = ((rows + 1) * patch, (columns + 3) * patch)
-    smaller = (max(row.least_grid, (rows + 1) // 2) * patch, max(row.least_grid, columns - 1) * patch)
+    wider = ((rows + 1) * high, (columns + 3) * wide)
+    smaller = (max(row.least_grid, (rows + 1) // 2) * high, max(row.least_grid, columns - 1) * wide)
     return list(dict.fromkeys([native, wider, smaller]))
 
 

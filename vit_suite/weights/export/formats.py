@@ -153,7 +153,7 @@ def open_huggingface(folder: Path, loaded: LoadedBackbone, options: ExportOption
 def trace(loaded: LoadedBackbone, options: ExportOptions) -> torch.export.ExportedProgram:
     """The backbone as a graph of any batch, and of any image size that the patch divides."""
     backbone = loaded.backbone.eval()
-    network, patch = Traceable(backbone, options.outputs).eval(), backbone.patch_size
+    network, (high, wide) = Traceable(backbone, options.outputs).eval(), backbone.patch
     height, width = backbone.native_grid
     if min(height, width) < LEAST_GRID:
         raise UserError(
@@ -162,9 +162,9 @@ def trace(loaded: LoadedBackbone, options: ExportOptions) -> torch.export.Export
         )
     dim = torch.export.Dim
     rows, columns = dim("rows", min=LEAST_GRID), dim("columns", min=LEAST_GRID)
-    sizes = {0: dim("batch", min=1), 2: patch * rows, 3: patch * columns}
+    sizes = {0: dim("batch", min=1), 2: high * rows, 3: wide * columns}
     # Not the native grid: a trace of equal or fitting sides would take them for one.
-    images = torch.zeros(2, backbone.cfg.channels, (height + 2) * patch, (width + 1) * patch)
+    images = torch.zeros(2, backbone.cfg.channels, (height + 2) * high, (width + 1) * wide)
     with silence(), torch.no_grad():
         return torch.export.export(network, (images,), dynamic_shapes={"images": sizes}, strict=False)
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from timm.models.eva import Eva
 from torch import Tensor
 
+from vit_suite.config.limits import one_or_two
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.weights.checkpoint import LoadedBackbone
@@ -83,8 +84,8 @@ def config_of(backbone: Backbone, kind: str) -> dict[str, Any]:
         "hidden_size": backbone.dim,
         "num_hidden_layers": backbone.depth,
         "num_attention_heads": backbone.heads,
-        "image_size": height if height == width else [height, width],
-        "patch_size": backbone.patch_size,
+        "image_size": one_or_two((height, width)),
+        "patch_size": one_or_two(backbone.patch),
         "num_channels": cfg.channels,
         "hidden_act": "gelu_pytorch_tanh" if getattr(mlp.act, "approximate", "") == "tanh" else "gelu",
         "layer_norm_eps": vit.norm.eps,
@@ -221,8 +222,8 @@ def dinov3_config(backbone: Backbone) -> dict[str, Any]:
         "num_hidden_layers": backbone.depth,
         "num_attention_heads": backbone.heads,
         "num_register_tokens": backbone.prefix_tokens - 1,
-        "image_size": height if height == width else [height, width],
-        "patch_size": backbone.patch_size,
+        "image_size": one_or_two((height, width)),
+        "patch_size": one_or_two(backbone.patch),
         "num_channels": backbone.cfg.channels,
         "hidden_act": "silu" if gated else "gelu",
         "use_gated_mlp": gated,

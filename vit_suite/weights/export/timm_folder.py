@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models.eva import Eva
 
+from vit_suite.config.limits import one_or_two
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import EXPLICIT
@@ -68,7 +69,7 @@ def rotary_arguments(backbone: Backbone) -> dict[str, Any]:
     if "blocks.0.gamma_1" not in state:
         raise UserError("--format timm: a network with rotary positions needs LayerScale (backbone.layer_scale) there.")
     return {
-        "patch_size": backbone.patch_size,
+        "patch_size": one_or_two(backbone.patch),
         "embed_dim": backbone.dim,
         "depth": backbone.depth,
         "num_heads": backbone.heads,
@@ -109,7 +110,7 @@ def arguments_of(backbone: Backbone) -> dict[str, Any]:
     if block.mlp.act.approximate == "tanh":
         arguments["act_layer"] = "gelu_tanh"
     return arguments | {
-        "patch_size": backbone.patch_size,
+        "patch_size": one_or_two(backbone.patch),
         "embed_dim": backbone.dim,
         "depth": backbone.depth,
         "num_heads": backbone.heads,
