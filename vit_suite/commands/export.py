@@ -84,7 +84,11 @@ def source_for_check(cfg: ExportConfig, loaded: LoadedBackbone) -> tuple[ImageSo
     """Images that the user names, else the run's own, else generated ones."""
     channels = loaded.backbone.cfg.channels
     if cfg.images:
-        data = replace(DataConfig(), name="flat", root=cfg.images, channels=channels)
+        given = cfg.data
+        data = DataConfig(
+            "flat", cfg.images, value_range=given.value_range, max_pixels=given.max_pixels, frame=given.frame
+        )
+        data = replace(data, channels=channels)
         return open_test(data, cfg.seed), f"images of {cfg.images}"
     if cfg.data.name:
         source = open_test(cfg.data.whole(channels), cfg.seed)
