@@ -271,6 +271,35 @@ def test_closed_pipe_is_silent():
     assert done.stderr == "" and done.stdout.startswith("usage: vit-suite pretrain")
 
 
+ENDING = """
+import atexit, sys
+from vit_suite import cli
+
+class Kept:
+    def __del__(self):
+        print("collected")
+
+def main():
+    atexit.register(print, "handler")
+    return 3
+
+kept = Kept()
+kept.itself = kept
+cli.main = main
+sys.exit(cli.program())
+"""
+
+
+def test_a_process_ends_after_its_handlers_and_before_the_last_collection():
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    options = {"text": True, "timeout": 60, "env": buffered}
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "handler\n", "")
+    with open("/dev/full", "w") as full:  # what was printed is lost, so the process must not end as if it were not
+        done = subprocess.run([sys.executable, "-c", ENDING], stdout=full, stderr=subprocess.PIPE, **options)
+    assert done.returncode not in (0, 3) and "No space left" in done.stderr
+
+
 SLEEPER = """
 import sys, time
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 import sys
 
-from vit_suite.cli import main
+from vit_suite.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())
