@@ -38,8 +38,8 @@ def quote(value: object) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """`1 image`, `2 images`, `0 images`; `1 class`, `2 classes`."""
-    ending = "" if number == 1 else "es" if thing.endswith(("s", "ch", "x")) else "s"
+    """`1 image`, `2 images`, `0 images`; `1 class`, `2 classes`; `2 epochs`."""
+    ending = "" if number == 1 else "es" if thing.endswith("s") else "s"
     return f"{number:,} {thing}{ending}"
 
 

@@ -270,6 +270,10 @@ def test_heic(tmp_path, monkeypatch):
     pixels = decode(path).astype(int)
     assert pixels.shape == (3, 16, 24) and np.abs(pixels - np.array([200, 40, 90])[:, None, None]).max() <= 6
     assert image_size(path) == (16, 24) and undecodable(".heic") is None
+    renamed = path.with_suffix(".jpg")
+    renamed.write_bytes(path.read_bytes())
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])  # as before the first .heic
+    assert np.array_equal(decode(renamed), decode(path))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(DecodeError, match=r"HEIC is read by pillow-heif: pip install 'vit-suite\[heif\]'"):
         decode(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -162,6 +163,16 @@ def test_doctor_on_a_checkpoint_and_a_folder(vit_suite, tiny_run, tmp_path):  # 
     make(tmp_path / "photos", "test", "a", 2)
     said = vit_suite("doctor", tiny_run, tmp_path / "photos")
     assert said.status == 0 and "width 24, depth 2, 3 heads, patch 8" in said.out and "data.name folder" in said.out
+
+
+def test_doctor_on_a_list_and_on_a_pipe(vit_suite, tmp_path):  # noqa: F811
+    make(tmp_path, "train", "a", 2)
+    (tmp_path / "list.csv").write_text("path,label\ntrain/a/0.png,a\ntrain/a/1.png,a\n")
+    said = vit_suite("doctor", tmp_path / "list.csv")
+    assert said.status == 0 and "2 images to train on, read as data.name list" in said.out, said.out + said.err
+    os.mkfifo(tmp_path / "pipe")
+    said = vit_suite("doctor", tmp_path / "pipe")
+    assert said.status == 2 and "is a pipe, a socket or a device" in said.err and said.err.count("\n") == 1
 
 
 def test_doctor_finds_an_error_and_exits_with_2(vit_suite, tmp_path):  # noqa: F811

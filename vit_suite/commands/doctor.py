@@ -1,4 +1,4 @@
-"""`vit-suite doctor`: findings on a training, a folder or a checkpoint, before a job waits a day in a queue."""
+"""`vit-suite doctor`: findings on a training, on images or on a checkpoint, before a job waits a day in a queue."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from vit_suite.training.profile import measure
 from vit_suite.training.start import adopt
 from vit_suite.weights.checkpoint import load_backbone
 
+LISTS = (".txt", ".csv", ".tsv")
+"""Endings of lists of images."""
+
 
 def run(cfg: DoctorConfig) -> None:
     """Print a line a finding. UserError when one is an error."""
@@ -40,12 +43,15 @@ def run(cfg: DoctorConfig) -> None:
 
 
 def look_at(target: str, cfg: DoctorConfig) -> Iterator[Finding]:
-    """Findings on one path: a checkpoint or run directory, else a folder of images."""
+    """Findings on one path: a checkpoint or run directory, else a folder or a list of images."""
     path = Path(target).expanduser()
     if os.path.lexists(path):
         check_input("targets", str(path))
-    if path.is_dir() and not (path / "config.yaml").is_file() and not (path / "config.json").is_file():
-        yield from folder(path, cfg)
+    if path.is_file() and path.suffix.lower() in LISTS:
+        yield from images("list", path, cfg)
+    elif path.is_dir() and not (path / "config.yaml").is_file() and not (path / "config.json").is_file():
+        classes = bool(split_folders(path)) or len(subfolders(path)) > 1
+        yield from images("folder" if classes else "flat", path, cfg)
     else:
         yield from checkpoint(target)
 
@@ -71,19 +77,17 @@ def checkpoint(target: str) -> Iterator[Finding]:
         yield Finding("ok", "weights", f"all {len(weights)} tensors are finite.")
 
 
-def folder(path: Path, cfg: DoctorConfig) -> Iterator[Finding]:
-    """What a folder of images holds. It is read as class folders where it has splits or classes, else as flat."""
-    classes = bool(split_folders(path)) or len(subfolders(path)) > 1
-    options = replace(cfg.data, name="folder" if classes else "flat", root=str(path), batch_size=1, resident=False)
+def images(name: str, path: Path, cfg: DoctorConfig) -> Iterator[Finding]:
+    """What a folder or a list of images holds, read as data.name `name`."""
+    title = f"{'list' if name == 'list' else 'folder'} '{path}'"
+    options = replace(cfg.data, name=name, root=str(path), batch_size=1, resident=False)
     try:
         data = ImageDataModule(options, seed=cfg.run.seed)
-        images = len(data.train_source)
+        count = len(data.train_source)
     except UserError as error:
-        yield Finding("error", f"folder '{path}'", str(error))
+        yield Finding("error", title, str(error))
         return
-    yield Finding(
-        "ok", f"folder '{path}'", f"{counted(images, 'image')} to train on, read as data.name {options.name}."
-    )
+    yield Finding("ok", title, f"{counted(count, 'image')} to train on, read as data.name {name}.")
     yield from checkup.of_images(data)
 
 

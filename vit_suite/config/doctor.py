@@ -15,7 +15,7 @@ class DoctorConfig(PretrainConfig):
     options are those of `pretrain`. Nothing is written. Exit status 2 when something is wrong."""
 
     targets: list[str] = field(default_factory=list)
-    """Folders of images, run directories, checkpoints."""
+    """Folders or lists of images, run directories, checkpoints."""
     steps: Whole = 2
     """Optimizer steps that are timed on this machine, after one that is not; 0 times none. They take one process and
     the share of the batch that one rank will have."""
