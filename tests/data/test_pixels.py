@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.data.make import config
 from vit_suite.data import ranges
-from vit_suite.data.decode import MAX_PIXELS, DecodeError, decode, jpeg_size
+from vit_suite.data.decode import MAX_PIXELS, DecodeError, decode
+from vit_suite.data.jpeg import jpeg_size
 from vit_suite.data.pixels import Reading, ValueRange, parse_range
 from vit_suite.data.registry import open_test, open_train
 from vit_suite.errors import UserError

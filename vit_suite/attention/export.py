@@ -121,12 +121,8 @@ def export_attention(
     options = options or ExportOptions()
     drawing = Drawing.of(Path(output), options)
     _check(backbone, drawing, options)
-    if is_video(images) and options.reading is not None and options.reading.frame:
-        raise UserError(f"data.frame {options.reading.frame}, but all frames of the video '{images}' are drawn.")
     started = time.monotonic()
-    pictures, rate = _open(images, drawing, len(mean), options.overwrite)
-    if options.reading is not None and not isinstance(images, ImageSource) and not is_video(images):
-        set_reading(pictures.source, options.reading)
+    pictures, rate = _open(images, drawing, len(mean), options)
     if options.progress and distributed.rank() == 0:
         log.info("%s", estimate(pictures, drawing, backbone.heads))
     worker = Worker(backbone, drawing, pictures, options, mean, std)
@@ -157,17 +153,21 @@ def export_attention(
     return summary
 
 
-def _open(images: Any, drawing: Drawing, channels: int, overwrite: bool) -> tuple[Pictures, float]:
+def _open(images: Any, drawing: Drawing, channels: int, options: ExportOptions) -> tuple[Pictures, float]:
     """(the pictures, frames a second of an animation).
 
     A video is cut into frames here. Nothing is written unless everything is in order on every rank.
     """
-    video, output = is_video(images), drawing.output
+    video, output, reading = is_video(images), drawing.output, options.reading
+    if video and reading is not None and reading.frame:
+        raise UserError(f"data.frame {reading.frame}, but all frames of the video '{images}' are drawn.")
     if video and Path(images).suffix.lower() != ".gif":
         need_av(f"reading the video '{images}'")
     if not video:
         pictures = open_pictures(images, output, channels)
-    check_new_folder("output", output, overwrite)
+        if reading is not None and not isinstance(images, ImageSource):
+            set_reading(pictures.source, reading)
+    check_new_folder("output", output, options.overwrite)
     distributed.barrier()
     if distributed.rank() == 0:
         (output / NAME).unlink(missing_ok=True)  # of an earlier export: a manifest means that the export is finished
