@@ -52,7 +52,7 @@ def test_demo(vit_suite, tmp_path):
             with Image.open(tmp_path / "demo" / "attention" / f"{picture.stem}_mean_{kind}.png") as image:
                 assert image.size == (192, 192) and np.asarray(image).std() > 0
 
-    for command in ("vit-suite pretrain --config dino/cifar10_cpu", "vit-suite attention --checkpoint runs/mine"):
+    for command in ("vit-suite pretrain --config sit/own_cpu", "vit-suite attention --checkpoint runs/mine"):
         assert command in said.out
     again = vit_suite("demo", *words)
     assert again.status == 0 and "is complete: 2 steps" in again.log
