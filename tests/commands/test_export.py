@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError
 
 from vit_suite.config import BackboneConfig
+from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.weights.checkpoint import load_backbone, save_backbone
 from vit_suite.weights.export import check
 from vit_suite.weights.export.formats import FORMATS
-from vit_suite.weights.export.graph import resize_weights
+from vit_suite.weights.export.graph import Traceable, resize_weights
 
 ONE_ROW = {"image_size": [1, 64], "patch_size": [1, 16]}
 SHAPES = ["--data.name", "shapes", "--data.test_length", "4"]
@@ -122,11 +123,20 @@ def test_huggingface_classes(export, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_graphs_take_any_batch_and_size(export, tmp_path, format):
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [
+        ("onnx", {"registers": 1}),
+        ("torch", {"registers": 1}),
+        ("onnx", ROPE | {"mlp": "swiglu", "mlp_ratio": 1.5}),
+        ("torch", ROPE),
+    ],
+    ids=["onnx", "torch", "rotary onnx", "rotary torch"],
+)
+def test_graphs_take_any_batch_and_size(export, tmp_path, format, kind):
     for name in FORMATS[format].needs:
         pytest.importorskip(name, reason="extra: export")
-    backbone = random_backbone(registers=1)
+    backbone = random_backbone(**kind)
     said = export(backbone, "--format", format, "--outputs", "features", "patches", "attention")
     assert said.status == 0, said.err
     assert [line.split(":")[0] for line in said.out.splitlines()[:9]] == [
@@ -142,6 +152,14 @@ def test_graphs_take_any_batch_and_size(export, tmp_path, format):
             seen = backbone.last_attention(images, slice(0, 1))[:, :, 0, backbone.prefix_tokens :]
             torch.testing.assert_close(answers["features"], backbone(images), atol=2e-5, rtol=1e-5)
             torch.testing.assert_close(answers["attention"], seen, atol=1e-5, rtol=1e-5)
+
+
+def test_no_graph_for_attention_that_it_does_not_know():
+    backbone = random_backbone(**ROPE)
+    Traceable(backbone, ["features"])
+    backbone.vit.rope.normalize_coords = "max"
+    with pytest.raises(UserError, match="blocks of the type RopeBlock cannot be exported as a graph"):
+        Traceable(backbone, ["features"])
 
 
 def test_positions_in_a_graph_are_those_of_interpolate():
@@ -190,7 +208,6 @@ def test_a_folder_that_differs_is_not_kept(export, tmp_path, monkeypatch):
         ({"class_token": False, "pool": "mean"}, ["--format", "torch", "--outputs", "attention"], "needs a CLS token"),
         ({}, ["--format", "timm", "--outputs", "attention"], "--outputs attention is for onnx, torch and safetensors"),
         ({}, ["--format", "onnx", "--opset", "11"], "ONNX operator sets 18 to"),
-        (ROPE, ["--format", "onnx"], "blocks of the type RopeBlock cannot be exported as a graph: rotary positions"),
         ({"image_size": [4, 16]}, ["--format", "torch"], "a network of 1 x 4 patches cannot be exported as a graph"),
         ({"mlp": "swiglu"}, ["--format", "timm"], "cannot name a SwiGLU"),
         ({}, ["--format", "onxn"], "Did you mean 'onnx'?"),
