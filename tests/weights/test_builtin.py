@@ -3,12 +3,15 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vit_suite.attention.localize import Localizer
 from vit_suite.attention.localized import localize
 from vit_suite.config import BackboneConfig
+from vit_suite.data.decode import decode
 from vit_suite.data.shapes import ShapesSource
 from vit_suite.data.truth import source_truths
 from vit_suite.errors import UserError
@@ -47,3 +50,18 @@ def test_it_finds_the_objects_of_images_it_has_not_seen():
     source = ShapesSource("test", 40, (48, 48), seed=7)
     found = localize(Localizer(source, source_truths(source), ("attention",), (0.9,)), {"it": loaded}, seed=0)
     assert found.scores["it"]["fixed head"].overlap > found.baselines.center_box.overlap + 5
+
+
+def test_transform_takes_pillow_images_as_their_files_are_read(tmp_path):
+    loaded = load_backbone("builtin:shapes")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 4), np.uint8)
+    files = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.jpg"]
+    pictures = [Image.fromarray(pixels), Image.fromarray(pixels[..., 0]), Image.fromarray(pixels[..., :3])]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
+    opened = [Image.open(file) for file in files]
+    wanted = loaded.transform([torch.from_numpy(decode(file)) for file in files])
+    assert torch.equal(loaded.transform(opened), wanted)
+    assert torch.equal(loaded.transform(Image.open(files[0])), wanted[:1])
+    with pytest.raises(UserError, match="an image is a str; views take tensors"):
+        loaded.transform([str(files[0])])

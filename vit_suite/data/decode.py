@@ -82,15 +82,24 @@ def decode(
     """The image at `path` as uint8 (channels, H, W); where `content` is given it is the file's bytes, and `path` only
     its name. DecodeError, with one line, for whatever is wrong with this file."""
     path = os.fspath(path)
+    return _guarded(path, lambda: _narrow(read_raw(path, channels, content, reading), channels, reading))
 
-    def convert() -> np.ndarray:
-        found = read_raw(path, channels, content, reading)
-        if isinstance(found, Wide):
-            return finish(found, channels, reading.value_range, "it")
-        assert found is not None  # only with only_wide
-        return convert_channels(found, channels, "it")
 
-    return _guarded(path, convert)
+def from_pillow(image: Image.Image, channels: int) -> np.ndarray:
+    """uint8 (C, H, W) of an image that Pillow has opened, as `decode` converts its file. UserError for one that has
+    other bands."""
+    try:
+        return _narrow(_pixels(image, channels, only_wide=False, frame=0), channels, READING)
+    except Unfit as error:
+        raise UserError(f"a Pillow image of mode {image.mode}: {error}") from None
+
+
+def _narrow(found: np.ndarray | Wide | None, channels: int, reading: Reading) -> np.ndarray:
+    """What a reader found, as uint8 (C, H, W)."""
+    if isinstance(found, Wide):
+        return finish(found, channels, reading.value_range, "it")
+    assert found is not None  # only with only_wide
+    return convert_channels(found, channels, "it")
 
 
 def may_be_wide(path: str) -> bool:

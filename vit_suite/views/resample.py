@@ -50,6 +50,8 @@ def check_pixels(images: Tensor | Sequence[Tensor]) -> None:
     suite's own loaders give, do not.
     """
     for batch in [images] if isinstance(images, Tensor) else images:
+        if not isinstance(batch, Tensor):
+            raise UserError(f"an image is a {type(batch).__name__}; views take tensors (C, H, W).")
         if batch.dtype == torch.uint8 or not batch.numel():
             continue
         least, most = (float(extreme) for extreme in batch.aminmax())

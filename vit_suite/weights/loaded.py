@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vit_suite.config import BackboneConfig
+from vit_suite.data.decode import from_pillow
 from vit_suite.errors import UserError
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.lora import merged
@@ -51,12 +53,17 @@ class LoadedBackbone:
         trained_here = self.family == "vit-suite" and "method" in self.meta
         return "none, trained from random weights" if trained_here else "not said"
 
-    def transform(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def transform(self, images: Tensor | Image.Image | Sequence[Tensor | Image.Image]) -> Tensor:
         """The view that scores and exports see: (B, C, h, w), normalized, h x w = `image_size`.
 
-        images: uint8 or float in 0..1, (B, C, H, W), or a list of (C, H_i, W_i) of different sizes.
+        images: uint8 or float in 0..1, (B, C, H, W); or a list of (C, H_i, W_i) of different sizes; or a Pillow image,
+            or a list of them, of any mode.
         """
-        return eval_view(images, (self.image_size[0], self.image_size[-1]), self.mean, self.std)
+        channels = self.backbone.cfg.channels
+        if isinstance(images, Image.Image):
+            images = [images]
+        pixels = images if isinstance(images, Tensor) else [as_pixels(image, channels) for image in images]
+        return eval_view(pixels, (self.image_size[0], self.image_size[-1]), self.mean, self.std)
 
     def untrained(self, seed: int = 0) -> LoadedBackbone:
         """The same architecture with fresh weights: the baseline that a score is read beside."""
@@ -141,3 +148,8 @@ def statistics(given: tuple[Any, Any], channels: int) -> tuple[list[float], list
     pair = [list(values or default) for values, default in zip(given, IMAGENET, strict=True)]
     mean, std = (values if len(values) == channels else [sum(values) / len(values)] * channels for values in pair)
     return mean, std
+
+
+def as_pixels(image: Tensor | Image.Image, channels: int) -> Tensor:
+    """A Pillow image as uint8 (C, H, W); anything else as it is."""
+    return torch.from_numpy(from_pillow(image, channels).copy()) if isinstance(image, Image.Image) else image
