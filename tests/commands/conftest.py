@@ -164,3 +164,25 @@ def photographs(tmp_path_factory) -> Path:
         for label, brightness in (("dark", 0.1), ("bright", 0.9)):
             save_pictures(root / split / label, count, brightness=brightness, seed=1000 * len(split) + len(label))
     return root
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Programs on PATH that answer for SLURM: `slurm(sbatch="echo 17", squeue="...")`; without any there is no
+    SLURM."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/nowhere")
+
+    def programs(**scripts):
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (folder / name).chmod(0o755)
+
+    return programs
+
+
+def squeue(*entries: tuple) -> str:
+    """A script that prints job, state, restarts, time left, start, reason in squeue's columns."""
+    lines = ["{:32}{:24}{:<12}{:24}{:24}{:80}".format(*entry) for entry in entries]
+    return "cat <<'END'\n" + "\n".join(lines) + "\nEND"

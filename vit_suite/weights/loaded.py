@@ -57,7 +57,7 @@ class LoadedBackbone:
         """The view that scores and exports see: (B, C, h, w), normalized, h x w = `image_size`.
 
         images: uint8 or float in 0..1, (B, C, H, W); or a list of (C, H_i, W_i) of different sizes; or a Pillow image,
-            or a list of them, of any mode.
+            or a list of them, of any mode. Pillow opens PNGs of three 16-bit channels with 8 bits.
         """
         channels = self.backbone.cfg.channels
         if isinstance(images, Image.Image):
