@@ -79,6 +79,7 @@ METHODS = {
         *DINOV2,
         "--method.centering=sinkhorn_knopp",
         "--method.separate_head=true",
+        "--method.head_batch_norm=true",
         "--method.gram_weight=1",
         "--method.gram_from=3",
         "--method.gram_every=2",

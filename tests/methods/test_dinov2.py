@@ -14,6 +14,7 @@ from vit_suite.losses.dino import dino_loss, teacher_probabilities
 from vit_suite.losses.gram import gram_loss
 from vit_suite.methods.dinov2 import DINOv2, masked_patches, refresh_due
 from vit_suite.models.backbone import Backbone
+from vit_suite.models.batch_norm import BatchNorm1d
 from vit_suite.views.draw import alone
 from vit_suite.views.masks import Masks
 
@@ -135,6 +136,18 @@ def test_shared_and_separate_heads():
     assert torch.isfinite(separate.losses(crops())["loss"])
     plain = make(method={"last_layer": "linear"})
     assert plain.student.head.last_layer.weight.shape == (32, 8) and torch.isfinite(plain.losses(crops())["loss"])
+
+
+def test_batch_norm_is_in_the_head_of_cls_tokens_alone():
+    """Rows that only fill the buffer of masked patches must not reach the statistics."""
+    module = make(method={"separate_head": True, "head_batch_norm": True})
+    for network in (module.student, module.teacher):
+        assert sum(isinstance(layer, BatchNorm1d) for layer in network.head.mlp) == 2
+        assert not any(isinstance(layer, BatchNorm1d) for layer in network.ibot_head.mlp)
+    assert torch.isfinite(module.losses(crops())["loss"])
+    assert module.student.head.mlp[1].num_batches_tracked == module.teacher.head.mlp[1].num_batches_tracked == 1
+    without = make(method={"ibot_weight": 0.0, "head_batch_norm": True})  # nothing shares the head
+    assert torch.isfinite(without.losses(crops())["loss"])
 
 
 def test_gram_features_of_larger_crops_are_resized():
@@ -299,6 +312,7 @@ def test_collapse_is_said(tmp_path, caplog):
     [
         ({"gram_from": 5}, {}, "method.gram_from 5 has no effect here: it is for method.gram_weight above 0."),
         ({"ibot_out_dim": 5}, {}, "method.ibot_out_dim 5 has no effect here: it is for method.separate_head true."),
+        ({"head_batch_norm": True}, {}, "masked patches share it: set method.separate_head true."),
         ({"mask_probability": 0.0}, {}, "set method.ibot_weight 0 too"),
         ({"mask_ratio": [0.0, 0.01]}, {}, "of the 16 patches of a global crop is less than one patch"),
         ({}, {"gram_size": 32}, "views.gram_size 32 has no effect here"),

@@ -30,6 +30,7 @@ class DINOv2Config(MethodConfig):
     configs/dinov2/*.yaml for its backbone options."""
 
     SYNONYMS: ClassVar[dict[str, str]] = {
+        "use_bn_in_head": "head_batch_norm",
         "teacher_temp": "teacher_temperature",
         "warmup_teacher_temp": "warmup_teacher_temperature",
         "freeze_last_layer": "freeze_last_layer_epochs",
@@ -53,6 +54,10 @@ class DINOv2Config(MethodConfig):
     """Width of the head's L2-normalized bottleneck (ImageNet-22k: 384)."""
     head_layers: Depth = 3
     """Layers of the heads' MLPs."""
+    head_batch_norm: bool = False
+    """BatchNorm in the head for CLS tokens, as DINO's option of that name (not in DINOv2). The head for patches has
+    none, so it has to be a separate one. Statistics are over all ranks, and over one micro-batch when gradients are
+    accumulated."""
     last_layer: Literal["weight_norm", "linear"] = "weight_norm"
     """Map from the bottleneck to the prototypes: weight-normed with a learned gain (DINOv2), or plain (DINOv3)."""
     separate_head: bool = False

@@ -77,7 +77,7 @@ class Network(nn.Module):
     def __init__(self, backbone: BackboneConfig, method: DINOv2Config):
         super().__init__()
         self.backbone = Backbone(backbone)
-        self.head = self.new_head(method, method.out_dim, method.bottleneck_dim)
+        self.head = self.new_head(method, method.out_dim, method.bottleneck_dim, method.head_batch_norm)
         self.ibot_head: DINOHead | None = None
         if method.separate_head and method.ibot_weight:
             self.ibot_head = self.new_head(
@@ -87,7 +87,7 @@ class Network(nn.Module):
             )
         self.mask_token = nn.Parameter(torch.zeros(1, self.backbone.dim)) if method.mask_probability else None
 
-    def new_head(self, method: DINOv2Config, out_dim: int, bottleneck_dim: int) -> DINOHead:
+    def new_head(self, method: DINOv2Config, out_dim: int, bottleneck_dim: int, batch_norm: bool = False) -> DINOHead:
         """A projection head on the backbone's width."""
         return DINOHead(
             self.backbone.dim,
@@ -95,6 +95,7 @@ class Network(nn.Module):
             method.hidden_dim,
             bottleneck_dim,
             method.head_layers,
+            batch_norm=batch_norm,
             norm_last_layer=False,
             weight_norm=method.last_layer == "weight_norm",
         )
@@ -339,6 +340,12 @@ def check_options(method: DINOv2Config, views: DINOv2ViewsConfig) -> None:
         raise UserError(
             "method.mask_probability is 0, and method.ibot_weight asks for the loss of masked patches: set"
             " method.ibot_weight 0 too."
+        )
+    if method.head_batch_norm and method.ibot_weight and not method.separate_head:
+        # The buffer of masked patches has rows that do not count, and they would be in the statistics.
+        raise UserError(
+            "method.head_batch_norm is for the head of CLS tokens, and masked patches share it: set"
+            " method.separate_head true."
         )
     serves = {
         "mask_shift": (method.mask_probability, "method.mask_probability above 0"),
