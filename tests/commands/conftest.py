@@ -45,6 +45,10 @@ TINY = {
     "run.report": False,
 }
 """Four optimizer steps an epoch, two epochs; one thread, because sums over several round in another order."""
+FLAT = {"data__name": "flat", "data__image_size": None, "data__length": None, "data__test_length": None}
+FOLDER = FLAT | {"data__name": "folder", "data__batch_size": 8, "trainer__max_epochs": 1}
+CPU = ("--gpus-per-node", 0)
+"""Words of `vit-suite launch` for machines without a GPU."""
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +190,15 @@ def squeue(*entries: tuple) -> str:
     """A script that prints job, state, restarts, time left, start, reason in squeue's columns."""
     lines = ["{:32}{:24}{:<12}{:24}{:24}{:80}".format(*entry) for entry in entries]
     return "cat <<'END'\n" + "\n".join(lines) + "\nEND"
+
+
+@pytest.fixture
+def launch(vit_suite, tmp_path, monkeypatch):
+    """`launch("--nodes", 2, data__length=64)` runs the command for the tiny run; `tmp_path / "run"` is its
+    directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*launcher, output=None, **options):
+        return vit_suite("launch", *launcher, *words(run__output=output or tmp_path / "run", **options))
+
+    return call

@@ -7,25 +7,19 @@ import math
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from tests.commands.conftest import column, picture, results, rows, save_pictures, sha256, words
+from tests.commands.conftest import column, results, rows, sha256, words
 from vit_suite import distributed
 from vit_suite.config import TrainerConfig
-from vit_suite.data.listing import walk_images
 from vit_suite.errors import UserError
 from vit_suite.parsing import load_config
 from vit_suite.training.keeper import Keeper
 from vit_suite.training.scores import OnlineKNN
-from vit_suite.training.stop import DRILL
 from vit_suite.training.trainer import layout
 from vit_suite.weights.checkpoint import load_backbone
-
-FLAT = {"data__name": "flat", "data__image_size": None, "data__length": None, "data__test_length": None}
-FOLDER = FLAT | {"data__name": "folder", "data__batch_size": 8, "trainer__max_epochs": 1}
 
 
 def load(path):
@@ -277,179 +271,6 @@ def test_one_channel(pretrain, tmp_path):
     loaded = load_backbone(tmp_path / "run")
     assert loaded.backbone.vit.patch_embed.proj.weight.shape[1] == 1 and len(loaded.mean) == len(loaded.std) == 1
     assert len(column(tmp_path / "run", "knn/top1")) == 1
-
-
-# Files
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_photographs_of_all_sizes(pretrain, photographs, tmp_path):
-    digests = []
-    for workers in (0, 2):
-        folder = tmp_path / f"run{workers}"
-        said = pretrain(folder, data__root=photographs, data__workers=workers, **FOLDER)
-        assert said.status == 0 and "animals train: 24 images, 2 classes, from files" in said.log
-        assert results(folder)[0]["metrics"]["steps"] == 3 and len(column(folder, "knn/top1")) == 1
-        digests.append(sha256(folder))
-    assert digests[0] == digests[1]  # how many processes decode does not matter
-
-
-def test_unlabeled_images_train_without_scores_and_say_so(pretrain, photographs, tmp_path):
-    said = pretrain(data__root=photographs / "train", **FLAT | {"data__batch_size": 8, "trainer__max_epochs": 1})
-    assert said.status == 0
-    assert "train has no labels: no kNN during training; the best checkpoint is the last" in said.log
-    assert "knn/top1" not in rows(tmp_path / "run")[0]
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt"}
-
-
-def test_folder_without_splits_is_not_scored_on_itself(pretrain, photographs, tmp_path):
-    said = pretrain(data__root=photographs / "train", **FOLDER)
-    assert said.status == 0 and "has no split of its own to score: no scores during training" in said.log
-    assert "knn/top1" not in rows(tmp_path / "run")[0]
-
-
-@pytest.mark.parametrize("sizes", [((24, 32),), ((24, 32), (32, 24))], ids=["in memory", "from files"])
-def test_a_damaged_file_is_listed_and_the_run_goes_on(pretrain, sizes, tmp_path):
-    save_pictures(tmp_path / "data", 120, sizes)
-    broken = tmp_path / "data" / "007.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
-    options = FLAT | {"data__root": tmp_path / "data", "trainer__max_epochs": 1, "views__local_crops": 0}
-    for overwrite in (False, True):  # an emptied directory lists it again
-        said = pretrain(run__overwrite=overwrite, **options)
-        assert said.status == 0, said.err
-        lines = (tmp_path / "run" / "quarantine.txt").read_text().splitlines()
-        assert len(lines) == 1 and lines[0].startswith(f"{broken}\t") and len(lines[0]) > len(str(broken)) + 5
-    assert len(results(tmp_path / "run")) == 1
-
-
-@pytest.mark.parametrize("sizes", [((24, 32),), ((24, 32), (32, 24))], ids=["in memory", "from files"])
-def test_too_many_damaged_files_stop_the_run(pretrain, sizes, tmp_path):
-    save_pictures(tmp_path / "data", 120, sizes)
-    for name in ("007", "050", "099"):
-        (tmp_path / "data" / f"{name}.jpg").write_bytes(b"")
-    options = FLAT | {
-        "data__root": tmp_path / "data",
-        "data__workers": 0,
-        "trainer__max_epochs": 1,
-        "views__local_crops": 0,
-    }
-    said = pretrain(**options)
-    assert said.status == 2 and said.err.count("\n") == 1
-    assert "of the 120 images of data all do not decode" in said.err and "data.max_corrupt allows 1.0%" in said.err
-    assert f"listed in {tmp_path}/run/quarantine.txt" in said.err and "the file is empty" in said.err
-    assert "007.jpg" in (tmp_path / "run" / "quarantine.txt").read_text() or len(sizes) == 2
-    # What that start left behind is in nobody's way.
-    assert pretrain(**options, data__max_corrupt=0.05).status == 0
-    assert len((tmp_path / "run" / "quarantine.txt").read_text().splitlines()) == 3
-
-
-def test_files_that_are_odd_but_images(pretrain, tmp_path):
-    """Alpha, gray, palette, a 3-pixel-wide strip, an upright phone picture: all train."""
-    root = tmp_path / "odd" / "deep er"
-    root.mkdir(parents=True)
-    for index, mode in enumerate(("RGBA", "L", "P", "CMYK", "RGB", "LA", "1", "I;16")):
-        image = picture(index, 20 + index, 40)
-        image = (
-            image.convert("L").convert("I").point(lambda v: v * 256).convert("I;16")
-            if mode == "I;16"
-            else image.convert(mode)
-        )
-        image.save(root / f"{index} é.{'jpg' if mode in ('CMYK', 'RGB') else 'png'}")
-    picture(20, 400, 3).save(root / "strip.png")
-    upright = picture(21, 30, 60)
-    exif = upright.getexif()
-    exif[0x0112] = 6
-    upright.save(root / "phone.JPG", exif=exif)
-    assert len(list(walk_images(tmp_path / "odd"))) == 10
-    assert pretrain(data__root=tmp_path / "odd", **FLAT | {"data__batch_size": 5, "trainer__max_epochs": 1}).status == 0
-    assert not (tmp_path / "run" / "quarantine.txt").exists()
-
-
-# Loggers
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_wandb_without_an_account_goes_on_with_its_run(pretrain, monkeypatch, tmp_path):
-    """Started twice, in the middle interrupted: one id, and every option in its config."""
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    options = {
-        "logger__wandb": True,
-        "logger__wandb_offline": True,
-        "trainer__max_epochs": 1,
-        "evaluate__every_epochs": 0,
-    }
-    configs = []
-    for drill, status in (("preempt@2", 75), (None, 0)):
-        monkeypatch.setenv(DRILL, drill) if drill else monkeypatch.delenv(DRILL)
-        try:
-            assert pretrain(**options).status == status
-            configs.append(dict(wandb.run.config))
-        finally:
-            wandb.finish()
-        time.sleep(1.1)  # W&B names its folders by the second
-    assert (
-        configs[0]["optim"]["lr"] == 5e-3
-        and configs[0]["data"]["batch_size"] == 16
-        and configs[0]["run"]["output"].endswith("run")
-    )
-    (name,) = {
-        path.parent.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    }
-    assert name == (tmp_path / "run" / "wandb_id").read_text().strip()
-    logs = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(logs) == 2
-    end = time.monotonic() + 30
-    while (
-        logs[0].stat().st_size < 1000 and time.monotonic() < end
-    ):  # W&B's own process writes it, and finish() does not wait for that
-        time.sleep(0.1)
-    assert logs[0].stat().st_size >= 1000 and len(column(tmp_path / "run", "train/loss")) == 4
-
-
-def test_tensorboard_has_the_scalars_of_metrics_csv_and_goes_on_after_a_resume(pretrain, monkeypatch, tmp_path):
-    """The steps after the last checkpoint are logged twice, and shown once."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = tmp_path / "run"
-    options = {"logger__tensorboard": True, "snapshots__every_epochs": 1}
-    batch_end, seen = Keeper.on_train_batch_end, []
-
-    def crash(self, trainer, *rest):
-        batch_end(self, trainer, *rest)
-        seen.append(trainer.global_step)
-        if len(seen) == 6:
-            raise RuntimeError("as a crash would")
-
-    monkeypatch.setattr(Keeper, "on_train_batch_end", crash)
-    assert pretrain(**options).status == 1
-    assert pretrain(**options).status == 0
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
-    for name in ("train/loss", "train/lr", "knn/top1"):
-        assert [event.value for event in events.Scalars(name)] == pytest.approx(column(run, name)), name
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(8))
-    assert {"attention", "attention/epochs"} <= set(events.Tags()["images"])
-    assert not (run / "tensorboard" / "hparams.yaml").exists()
-
-
-def test_tensorboard_that_is_not_installed_is_refused_before_the_run_starts(pretrain, monkeypatch, tmp_path):
-    monkeypatch.setattr("vit_suite.training.loggers.find_spec", lambda name: None)
-    said = pretrain(logger__tensorboard=True)
-    assert said.status == 2 and "pip install 'vit-suite[tensorboard]'" in said.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_wandb_online_without_an_account_is_refused_before_the_run_starts(pretrain, monkeypatch, tmp_path):
-    wandb = pytest.importorskip("wandb")
-
-    def login(*_, **__):
-        raise wandb.errors.UsageError("No API key configured.")
-
-    monkeypatch.setattr(wandb, "login", login)
-    said = pretrain(logger__wandb=True)
-    assert said.status == 2 and "wandb login" in said.err and "--logger.wandb_offline" in said.err
-    assert not (tmp_path / "run").exists()
 
 
 # More than one process

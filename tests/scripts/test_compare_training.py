@@ -1,6 +1,7 @@
 """The comparison of trainings: schedules end, curves are read, and a contender's loss is one of its views."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_the_rate_rises_and_ends(compare):
     rates = [compare.rate(step, 1000, 100) for step in range(1000)]
     assert rates[49] == pytest.approx(compare.RATE) == max(rates) and rates[0] == pytest.approx(compare.RATE / 50)
     assert rates[-1] == pytest.approx(compare.LAST_RATE, abs=1e-7)
-    assert all(a >= b for a, b in zip(rates[49:], rates[50:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[49:]))
 
 
 def test_scores_are_read_from_a_run(compare, tmp_path):

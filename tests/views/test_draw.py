@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def test_parts_draw_what_the_whole_draws(shape, cuts):
     whole = alone(9, seed=1, epoch=2, step=3).uniform(*shape, purpose="a")
     assert whole.shape == (9, *shape) and whole.dtype == torch.float32
     edges = [0, *cuts, 9]
-    parts = [Draw(1, 2, 3, slice(a, b), 9).uniform(*shape, purpose="a") for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [Draw(1, 2, 3, slice(a, b), 9).uniform(*shape, purpose="a") for a, b in pairwise(edges)]
     assert torch.equal(torch.cat(parts), whole)
 
 

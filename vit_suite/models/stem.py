@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class ConvStem(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         channels = [in_chans] + [embed_dim // 2 ** (layers - 1 - index) for index in range(layers)]
         parts: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in pairwise(channels):
             parts += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), BatchNorm2d(after), nn.ReLU()]
         self.convolutions = nn.Sequential(*parts)
         self.proj = nn.Conv2d(embed_dim, embed_dim, 1)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -156,7 +157,7 @@ def parts_of(draw: Draw) -> list[tuple[int, int]]:
     """(first, last) rows of the micro-batch in each group, counted from its own first row."""
     cuts = range(draw.rows.start // GROUP * GROUP + GROUP, draw.rows.stop, GROUP)
     ends = [draw.rows.start, *cuts, draw.rows.stop]
-    return [(a - draw.rows.start, b - draw.rows.start) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(a - draw.rows.start, b - draw.rows.start) for a, b in pairwise(ends)]
 
 
 def places_of(keys: Tensor) -> Tensor:
