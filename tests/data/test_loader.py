@@ -90,8 +90,10 @@ def test_too_many_bad_files_stop_with_a_user_error(tmp_path, workers):
         list(FileLoader(source, EpochPlan(23, 23), workers, Quarantine(tmp_path / "q.txt", limit=0.2)))
     assert "5 of the 23 images of set train" in str(caught.value) and "Traceback" not in str(caught.value)
     hopeless = make_files(tmp_path / "y", count=4, bad=range(4))
-    with pytest.raises(UserError, match="in a row do not decode"):
-        next(iter(FileLoader(hopeless, EpochPlan(4, 4), workers, Quarantine(limit=1.0))))
+    listed = tmp_path / "hopeless.txt"
+    with pytest.raises(UserError, match="in a row do not decode.* are listed in .*hopeless.txt"):
+        next(iter(FileLoader(hopeless, EpochPlan(4, 4), workers, Quarantine(listed, limit=1.0))))
+    assert len(listed.read_text().splitlines()) == 4
 
 
 def test_wrong_channels_in_a_worker_is_the_same_one_sentence(tmp_path):

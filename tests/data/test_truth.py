@@ -202,6 +202,9 @@ def test_text_of_tiny_imagenet(images, tmp_path):
     source, _ = open_truths(images, boxes)
     assert len(source) == 1 and source.failures[0].path.endswith("n01_boxes.txt:2")
     assert source.failures[0].reason.startswith("expected `name [WNID] x0 y0 x1 y1`, found 'c.jpg 0 0 3'")
+    (boxes / "n01_boxes.txt").write_text("a.jpg 3 0.5 0.5 0.25 1\n")
+    with pytest.raises(UserError, match="n01_boxes.txt' has shares of the image, as YOLO writes them; expected pixels"):
+        open_truths(images, boxes)
 
 
 def test_data_sets_bring_their_own():

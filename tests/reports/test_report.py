@@ -119,6 +119,14 @@ def test_a_run_has_one_color_in_all_charts_of_a_comparison():
     assert both["a"] != both["b"] == alone["b"] and list(alone) == ["b"], "named even where it is the only one"
 
 
+def test_the_axis_of_a_constant_curve_has_its_size():
+    pytest.importorskip("bokeh")
+    from vit_suite.reports.curves import curve
+
+    for value, span in ((0.04, 0.008), (0.0, 1.0), (float("nan"), 1.0)):
+        assert curve("train/weight_decay", {"a": [(0.0, value), (9.0, value)]}, ["a"]).y_range.default_span == span
+
+
 def test_no_address_is_fetched(tmp_path):
     text = write_report(make_run(tmp_path / "a")).read_text()
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?https?:", text)

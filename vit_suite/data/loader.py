@@ -303,5 +303,7 @@ def _checked(result: tuple, source: ImageSource, quarantine: Quarantine) -> tupl
     if failures:
         quarantine.report(list(failures), source.title, len(source))
     if error is not None:
+        if failures and quarantine.file:
+            raise UserError(f"{error} Files that do not decode are listed in {quarantine.file}.") from error
         raise error
     return images.unpack() if isinstance(images, _Packed) else images, labels, indices

@@ -134,9 +134,10 @@ def _coco(file: Path) -> BoxFile:
 
 def _text(files: list[Path]) -> BoxFile:
     """Lines `name x0 y0 x1 y1` or `name WNID x0 y0 x1 y1` with the first and last pixel; several lines of one name are
-    several boxes."""
+    several boxes. UserError for a file whose numbers are shares of the image."""
     found = BoxFile("text")
     for file in files:
+        numbers: list[float] = []
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
@@ -153,5 +154,10 @@ def _text(files: list[Path]) -> BoxFile:
                 reason = f"expected `name [WNID] x0 y0 x1 y1`, found '{line[:80].strip()}'"
                 found.failures.append(DecodeError(f"{file}:{number}", reason))
                 continue
+            numbers += (x0, y0, x1, y1)
             found.images.setdefault(words[0], ImageBoxes()).boxes.append([x0, y0, x1 + 1, y1 + 1])
+        if all(0 <= number <= 1 for number in numbers) and not all(number in (0, 1) for number in numbers):
+            raise UserError(
+                f"'{file}' has shares of the image, as YOLO writes them; expected pixels: `name [WNID] x0 y0 x1 y1`."
+            )
     return found

@@ -208,13 +208,8 @@ class Method(MethodHooks):
             )
 
     def _warn_of_schedules(self) -> None:
-        """Warn of a warm-up that is too long, of a rate that rises to its end, and of a resumed run whose schedules
-        changed (more epochs, for example), because its learning rate jumps."""
-        if self.optim.warmup_epochs * self.steps_per_epoch > self.max_steps:
-            log.warning(
-                "optim.warmup_epochs %g is longer than the run: its learning rate is never reached",
-                self.optim.warmup_epochs,
-            )
+        """Warn of a rate that rises to its end, and of a resumed run whose schedules changed (more epochs, for
+        example), because its learning rate jumps. `doctor` and the start of a run warn of a long warm-up."""
         if self.peak_lr < self.optim.min_lr:
             log.warning(
                 "the learning rate rises from %.3g to optim.min_lr %.3g, which is not scaled to the batch",

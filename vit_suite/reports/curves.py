@@ -5,11 +5,12 @@ bokeh and not plotly, because every report carries its library: bokeh.min.js is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool
+from bokeh.models import ColumnDataSource, DataRange1d, HoverTool
 from bokeh.models.annotations import Legend
 from bokeh.palettes import Category10, Category20, Turbo256
 from bokeh.plotting import figure
@@ -44,6 +45,8 @@ def curve(metric: str, runs: Mapping[str, Series], names: Sequence[str]) -> figu
     width, height = 480, 260
     plot = figure(title=metric, width=width, height=height, tools=TOOLS, x_axis_label="optimizer step")
     plot.toolbar.autohide = True
+    level = max((abs(value) for series in runs.values() for _, value in series if math.isfinite(value)), default=0.0)
+    plot.y_range = DataRange1d(default_span=0.2 * level or 1.0)  # of a constant curve, which bokeh gives a span of 2
     colors = Category10[10]
     lines: Any = []
     for run, series in runs.items():
