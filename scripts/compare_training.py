@@ -1,23 +1,27 @@
-"""Trainings beside a peer's at equal CPU time: our recipes and lightly's DINO and SimCLR learn from the same images on
-one CPU core, and are all scored by the same exact kNN.
+"""Trainings beside a peer's at equal CPU time: our recipes, lightly's DINO and SimCLR and the official DINO code learn
+from the same images on one CPU core, and are all scored by the same exact kNN.
 
     python scripts/compare_training.py --data.root DIR [--minutes 20] [--recipes dino/cifar10_cpu ...] [--folder RUNS]
-        [--peers lightly-dino lightly-simclr] [--output FILE.json] [--plot FILE.png]
+        [--peers lightly-dino lightly-simclr official-dino] [--official CHECKOUT] [--output FILE.json] [--plot FILE.png]
 
-Every contender trains the network of configs/dino/cifar10_cpu.yaml (dim 128, depth 4, patch 8) on CIFAR-10 at batch
-128, in a process of its own with one thread. A trial of some steps says how many epochs fit in --minutes, so that every
-schedule comes to its end. CPU minutes are those of the process, start and scores included, for all alike. After every
-epoch the backbone is scored by kNN at k 20 with the online protocol (bank of 10,000, 2,000 test images).
+Every contender trains the network of configs/dino/cifar10_cpu.yaml (dim 128, depth 4, patch 8) on CIFAR-10, in a
+process of its own with one thread; ours at the batch of their recipes, peers at 64. A trial of some steps says how many
+epochs fit in --minutes, so that every schedule comes to its end. CPU minutes are those of the process, start and scores
+included, for all alike. After every epoch the backbone is scored by kNN at k 20 with the online protocol (bank of
+10,000, 2,000 test images).
 
-lightly's contenders have its own heads, losses, transforms and momentum, on a timm ViT of the same size; their
-optimizer and schedule are ours (AdamW, lr 1.5e-3, half an epoch of warm-up, cosine to 1e-6, weight decay 0.04), since
-its examples have none for small images. SimCLR has temperature 0.2, as SiT's recipe here; lightly's default is 0.5.
+lightly's contenders have its own heads, losses, transforms and momentum, on a timm ViT of the same size. official-dino
+takes its ViT, head, loss and transforms from --official, a checkout of github.com/facebookresearch/dino; its crops have
+our sizes. Optimizer and schedule are ours (AdamW, lr 1.5e-3, half an epoch of warm-up, cosine to 1e-6, weight decay
+0.04), since neither has any for small images. No contender blurs: at 32 px a blur leaves little. SimCLR has temperature
+0.2, as SiT's recipe here; lightly's default is 0.5.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import math
 import os
@@ -25,12 +29,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from bench_common import cpu
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from vit_suite.config import BackboneConfig, DataConfig, EvaluateConfig
@@ -41,12 +47,12 @@ from vit_suite.hardware import autocast, pick_precision
 from vit_suite.models.backbone import Backbone
 from vit_suite.recipes import find
 
-NETWORK: dict[str, Any] = {"patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "drop_path": 0.0}
-SIZE, LOCAL, BATCH = 32, 16, 128
+NETWORK: dict[str, Any] = {"patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "drop_path": 0.0, "image_size": 32}
+SIZE, LOCAL, BATCH = 32, 16, 64
 RATE, LAST_RATE, WARMUP_EPOCHS, DECAY = 1.5e-3, 1e-6, 0.5, 0.04
 CLIP = 3.0
 TRIAL_STEPS = 30
-PEERS = ("lightly-dino", "lightly-simclr")
+PEERS = ("lightly-dino", "lightly-simclr", "official-dino")
 DEVICE = torch.device("cpu")
 
 
@@ -73,61 +79,107 @@ class Scorer:
         return knn_classify(*bank[:2], *test[:2], options=vote).top1[self.cfg.k]
 
 
+@dataclass
 class Peer:
-    """A method of lightly: its network, its views of an image, and the loss of a batch of views."""
+    """A method of others: its networks, its views of an image, and the loss of a batch of views."""
 
-    def __init__(self, name: str):
-        from lightly.transforms import DINOTransform, SimCLRTransform
-        from timm.models.vision_transformer import VisionTransformer
+    trained: nn.Module
+    scored: nn.Module
+    """The ViT inside that is scored: the teacher's where there is one."""
+    views: Callable[[Any], list[Tensor]]
+    """From a PIL image to its crops."""
+    loss: Callable[[list[Tensor]], Tensor]
+    after: Callable[[float], None]
+    """What follows an optimizer step; it is given the share of the training that is done."""
 
-        shape = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
 
-        def vit() -> nn.Module:
-            return VisionTransformer(img_size=SIZE, num_classes=0, dynamic_img_size=True, **shape)
+def timm_vit() -> nn.Module:
+    """The network as timm builds it."""
+    from timm.models.vision_transformer import VisionTransformer
 
-        self.trained, self.scored, self.loss, self.after = getattr(self, name.replace("lightly-", ""))(vit)
-        if name == "lightly-dino":
-            scales = {"global_crop_scale": (0.4, 1.0), "local_crop_scale": (0.1, 0.4)}
-            sizes = {"global_crop_size": SIZE, "local_crop_size": LOCAL, "n_local_views": 4}
-            self.views: Callable = DINOTransform(**sizes, **scales, gaussian_blur=(0.0, 0.0, 0.0))
-        else:
-            self.views = SimCLRTransform(input_size=SIZE, gaussian_blur=0.0, min_scale=0.2)
+    shape = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    return VisionTransformer(img_size=SIZE, num_classes=0, dynamic_img_size=True, **shape)
 
-    @staticmethod
-    def dino(vit: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, Callable, Callable]:
-        """Its DINO, with BatchNorm in the head and K 1,024 as in our recipe."""
-        from lightly.loss import DINOLoss
-        from lightly.models.modules import DINOProjectionHead
-        from lightly.models.utils import update_momentum
 
-        def both() -> nn.Sequential:
-            return nn.Sequential(vit(), DINOProjectionHead(128, 512, 128, 1024, batch_norm=True))
+def momentum(done: float) -> float:
+    """The teacher's momentum: from 0.99 to 1 along a cosine."""
+    return 1 - 0.01 * (math.cos(math.pi * done) + 1) / 2
 
-        student, teacher, criterion = both(), both().requires_grad_(False), DINOLoss(1024, warmup_teacher_temp=0.04)
-        teacher.load_state_dict(student.state_dict())
 
-        def loss(crops: list[Tensor]) -> Tensor:
-            found = [teacher(crop) for crop in crops[:2]]
-            return criterion(found, [student(crop) for crop in crops], teacher_temp=0.04)
+def lightly_dino() -> Peer:
+    """lightly's DINO, with BatchNorm in the head and K 1,024 as in our recipe."""
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.models.utils import update_momentum
+    from lightly.transforms import DINOTransform
 
-        def after(done: float) -> None:
-            momentum = 1 - 0.01 * (math.cos(math.pi * done) + 1) / 2
-            update_momentum(student, teacher, m=momentum)
+    def both() -> nn.Sequential:
+        return nn.Sequential(timm_vit(), DINOProjectionHead(128, 512, 128, 1024, batch_norm=True))
 
-        return student, teacher[0], loss, after
+    student, teacher, criterion = both(), both().requires_grad_(False), DINOLoss(1024, warmup_teacher_temp=0.04)
+    teacher.load_state_dict(student.state_dict())
+    scales = {"global_crop_scale": (0.4, 1.0), "local_crop_scale": (0.1, 0.4)}
+    sizes = {"global_crop_size": SIZE, "local_crop_size": LOCAL, "n_local_views": 4}
+    views = DINOTransform(**sizes, **scales, gaussian_blur=(0.0, 0.0, 0.0))
 
-    @staticmethod
-    def simclr(vit: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, Callable, Callable]:
-        """Its SimCLR."""
-        from lightly.loss import NTXentLoss
-        from lightly.models.modules import SimCLRProjectionHead
+    def loss(crops: list[Tensor]) -> Tensor:
+        found = [teacher(crop) for crop in crops[:2]]
+        return criterion(found, [student(crop) for crop in crops], teacher_temp=0.04)
 
-        student, criterion = nn.Sequential(vit(), SimCLRProjectionHead(128, 512, 128)), NTXentLoss(temperature=0.2)
+    return Peer(student, teacher[0], views, loss, lambda done: update_momentum(student, teacher, m=momentum(done)))
 
-        def loss(crops: list[Tensor]) -> Tensor:
-            return criterion(*student(torch.cat(crops)).chunk(2))
 
-        return student, student[0], loss, lambda done: None
+def lightly_simclr() -> Peer:
+    """lightly's SimCLR."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+
+    student, criterion = nn.Sequential(timm_vit(), SimCLRProjectionHead(128, 512, 128)), NTXentLoss(temperature=0.2)
+
+    def loss(crops: list[Tensor]) -> Tensor:
+        return criterion(*student(torch.cat(crops)).chunk(2))
+
+    views = SimCLRTransform(input_size=SIZE, gaussian_blur=0.0, min_scale=0.2)
+    return Peer(student, student[0], views, loss, lambda done: None)
+
+
+def official_dino() -> Peer:
+    """The DINO of its authors, with BatchNorm in the head and K 1,024 as in our recipe. Its modules must be importable.
+    Its loss sums over ranks, so this process becomes a group of one."""
+    import main_dino
+    import utils
+    import vision_transformer
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    shape = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "qkv_bias": True}
+
+    def both() -> nn.Module:
+        vit = vision_transformer.VisionTransformer(img_size=[SIZE], norm_layer=layer_norm, **shape)
+        head = vision_transformer.DINOHead(128, 1024, use_bn=True, hidden_dim=512, bottleneck_dim=128)
+        return utils.MultiCropWrapper(vit, head)
+
+    student, teacher, criterion = both(), both().requires_grad_(False), main_dino.DINOLoss(1024, 6, 0.04, 0.04, 0, 1)
+    teacher.load_state_dict(student.state_dict())
+    views = main_dino.DataAugmentationDINO((0.4, 1.0), (0.1, 0.4), 4)
+    for chain, size in ((views.global_transfo1, SIZE), (views.global_transfo2, SIZE), (views.local_transfo, LOCAL)):
+        for part in chain.transforms:
+            if isinstance(part, RandomResizedCrop):
+                part.size = (size, size)
+            elif isinstance(part, utils.GaussianBlur):
+                part.prob = -1.0
+
+    def after(done: float) -> None:
+        with torch.no_grad():
+            for now, kept in zip(student.parameters(), teacher.parameters(), strict=True):
+                kept.mul_(momentum(done)).add_((1 - momentum(done)) * now)
+
+    def loss(crops: list[Tensor]) -> Tensor:
+        return criterion(student(crops), teacher(crops[:2]), 0)
+
+    return Peer(student, teacher.backbone, views, loss, after)
 
 
 def rate(step: int, steps: int, epoch_steps: int) -> float:
@@ -139,14 +191,13 @@ def rate(step: int, steps: int, epoch_steps: int) -> float:
 
 
 def train_peer(name: str, root: str, epochs: int, trial: bool) -> Iterator[dict[str, float]]:
-    """Train a contender of lightly; after every epoch its images, CPU minutes and kNN. A trial takes some steps and
-    yields its CPU seconds a step."""
-    from lightly.transforms.utils import IMAGENET_NORMALIZE
+    """Train a contender that is not ours; after every epoch its images, CPU minutes and kNN. A trial takes some steps
+    and yields its CPU seconds a step."""
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
 
     torch.manual_seed(0)
-    data, peer = images_of(root), Peer(name)
+    data, peer = images_of(root), globals()[name.replace("-", "_")]()
     source = data.train_source
 
     class Views(Dataset):
@@ -179,7 +230,7 @@ def train_peer(name: str, root: str, epochs: int, trial: bool) -> Iterator[dict[
                 yield {"seconds a step": (time.process_time() - began) / step}
                 return
         if score is not None:
-            knn = score(peer.scored, IMAGENET_NORMALIZE["mean"], IMAGENET_NORMALIZE["std"])
+            knn = score(peer.scored, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
             yield {"images": (epoch + 1) * len(loader) * BATCH, "minutes": time.process_time() / 60, "knn": knn}
 
 
@@ -245,6 +296,7 @@ def contend(name: str, options: argparse.Namespace) -> dict[str, Any]:
     steps = 50_000 // BATCH
     if name in PEERS:
         words = [sys.executable, __file__, "--data.root", options.root, "--only", name]
+        words += ["--official", str(options.official)] if options.official else []
         log = folder.with_suffix(".log")
         if started([*words, "--epochs", "1", "--trial"], log).wait():
             raise SystemExit(f"{name} failed: {log}")
@@ -288,7 +340,8 @@ def main() -> None:
     parser.add_argument("--data.root", dest="root", required=True, help="where CIFAR-10 is")
     parser.add_argument("--minutes", type=float, default=20.0, help="CPU minutes a contender")
     parser.add_argument("--recipes", nargs="*", default=["dino/cifar10_cpu", "sit/cifar10_cpu_masked"], help="ours")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS[:2]))
+    parser.add_argument("--official", type=Path, help="checkout of facebookresearch/dino, for official-dino")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="runs and logs")
     parser.add_argument("--output", type=Path, help="JSON; written anew after every contender")
     parser.add_argument("--plot", type=Path, help="PNG (pip install matplotlib)")
@@ -296,6 +349,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if "official-dino" in [*options.peers, options.only]:
+        if options.official is None or not (options.official / "main_dino.py").is_file():
+            parser.error("official-dino needs --official, a checkout of github.com/facebookresearch/dino")
+        sys.path.insert(0, str(options.official))
     if options.only:
         for row in train_peer(options.only, options.root, options.epochs, options.trial):
             print(json.dumps(row), flush=True)

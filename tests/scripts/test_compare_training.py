@@ -37,13 +37,10 @@ def test_minutes_are_those_of_the_process(compare):
     assert compare.minutes_of(os.getpid()) == pytest.approx(seconds / 60, abs=0.1)
 
 
-@pytest.mark.parametrize(("name", "views"), [("lightly-dino", 6), ("lightly-simclr", 2)])
-def test_a_peer_trains_the_network_that_is_scored(compare, name, views):
-    pytest.importorskip("lightly")
+def trains(peer, views):
+    """The loss of a peer falls on images of noise, and the network that is scored moves."""
     from PIL import Image
 
-    torch.manual_seed(0)
-    peer = compare.Peer(name)
     noise = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8).numpy()
     crops = [torch.stack(same) for same in zip(*(peer.views(Image.fromarray(image)) for image in noise), strict=True)]
     assert len(crops) == views and crops[0].shape == (8, 3, 32, 32)
@@ -56,3 +53,26 @@ def test_a_peer_trains_the_network_that_is_scored(compare, name, views):
         optimizer.step()
         peer.after(0.5)
     assert float(peer.loss(crops).detach()) < first and not torch.equal(peer.scored.blocks[0].attn.qkv.weight, before)
+
+
+@pytest.mark.parametrize(("name", "views"), [("lightly_dino", 6), ("lightly_simclr", 2)])
+def test_a_peer_trains_the_network_that_is_scored(compare, name, views):
+    pytest.importorskip("lightly")
+    torch.manual_seed(0)
+    trains(getattr(compare, name)(), views)
+
+
+def test_the_official_code_needs_its_checkout(compare, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compare_training.py", "--data.root", ".", "--peers", "official-dino"])
+    with pytest.raises(SystemExit) as caught:
+        compare.main()
+    assert caught.value.code == 2 and "needs --official, a checkout" in capsys.readouterr().err
+
+
+def test_the_network_of_a_peer_is_scored_as_its_own(compare):
+    torch.manual_seed(0)
+    scorer, vit = object.__new__(compare.Scorer), compare.timm_vit().eval()
+    scorer.backbone = compare.Backbone(compare.BackboneConfig(**compare.NETWORK)).eval()
+    scorer.backbone.vit.load_state_dict(vit.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(scorer.backbone(images), vit(images), atol=1e-5)
