@@ -29,7 +29,7 @@ LONGEST_CAUSE = 300
 
 COMMANDS = {
     "demo": Command(
-        "A tour without downloads: generated images, DINO, kNN, attention masks",
+        "A tour without downloads: generated images, a short training, kNN, attention masks",
         "vit_suite.config:DemoConfig",
         "vit_suite.commands.demo:run",
     ),
