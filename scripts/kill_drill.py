@@ -1,7 +1,7 @@
 """SIGKILL at random moments: does the same command, started again, end with the same weights?
 
-    python scripts/kill_drill.py                              # 20 kills of tiny runs on generated images, minutes on
-    two cores python scripts/kill_drill.py --kills 100 --seed 1 --output kills.json
+    python scripts/kill_drill.py                       # 20 kills of tiny runs on generated images: minutes on two cores
+    python scripts/kill_drill.py --kills 100 --seed 1 --output kills.json
 
 Every kill has a run of its own, with a checkpoint after each step. Every other one waits, from its random moment on,
 until a checkpoint is being written. The run then starts again with the same command, undisturbed, and what it ends with
