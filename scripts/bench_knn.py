@@ -1,7 +1,7 @@
 """Weighted kNN of features: ours beside the way of DINO's eval_knn.py, on this machine.
 
-    python scripts/bench_knn.py [--bank 50000] [--queries 10000] [--dim 384] [--k 20] [--peer DINO_CHECKOUT] [--output
-    FILE.json]
+    python scripts/bench_knn.py [--bank 50000] [--queries 10000] [--dim 384] [--k 20]
+        [--peer DINO_CHECKOUT] [--output FILE.json]
 
 Queries a second (median of the rounds and their spread), FLOP/s of the one big product and their share of the machine's
 own matrix products in fp32, and peak memory in a process of its own. Ours takes its candidates from products in bf16,
