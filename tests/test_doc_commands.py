@@ -136,7 +136,7 @@ def made_small(line: str, made: set[str]) -> list[str]:
     for place, word in enumerate(words):
         words[place] = NAMES.get(word, word) if words[place - 1] == "--config" else word
         if words[place - 1] == "--run.output":
-            made.add(word)
+            made |= {word} if command != "launch" else set()  # a job is only shown here, so it makes no run
         elif word.startswith("runs/") and words[place - 1] != "--output":
             words[place] = word if word in made else "runs/photos"
     if command in ("knn", "linear") and "--data.name" not in words:

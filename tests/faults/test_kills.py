@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from tests.commands.conftest import photographs  # noqa: F401 (a fixture)
-from tests.commands.test_pretrain import FOLDER
+from tests.commands.conftest import FOLDER, photographs  # noqa: F401 (a fixture)
 from tests.commands.test_sit import KINDS, SIT
 from tests.commands.test_supervised import SUPERVISED
 from tests.faults.conftest import assert_same, checkpoint, results, sha256, start, wait_for_checkpoint, words

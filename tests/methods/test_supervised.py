@@ -136,6 +136,22 @@ def test_average_follows_once_a_step(tmp_path, accumulate):
     assert module.evaluation_backbone() is module.average.backbone and module.evaluation_head() is module.average.head
 
 
+def test_the_average_has_the_statistics_of_the_network():
+    """It never runs in training, so a convolutional stem's BatchNorm would keep mean 0 and variance 1."""
+    module = SupervisedViT(
+        SupervisedConfig(mixup=0.0, cutmix=0.0, ema=0.5),
+        BackboneConfig(patch_size=8, dim=24, depth=1, heads=3, image_size=[16, 16], stem="conv"),
+        classes=["a", "b"],
+    )
+    with torch.no_grad():
+        module.network.train()(torch.randn(4, 3, 16, 16))
+    module.after_step(0)
+    mine, theirs = dict(module.average.named_buffers()), dict(module.network.named_buffers())
+    assert any("running_mean" in name for name in mine)
+    assert all(buffer.equal(theirs[name]) for name, buffer in mine.items())
+    assert all(buffer.data_ptr() != theirs[name].data_ptr() for name, buffer in mine.items())
+
+
 def test_without_an_average_the_network_is_scored():
     module = make()
     assert module.average is None and module.evaluation_backbone() is module.network.backbone

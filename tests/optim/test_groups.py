@@ -12,7 +12,7 @@ from vit_suite.config import BackboneConfig, OptimConfig, SiTOptimConfig, Superv
 from vit_suite.methods.base import Method
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.heads import DINOHead
-from vit_suite.optim.groups import clip_networks, parameter_groups
+from vit_suite.optim.groups import clip_networks, layer_of, parameter_groups
 from vit_suite.optim.schedules import peak_rate
 
 
@@ -104,3 +104,12 @@ def test_first_moment_in_bf16_is_optaxs():
     torch.testing.assert_close(after["bf16"], expected, atol=1e-6, rtol=0)
     assert torch.equal(kept["bf16"], moment.bfloat16().float()) and not torch.equal(kept["fp32"], kept["bf16"])
     assert not torch.equal(after["fp32"], after["bf16"])
+
+
+def test_a_decoder_is_a_head():
+    assert layer_of("decoder.blocks.0.attn.qkv.weight", 4) == layer_of("decoder.mask_token", 4) == 5
+    assert layer_of("backbone.vit.blocks.3.attn.qkv.weight", 4) == 4 and layer_of("backbone.mask_token", 4) == 0
+    module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)])})
+    module["decoder"] = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
+    scales = {group["lr_scale"]: len(group["params"]) for group in parameter_groups(module, layer_decay=0.5)}
+    assert set(scales) == {0.5, 1.0}, "one layer of the encoder, and heads at the full rate"

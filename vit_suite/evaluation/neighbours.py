@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_suite.config import EmbedConfig, NeighboursConfig
+from vit_suite.config import NeighboursConfig
 from vit_suite.data.decode import DecodeError, decode
 from vit_suite.data.pixels import AUTO, MAX_PIXELS, Reading, ValueRange
 from vit_suite.errors import UserError, nearest
-from vit_suite.evaluation.embedding import make_embedder
+from vit_suite.evaluation.embedding import Embedder, EmbedOptions
 from vit_suite.evaluation.embedding_files import Embeddings
 from vit_suite.evaluation.geometry import alignment, effective_rank, normalized, rankme, uniformity
 from vit_suite.weights.checkpoint import load_backbone
@@ -119,15 +119,9 @@ def _embedded(cfg: NeighboursConfig, found: Embeddings, paths: Sequence[str]) ->
             f"'{cfg.embeddings}' was made with other weights than '{cfg.checkpoint}' (their sha256 differ)."
         )
     made = found.protocol
-    options = EmbedConfig(
-        cfg.checkpoint,
-        features=made["kind"],
-        normalize=made["normalize"],
-        image_size=made["size"][0],
-        precision=made["precision"],
-        accelerator="cpu",
-    )
-    embedder = make_embedder(options, loaded)
+    height, width = made["size"]
+    options = EmbedOptions(made["kind"], made["normalize"], (height, width), len(paths), made["precision"])
+    embedder = Embedder(loaded.backbone, loaded.mean, loaded.std, options)
     how = reading_of(found)
     queries = []
     for path in paths:

@@ -181,9 +181,11 @@ class Prober:
         """Everything that decides the score besides the weights."""
         protocol, data, recipe = self.protocol, self.data, self.protocol.recipe
         test = data.test()
+        # The backbone's own: raw pixels have one column, and are probed after it.
+        choosing = len(protocol.blocks) * len(protocol.pools) * len(recipe.lr) > 1
         choice = "none: one setting, trained on all training images"
         retrained = "not needed"
-        if self.choosing:
+        if choosing:
             choice = (
                 "winner on the held-out training images by top-1, then cross-entropy; test is read once, after the"
                 " choice"
@@ -213,7 +215,7 @@ class Prober:
             "pool": list(protocol.pools),
             "head": self.cfg.head,
             "recipe": asdict(recipe),
-            "validation_share": self.cfg.validation_share if self.choosing else 0,
+            "validation_share": self.cfg.validation_share if choosing else 0,
             "choice": choice,
             "retrained": retrained,
             "precision": self.precision,

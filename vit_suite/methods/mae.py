@@ -216,6 +216,11 @@ def check_options(method: MAEConfig, backbone: BackboneConfig) -> None:
     """UserError for options that exclude each other."""
     if backbone.causal:
         raise UserError("backbone.causal needs all patches in order, and method mae shows the encoder some: use sit.")
+    if backbone.stem == "conv":
+        raise UserError(
+            "backbone.stem conv is not for method mae: its convolutions would show the visible patches what the hidden"
+            " ones hold. Use backbone.stem patch."
+        )
     if method.predict_ratio is not None and method.decoder == "self":
         raise UserError(
             "method.predict_ratio is for method.decoder cross; the self decoder predicts all hidden patches."

@@ -25,7 +25,7 @@ from vit_suite.data.module import ImageDataModule
 from vit_suite.errors import UserError
 from vit_suite.methods.base import Losses, Method
 from vit_suite.models.backbone import Backbone
-from vit_suite.models.ema import copy_weights, ema_update
+from vit_suite.models.ema import copy_buffers, copy_weights, ema_update
 from vit_suite.views.draw import Draw
 from vit_suite.views.mix import mix
 from vit_suite.views.supervised import SupervisedViews
@@ -146,3 +146,4 @@ class SupervisedViT(Method):
     def after_step(self, step: int) -> None:
         if self.average is not None:
             ema_update(self.average, self.network, average_momentum(step, self.method.ema))
+            copy_buffers(self.average, self.network)  # it never trains, so its BatchNorm would keep its start

@@ -35,6 +35,13 @@ def copy_parameters(to: nn.Module, source: nn.Module) -> None:
     torch._foreach_copy_(targets, sources)
 
 
+@torch.no_grad()
+def copy_buffers(to: nn.Module, source: nn.Module) -> None:
+    """Copy the buffers of `source` (BatchNorm statistics) to `to`, of the same architecture."""
+    for target, buffer in zip(to.buffers(), source.buffers(), strict=True):
+        target.copy_(buffer)
+
+
 def copy_weights(teacher: nn.Module, student: nn.Module) -> None:
     """Copy the student's weights to the teacher, whose parameters then take no gradient."""
     teacher.load_state_dict(student.state_dict())

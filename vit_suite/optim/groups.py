@@ -55,14 +55,20 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
+_DECODER = re.compile(r"\bdecoder\.")
+"""MAE's decoder is a head: its blocks and tokens are no layers of the encoder."""
+
+
 def _block(name: str) -> int | None:
-    found = re.search(r"\bblocks\.(\d+)\.", name)
+    found = None if _DECODER.search(name) else re.search(r"\bblocks\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def layer_of(name: str, blocks: int) -> int:
     """The layer of a parameter: 0 = patch embedding, tokens and positions; 1 to `blocks` = the blocks; `blocks` + 1 =
     the last norm and heads."""
+    if _DECODER.search(name):
+        return blocks + 1
     block = _block(name)
     if block is not None:
         return block + 1
