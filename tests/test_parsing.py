@@ -48,6 +48,13 @@ def test_later_file_wins_over_earlier(tmp_path):
         assert (config.optim.lr, config.optim.clip) == (2.0, 1.0)
 
 
+def assert_read(words: str, key: str, value: object) -> None:
+    """These words give the option `key` this value, of this type."""
+    group, name = key.split(".")
+    got = getattr(getattr(load_config(None, words.split()), group), name)
+    assert got == value and type(got) is type(value)
+
+
 @pytest.mark.parametrize(
     "words, key, value",
     [
@@ -78,9 +85,7 @@ def test_later_file_wins_over_earlier(tmp_path):
     ],
 )
 def test_value_on_the_command_line(words, key, value):
-    group, name = key.split(".")
-    got = getattr(getattr(load_config(None, words.split()), group), name)
-    assert got == value and type(got) is type(value)
+    assert_read(words, key, value)
 
 
 @pytest.mark.parametrize(

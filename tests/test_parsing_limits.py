@@ -18,7 +18,7 @@ from vit_suite.errors import UserError, counted
 from vit_suite.options import Schema
 from vit_suite.parsing import load_config
 
-from .test_parsing import BETAS, SCALE, error_of, write
+from .test_parsing import BETAS, SCALE, assert_read, error_of, write
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,7 @@ from .test_parsing import BETAS, SCALE, error_of, write
     ],
 )
 def test_spellings_of_a_value(words, key, value):
-    group, name = key.split(".")
-    got = getattr(getattr(load_config(None, words.split()), group), name)
-    assert got == value and type(got) is type(value)
+    assert_read(words, key, value)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ FLAT = {"data__name": "flat", "data__image_size": None, "data__length": None, "d
 FOLDER = FLAT | {"data__name": "folder", "data__batch_size": 8, "trainer__max_epochs": 1}
 CPU = ("--gpus-per-node", 0)
 """Words of `vit-suite launch` for machines without a GPU."""
+PROBED = "--data.name shapes --data.image_size 32 --data.length 100 --data.test_length 40 --precision fp32".split()
+SWEEP = "--lr 0.01 0.3 --epochs 4 --batch_size 32".split()
+"""Words of `vit-suite linear`: the images, and heads that train in a second."""
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +205,23 @@ def launch(vit_suite, tmp_path, monkeypatch):
         return vit_suite("launch", *launcher, *words(run__output=output or tmp_path / "run", **options))
 
     return call
+
+
+@pytest.fixture
+def probe(vit_suite, tiny_run, tmp_path):
+    """Probes the tiny run on `shapes`, into scores.json; the words win over those."""
+
+    def call(*words, checkpoint=tiny_run, data=PROBED, sweep=SWEEP):
+        return vit_suite(
+            "linear", "--checkpoint", checkpoint, "--output", tmp_path / "scores.json", *data, *sweep, *words
+        )
+
+    return call
+
+
+def refused(said, *parts):
+    assert (
+        said.status == 2 and said.out == "" and said.err.strip().count("\n") == 0 and "vit-suite: error: " in said.err
+    ), said.err
+    for part in parts:
+        assert part in said.err

@@ -16,11 +16,13 @@ from PIL import Image
 from torch.nn import functional
 
 from tests.commands.conftest import picture, save_pictures
+from vit_suite.config import BackboneConfig
 from vit_suite.data.decode import decode
 from vit_suite.evaluation import embedding, embedding_files
 from vit_suite.evaluation.embedding_files import read_embeddings
+from vit_suite.models.backbone import Backbone
 from vit_suite.views.evaluate import eval_view
-from vit_suite.weights.checkpoint import load_backbone
+from vit_suite.weights.checkpoint import load_backbone, save_backbone
 
 
 @pytest.fixture
@@ -295,6 +297,25 @@ def test_nearest_duplicates_leak_and_clusters(vit_suite, embedded):
     assert entry["sha256"] == found.protocol["sha256"]
     for name in ("neighbours", "duplicates", "leak", "clusters"):
         assert (output / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_query_for_a_backbone_that_is_not_square(vit_suite, tmp_path):
+    """The query is seen as the images of the file were: the image itself comes first, with cosine 1."""
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneConfig(patch_size=8, dim=24, depth=2, heads=3, image_size=[16, 32]))
+    save_backbone(backbone, tmp_path / "wide", [0.5] * 3, [0.25] * 3)
+    save_pictures(tmp_path / "images", 8)
+    words = ["--checkpoint", tmp_path / "wide"]
+    images = ["--images", tmp_path / "images", "--precision", "fp32", "--output", tmp_path / "all.npz"]
+    assert vit_suite("embed", *words, *images).status == 0
+    picture = sorted((tmp_path / "images").iterdir())[3]
+    (tmp_path / "outside").mkdir()
+    query = shutil.copy(picture, tmp_path / "outside" / "query.jpg")
+    words += ["--embeddings", tmp_path / "all.npz", "--query", query, "--output", tmp_path / "said"]
+    said = vit_suite("neighbours", *words)
+    assert said.status == 0, said.err
+    (first, *_) = rows(tmp_path / "said" / "neighbours.csv")
+    assert first["path"] == str(picture) and float(first["cosine"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_query_from_outside(vit_suite, tiny_run, embedded):

@@ -9,10 +9,9 @@ import os
 import pytest
 import torch
 
-from tests.commands.conftest import results, save_pictures
+from tests.commands.conftest import PROBED, refused, results
 from vit_suite.config import BackboneConfig
 from vit_suite.data.shapes import ShapesSource
-from vit_suite.data.source import FileSource
 from vit_suite.evaluation import fewshot, linear, prober
 from vit_suite.evaluation.features import FeatureOptions, extract_features
 from vit_suite.evaluation.linear import linear_probe
@@ -20,32 +19,7 @@ from vit_suite.evaluation.linear_heads import Recipe
 from vit_suite.models.backbone import Backbone
 from vit_suite.weights.checkpoint import load_backbone, save_backbone, weights_sha256
 
-SHAPES = [
-    "--data.name",
-    "shapes",
-    "--data.image_size",
-    32,
-    "--data.length",
-    100,
-    "--data.test_length",
-    40,
-    "--precision",
-    "fp32",
-]
 FEW = ["--shot_steps", 8, "--draws", 2]
-SWEEP = ["--lr", 0.01, 0.3, "--epochs", 4, "--batch_size", 32]
-
-
-@pytest.fixture
-def probe(vit_suite, tiny_run, tmp_path):
-    """Probes the tiny run on `shapes`, into scores.json; the words win over those."""
-
-    def call(*words, checkpoint=tiny_run, data=SHAPES, sweep=SWEEP):
-        return vit_suite(
-            "linear", "--checkpoint", checkpoint, "--output", tmp_path / "scores.json", *data, *sweep, *words
-        )
-
-    return call
 
 
 def test_table_and_entry(probe, tiny_run, tmp_path):
@@ -215,6 +189,13 @@ def test_baselines(probe, tmp_path):
     assert "raw pixels left out: features of 100 training images x 1 x 3072 numbers take 0.000572 GiB" in said.log
 
 
+def test_baselines_leave_the_protocol_of_the_backbone(probe, tmp_path):
+    """Raw pixels have one column, so with one rate nothing is chosen among them, but the backbone's pool is."""
+    assert probe("--baselines", sweep=["--lr", 0.1, "--epochs", 1]).status == 0
+    protocol = results(tmp_path / "scores.json")[0]["protocol"]
+    assert protocol["choice"].startswith("winner on the held-out") and protocol["validation_share"] == 0.1
+
+
 def test_transfer_to_photographs_of_many_sizes(probe, photographs, tmp_path):
     """Pretrained on generated images, probed on files that the workers decode, with crops and without."""
     data = ["--data.name", "folder", "--data.root", photographs, "--data.workers", 0, "--baselines"]
@@ -244,7 +225,7 @@ def test_few_shot_tables_and_entries(probe, vit_suite, tiny_run, tmp_path):
     words = [
         "--checkpoint",
         tiny_run,
-        *SHAPES,
+        *PROBED,
         "--k",
         5,
         20,
@@ -302,7 +283,7 @@ def test_a_backbone_without_cls_is_probed_by_its_patches(probe, vit_suite, tmp_p
         "pool cls: the backbone of",
         "has no CLS token; it has tokens for",
     )
-    words = ["--checkpoint", tmp_path / "patches", *SHAPES, "--k", 5, "--output", tmp_path / "scores.json"]
+    words = ["--checkpoint", tmp_path / "patches", *PROBED, "--k", 5, "--output", tmp_path / "scores.json"]
     assert vit_suite("knn", *words).status == 0
     assert (
         results(tmp_path / "scores.json")[1]["protocol"]["features"]
@@ -335,83 +316,3 @@ def test_raw_pixels_of_cifar10_score_above_chance(probe, tmp_path):
     said = probe("--lr", 1e-3, 3e-3, "--epochs", 10, "--pool", "cls", "--blocks", 1, data=data)
     assert said.status == 0, said.err
     assert 20 < results(tmp_path / "scores.json")[0]["metrics"]["raw pixels"]["top1"] < 45
-
-
-# What cannot be probed
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def refused(said, *parts):
-    assert (
-        said.status == 2 and said.out == "" and said.err.strip().count("\n") == 0 and "vit-suite: error: " in said.err
-    ), said.err
-    for part in parts:
-        assert part in said.err
-
-
-def test_wrong_options(probe):
-    refused(
-        probe("--pool", "tokens"),
-        "pool tokens: the backbone of",
-        "has no registers besides its CLS token; it has tokens for cls, ",
-    )
-    refused(probe("--blocks", 4), "blocks 4: the backbone of", "has 2")
-    refused(probe("--pool", "clss"), "--pool: expected any of cls, mean, cls_mean, tokens", "'clss'")
-    refused(probe("--lr", 0), "--lr: expected list of float (above 0)", "got '0'")
-    refused(probe("--protocol", "dinov2"), "--protocol: expected one of sweep, dino, sit, got 'dinov2'")
-    refused(probe("--validation_share", 0), "--validation_share: expected float", "got '0'")
-    refused(probe("--image_size", 30), "image_size 30x30 is not divisible by the patch size 8")
-    refused(
-        probe("--shots", 2, "--augment", "true"),
-        "few-shot heads train on features that are extracted once; add --augment false",
-    )
-
-
-def test_a_class_with_fewer_images_than_shots(probe, vit_suite, tiny_run, tmp_path):
-    for label, count in (("ant", 12), ("bee", 4)):
-        save_pictures(tmp_path / "few" / "train" / label, count)
-        save_pictures(tmp_path / "few" / "test" / label, 3, seed=50)
-    data = ["--data.name", "folder", "--data.root", tmp_path / "few"]
-    refused(
-        probe("--shots", 1, 5, data=data),
-        "shots 5 is more than class 'bee' has labeled training images besides those held out: 4",
-    )
-    words = ["--checkpoint", tiny_run, *data, "--shots", 5, "--output", tmp_path / "scores.json"]
-    said = vit_suite("knn", *words)
-    assert said.status == 2 and "shots 5 is more than class 'bee' has labeled training images: 4." in said.err
-    assert not (tmp_path / "scores.json").exists()
-
-
-def test_labels_that_are_missing(probe, photographs, tmp_path):
-    refused(
-        probe(data=["--data.name", "flat", "--data.root", photographs / "train"]),
-        "no labels, and linear evaluation needs some",
-    )
-    folder = tmp_path / "lists"
-    folder.mkdir()
-    paths = sorted(photographs.rglob("*.jpg"))
-    (folder / "train.txt").write_text("".join(f"{path}\t{path.parent.name}\n" for path in paths))
-    (folder / "test.txt").write_text("".join(f"{path}\n" for path in paths))
-    refused(
-        probe(data=["--data.name", "list", "--data.root", folder]), "has no labels to score against", "data.test_split"
-    )
-    refused(probe("--data.test_split", "train"), "would be scored on the images that it learns from, split 'train'")
-
-
-def test_features_that_do_not_fit_into_memory(probe, monkeypatch):
-    monkeypatch.setattr(FileSource, "load", None)
-    refused(
-        probe("--memory_gb", 1e-6),
-        "features of 100 training images x 4 x 24 numbers take 1.79e-05 GiB",
-        "--augment true",
-    )
-
-
-def test_a_view_that_is_not_square_has_no_crops(probe, tmp_path):
-    backbone = Backbone(BackboneConfig(patch_size=8, dim=24, depth=1, heads=3, image_size=[16, 32]))
-    save_backbone(backbone, tmp_path / "wide", [0.5] * 3, [0.25] * 3)
-    refused(
-        probe("--augment", "true", checkpoint=tmp_path / "wide"),
-        "crops are square, and the view is 16x32",
-        "--augment false",
-    )

@@ -312,6 +312,22 @@ def test_collapse_is_said(tmp_path, caplog):
     [
         ({"gram_from": 5}, {}, "method.gram_from 5 has no effect here: it is for method.gram_weight above 0."),
         ({"ibot_out_dim": 5}, {}, "method.ibot_out_dim 5 has no effect here: it is for method.separate_head true."),
+        ({"center_momentum": 0.5, "centering": "sinkhorn_knopp"}, {}, "it is for method.centering ema."),
+        (
+            {"mask_probability": 0.0, "ibot_weight": 0.0, "mask_ratio": [0.3, 0.6]},
+            {},
+            "mask_ratio [0.3, 0.6] has no effect",
+        ),
+        (
+            {"mask_probability": 0.0, "ibot_weight": 0.0, "separate_head": True},
+            {},
+            "method.separate_head True has no effect",
+        ),
+        (
+            {},
+            {"local_crops": 0, "late_local_size": 8, "late_from_epoch": 1},
+            "views.late_local_size has no effect here",
+        ),
         ({"head_batch_norm": True}, {}, "masked patches share it: set method.separate_head true."),
         ({"mask_probability": 0.0}, {}, "set method.ibot_weight 0 too"),
         ({"mask_ratio": [0.0, 0.01]}, {}, "of the 16 patches of a global crop is less than one patch"),

@@ -233,7 +233,7 @@ def test_without_cls_token_and_with_registers():
     "method, backbone, message",
     [
         ({"predict_ratio": 0.5}, {}, "method.predict_ratio is for method.decoder cross"),
-        ({}, {"stem": "conv"}, "backbone.stem conv is not for method mae: its convolutions would show"),
+        ({}, {"stem": "conv"}, "backbone.stem conv is not for method mae: its convolutions overlap"),
         (
             {"decoder": "cross", "predict_ratio": 0.9},
             {},

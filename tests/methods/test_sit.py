@@ -15,6 +15,7 @@ from vit_suite.config import BackboneConfig, SiTConfig, SiTOptimConfig, SiTViews
 from vit_suite.errors import UserError
 from vit_suite.losses.reconstruction import reconstruction_l1
 from vit_suite.methods.sit import SiT
+from vit_suite.models.backbone import Backbone
 from vit_suite.views.corruption import corrupt
 from vit_suite.views.draw import alone
 from vit_suite.views.rotate import draw_turns, rotate
@@ -215,6 +216,10 @@ def test_reconstruct_shows_what_the_network_is_shown():
             {"reconstruction_weight": 5.0},
             "method.reconstruction_weight 5.0 has no effect here: it is for method.loss_weights fixed",
         ),
+        (
+            {"contrastive": "none", "contrastive_dim": 512, "temperature": 0.1},
+            "method.temperature 0.1 has no effect here",
+        ),
         ({"corruption": "mask", "color": 0.5}, "method.color 0.5 has no effect"),
         ({"mask_ratio": 0.5}, "it is for method.corruption mask"),
         ({"drop_area": 0.0, "replace_area": 0.0, "reconstruct": "corrupted"}, "nothing would count"),
@@ -225,6 +230,35 @@ def test_reconstruct_shows_what_the_network_is_shown():
 def test_options_that_exclude_each_other(options, message):
     with pytest.raises(UserError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_start_with_registers_gets_a_rotation_token_of_its_own(lora):
+    """The registers of the start stay what they are; the new token is trained, and the rotation head reads it."""
+    torch.manual_seed(5)
+    shape = {"patch_size": 4, "dim": 24, "depth": 2, "heads": 3, "image_size": [16, 16]}
+    given = Backbone(BackboneConfig(**shape, registers=2))
+    torch.nn.init.constant_(given.vit.reg_token, 7.0)
+    module = make({"registers": 2, "lora_rank": lora})
+    module.start_from(given)
+    token = module.student.backbone.vit.reg_token
+    assert token.shape == (1, 3, 24) and (token[:, :2] == 7).all() and token[:, 2].abs().max() < 0.2
+    module.student(crops()[0]).turns.sum().backward()
+    changed = module.student.rotation_head.weight.grad
+    tokens = module.student.backbone.tokens(crops()[0])
+    torch.testing.assert_close(changed, tokens.registers[:, 2].sum(0).expand(4, -1), rtol=1e-4, atol=1e-5)
+    assert token.requires_grad and token.grad[:, 2].abs().sum() > 0
+
+
+def test_a_convolutional_stem_hides_no_patches():
+    with pytest.raises(UserError, match="backbone.stem conv is not for method.corruption mask: its convolutions"):
+        make({"stem": "conv"}, **MASKED)
+    make({"stem": "conv"}, **V3)
+
+
+def test_a_single_image_has_no_partner():
+    assert make(**V3, replace_area=0.3).mixes_images() == ["method.replace_area"]
+    assert make(**V3, replace_area=0.0).mixes_images() == [] == make(**MASKED).mixes_images()
 
 
 def test_pretrained_weights_have_no_rotation_token():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from vit_suite.config import OptimConfig
 from vit_suite.optim.schedules import rate_of_epoch
 
 
@@ -17,6 +18,12 @@ def test_rate_of_epoch_is_deits(epochs):
         expected = optimizer.param_groups[0]["lr"]
         assert rate_of_epoch(epoch, epochs, 1e-3, 1e-5, 5, 1e-6) == pytest.approx(expected, rel=1e-9)
         scheduler.step(epoch)
+
+
+def test_two_epochs_at_rate_0_are_refused():
+    assert "DeiT has 1e-6" in OptimConfig(rate_changes="epoch").problem()
+    assert OptimConfig(rate_changes="epoch", warmup_start=1e-6).problem() is None
+    assert OptimConfig(rate_changes="epoch", warmup_epochs=0).problem() is None
 
 
 def test_without_warmup():

@@ -75,16 +75,16 @@ def test_collate():
     spread = Spread(options["mask_probability"], *options["mask_ratio_min_max"])
     images, patches = options["images"], grid * grid
     crops = 2 * images
-    number = spread.masked(crops)
+    number = spread.masked(0, crops)
     record(FIXTURE, "masked crops", largest_error([float(number)], tensors["collate_n_samples_masked"]), 0)
-    record(FIXTURE, "edges of the ratios", largest_error(spread.edges(crops), tensors["collate_edges"]), 0)
-    bound = sum(int(patches * edge) for edge in spread.edges(crops)[1:].tolist())
+    record(FIXTURE, "edges of the ratios", largest_error(spread.edges(0, crops), tensors["collate_edges"]), 0)
+    bound = sum(int(patches * edge) for edge in spread.edges(0, crops)[1:].tolist())
     record(FIXTURE, "upper bound", largest_error([float(bound)], tensors["collate_upperbound"]), 0)
     counts, masked, generator = [], [], torch.Generator().manual_seed(0)
     for _ in range(options["batches"]):
         places = places_of(torch.rand(images, 2, generator=generator))
         shares = torch.rand(images, 2, generator=generator)
-        targets = targets_of(places, shares, spread.edges(crops), patches).flatten()
+        targets = targets_of(places, shares, spread.edges(0, crops), patches).flatten()
         found = block_masks(torch.rand(crops, ATTEMPTS, 4, generator=generator), targets, (grid, grid)).sum(-1)
         counts.append(found[targets > 0].sort().values)
         masked.append((found > 0).unflatten(0, (images, 2)).T.flatten())

@@ -48,6 +48,20 @@ def test_half_of_the_crops_of_each_group_are_masked():
     assert not torch.equal(masked[:, :GROUP], masked[:, GROUP : 2 * GROUP])
 
 
+@pytest.mark.parametrize("probability", [0.05, 0.1, 0.3, 0.9])
+def test_as_many_crops_of_a_batch_are_masked_as_in_the_official_code(probability):
+    """int(crops x probability), also where a group's share is below one crop."""
+    found = draw_block_masks(Draw(0, 0, 3, slice(0, 64), 64), 2, (14, 14), Spread(probability), CPU).hidden
+    assert int(found.any(-1).sum()) == int(128 * probability)
+
+
+@pytest.mark.parametrize("ratio, side", [(0.35, 10), (0.7, 20), (0.9, 10)])
+def test_rounding_puts_no_patch_beyond_the_bound(ratio, side):
+    for step in range(4):
+        found = draw_block_masks(Draw(0, 0, step, slice(0, 8), 8), 2, (side, side), Spread(1.0, ratio, ratio), CPU)
+        assert int(found.hidden.sum()) <= found.most <= 16 * round(ratio * side * side)
+
+
 def test_steps_and_seeds_draw_anew():
     draw = Draw(0, 0, 0, slice(0, 8), 8)
     first = masks(draw).hidden

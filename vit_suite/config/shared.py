@@ -198,6 +198,8 @@ class OptimConfig:
         """What is wrong with these values together."""
         if self.min_lr > self.lr:
             return f"min_lr: {self.min_lr:g} is above optim.lr {self.lr:g}, which it ends at; lower it too."
+        if self.rate_changes == "epoch" and self.warmup_epochs and not self.warmup_start:
+            return "warmup_start: 0 with optim.rate_changes epoch trains the first two epochs at rate 0; DeiT has 1e-6."
         return None
 
 

@@ -31,7 +31,8 @@ from vit_suite.data.jpeg import read_jpeg
 from vit_suite.data.messages import Listening
 from vit_suite.data.orientation import orientation, upright
 from vit_suite.data.pixels import MAX_PIXELS, READING, Reading, Unfit, Wide, check_frame, convert_channels, finish
-from vit_suite.data.science import DICOM, INSTALL, frames_of_dicom, is_plain, read_array, read_dicom, read_tiff
+from vit_suite.data.science import DICOM, frames_of_dicom, read_array, read_dicom, read_tiff
+from vit_suite.data.tiff import needs_tifffile, wide_tiff
 from vit_suite.errors import UserError
 
 EXTENSIONS = frozenset(
@@ -51,10 +52,6 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
 """Bytes 8 to 12 of a HEIC file, after `ftyp`."""
 PROGRAMS = ("EPS",)
 """Pillow's names of formats that it gives to another program (Ghostscript), which would run what the file says."""
-PHOTOMETRIC, SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 262, 277, 339
-"""TIFF tags."""
-SIGNED = 2
-"""Value of the TIFF tag SampleFormat."""
 
 
 class DecodeError(Exception):
@@ -212,8 +209,8 @@ def read_raw(
             check(image.height, image.width)
             _seek(image, frame)
             check(image.height, image.width)
-            if image.format == "TIFF" and _needs_tifffile(image, channels, frame):
-                return _wide_tiff(image, path, channels, content, check, frame)
+            if image.format == "TIFF" and needs_tifffile(image, channels, frame):
+                return wide_tiff(image, _file(path, content), channels, check, frame)
             if image.format == "PNG" and not frame and _is_16_bit(image):
                 return _png16(image, path, content)
             return _pixels(image, channels, only_wide, frame)
@@ -348,55 +345,3 @@ def _png16(image: Image.Image, path: str, content: bytes | None) -> Wide:
     if clear is None or isinstance(clear, bytes):
         return Wide(values)
     return Wide(values, (values != np.array(clear).reshape(1, 1, -1)).any(-1).astype(np.float32))
-
-
-# -- TIFF --------------------------------------------------------------------------------------------------------------
-
-
-def _tags(image: Any) -> Any:
-    """The tags of a TIFF. (The type that Pillow declares for an open file does not have them.)"""
-    return image.tag_v2
-
-
-def _needs_tifffile(image: Image.Image, channels: int, frame: int) -> bool:
-    """Whether Pillow would change the values of a TIFF, or the bands of an N-channel one."""
-    if not is_plain(_tags(image)):
-        return True
-    if channels in (1, 3):
-        return False
-    pages = 1 if frame else int(getattr(image, "n_frames", 1))
-    bands = int(_tags(image).get(SAMPLES_PER_PIXEL, 1))
-    return pages > 1 or bands > 4 or len(image.getbands()) != bands
-
-
-def _wide_tiff(
-    image: Image.Image,
-    path: str,
-    channels: int,
-    content: bytes | None,
-    check: Callable[[int, int], None],
-    frame: int,
-) -> Wide:
-    """A TIFF through tifffile. Without tifffile, what Pillow reads correctly: gray values of 16 and 32 bits, and gray
-    pages."""
-    try:
-        return read_tiff(_file(path, content), channels, check, frame)
-    except Unfit as error:
-        bands = int(_tags(image).get(SAMPLES_PER_PIXEL, 1))
-        if INSTALL not in str(error) or bands != 1:
-            raise
-    if channels not in (1, 3) and not frame and (pages := getattr(image, "n_frames", 1)) > 1:
-        if pages != channels:
-            raise Unfit(f"has 1 band in {pages} pages, but data.channels is {channels}")
-        found = []
-        for page in range(pages):
-            image.seek(page)
-            found.append(np.array(image))
-        return Wide(np.stack(found, -1))
-    values = np.asarray(upright(image))
-    # Pillow takes signed bytes for unsigned ones.
-    if _tags(image).get(SAMPLE_FORMAT, (1,))[0] == SIGNED and values.dtype == np.uint8:
-        values = values.view(np.int8)
-    if _tags(image).get(PHOTOMETRIC) == 0 and image.mode == "I;16":  # white is zero
-        values = 65535 - values
-    return Wide(values[..., None])

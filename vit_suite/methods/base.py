@@ -196,6 +196,12 @@ class Method(MethodHooks):
             counted(math.ceil(self.max_steps / self.steps_per_epoch), "epoch"),
         )
         self._warn_of_schedules()
+        mixing = self.mixes_images()
+        if mixing and self.global_batch == self.trainer.world_size * accumulate and self.trainer.is_global_zero:
+            log.warning(
+                "%s: no effect, because a micro-batch has one image, which has no partner: raise data.batch_size",
+                " and ".join(mixing),
+            )
         compared = self.compares_images()
         if compared and accumulate > 1 and self.trainer.is_global_zero:
             log.warning(

@@ -40,6 +40,7 @@ from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size
 from vit_suite.models.ema import copy_parameters, copy_weights
 from vit_suite.models.heads import DINOHead
+from vit_suite.models.stem import check_hidden
 from vit_suite.optim.groups import parameter_groups
 from vit_suite.optim.schedules import teacher_temperature
 from vit_suite.views.draw import Draw, alone
@@ -151,6 +152,8 @@ class DINOv2(SelfDistillation):
     def build(self, backbone: BackboneConfig) -> None:
         method = self.method
         check_options(method, self.views_config)
+        if method.mask_probability:
+            check_hidden(backbone, "masked patches (method.mask_probability and method.ibot_weight above 0)")
         self.student = Network(backbone, method)
         still = replace(backbone, drop_path=0.0, pretrained=False)
         self.teacher = Network(still, method)
@@ -353,14 +356,19 @@ def check_options(method: DINOv2Config, views: DINOv2ViewsConfig) -> None:
         "gram_every": (method.gram_weight, "method.gram_weight above 0"),
         "gram_refreshes": (method.gram_weight and method.gram_every, "method.gram_every"),
         "gram_negatives": (method.gram_weight, "method.gram_weight above 0"),
+        "mask_ratio": (method.mask_probability, "method.mask_probability above 0"),
+        "center_momentum": (method.centering == "ema", "method.centering ema"),
+        "separate_head": (method.ibot_weight, "method.ibot_weight above 0"),
         "ibot_out_dim": (method.separate_head, "method.separate_head true"),
         "ibot_bottleneck_dim": (method.separate_head, "method.separate_head true"),
     }
     for option, (has_effect, needed) in serves.items():
-        if getattr(method, option) != getattr(DINOv2Config, option) and not has_effect:
+        if getattr(method, option) != getattr(DINOv2Config(), option) and not has_effect:
             raise UserError(f"method.{option} {getattr(method, option)} has no effect here: it is for {needed}.")
     if views.gram_size and not method.gram_weight:
         raise UserError(f"views.gram_size {views.gram_size} has no effect here: it is for method.gram_weight above 0.")
+    if views.late_local_size and not views.local_crops:
+        raise UserError("views.late_local_size has no effect here: it is for views.local_crops above 0.")
     late = views.late_global_size or views.late_local_size
     if (views.late_from_epoch is None) != (late is None):
         given, missing = ("late_from_epoch", "late_global_size") if late is None else ("a late size", "late_from_epoch")

@@ -147,6 +147,10 @@ class MethodHooks(pl.LightningModule):
         norms = (nn.BatchNorm1d, nn.BatchNorm2d)
         return ["BatchNorm"] * any(isinstance(part, norms) for part in self.trained().modules())
 
+    def mixes_images(self) -> list[str]:
+        """Names of the options that blend an image with its partner in the micro-batch. A single image has none."""
+        return []
+
     def use_sums(self, sums: dict[str, Tensor]) -> None:
         """Called once after each optimizer step, before `after_step`. `sums` is `Losses.sums` of this rank, added up
         over the micro-batches of the step."""

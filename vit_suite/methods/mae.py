@@ -28,6 +28,7 @@ from vit_suite.methods.base import Losses, Method
 from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import check_image_size
 from vit_suite.models.masked import CrossDecoder, SelfDecoder, encode_visible, init_mae_
+from vit_suite.models.stem import check_hidden
 from vit_suite.views.draw import Draw, alone
 from vit_suite.views.masks import Split, random_patches
 
@@ -216,11 +217,7 @@ def check_options(method: MAEConfig, backbone: BackboneConfig) -> None:
     """UserError for options that exclude each other."""
     if backbone.causal:
         raise UserError("backbone.causal needs all patches in order, and method mae shows the encoder some: use sit.")
-    if backbone.stem == "conv":
-        raise UserError(
-            "backbone.stem conv is not for method mae: its convolutions would show the visible patches what the hidden"
-            " ones hold. Use backbone.stem patch."
-        )
+    check_hidden(backbone, "method mae")
     if method.predict_ratio is not None and method.decoder == "self":
         raise UserError(
             "method.predict_ratio is for method.decoder cross; the self decoder predicts all hidden patches."

@@ -37,6 +37,7 @@ from vit_suite.models.backbone import Backbone
 from vit_suite.models.build import EXPLICIT, check_image_size
 from vit_suite.models.ema import assert_twins, copy_weights, ema_update
 from vit_suite.models.heads import ContrastiveHead, PatchDecoder, init_linear_
+from vit_suite.models.stem import check_hidden
 from vit_suite.optim.schedules import cosine
 from vit_suite.views.corruption import Corrupted, corrupt, validate_corruption
 from vit_suite.views.draw import Draw, alone
@@ -48,10 +49,14 @@ SERVES = {
     "turn_together": (lambda m: m.rotation, "method.rotation true"),
     "contrastive_head": (lambda m: m.contrastive != "none", "method.contrastive nt_xent or info_nce"),
     "contrastive_dim": (lambda m: m.contrastive != "none", "method.contrastive nt_xent or info_nce"),
+    "temperature": (lambda m: m.contrastive != "none", "method.contrastive nt_xent or info_nce"),
     "hidden_dim": (lambda m: m.contrastive_head == "mlp", "method.contrastive_head mlp"),
     "momentum_teacher": (lambda m: m.contrastive == "info_nce", "method.contrastive info_nce"),
     "decoder": (lambda m: m.reconstruct != "none", "method.reconstruct all or corrupted"),
-    "reconstruction_weight": (lambda m: m.loss_weights == "fixed", "method.loss_weights fixed"),
+    "reconstruction_weight": (
+        lambda m: m.loss_weights == "fixed" and m.reconstruct != "none",
+        "method.loss_weights fixed and method.reconstruct all or corrupted",
+    ),
     "block_side": (lambda m: m.corruption == "blocks", "method.corruption blocks"),
     "drop_type": (lambda m: m.corruption == "gmml", "method.corruption gmml"),
     "align": (lambda m: m.corruption == "gmml", "method.corruption gmml"),
@@ -79,7 +84,8 @@ class Outputs(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone and the heads that the options ask for. With rotation, register 0 is the rotation token."""
+    """Backbone and the heads that the options ask for. With rotation, the last register is the rotation token: those of
+    a start come before it."""
 
     def __init__(self, backbone: BackboneConfig, method: SiTConfig):
         super().__init__()
@@ -91,6 +97,7 @@ class Network(nn.Module):
             init_linear_(self.rotation_head)
             registers: Any = self.backbone.vit.reg_token
             nn.init.trunc_normal_(registers, std=0.02)  # as the CLS token; timm starts registers at 1e-6
+            registers.requires_grad_(True)  # beside LoRA's frozen network too, because the token is new
         if method.contrastive != "none":
             self.contrastive_head = ContrastiveHead(
                 dim, method.contrastive_dim, method.contrastive_head, method.hidden_dim
@@ -117,7 +124,7 @@ class Network(nn.Module):
             pixels = self.decoder(patches, tokens.grid)
         return Outputs(
             None if self.contrastive_head is None else self.contrastive_head(pooled),
-            None if self.rotation_head is None else self.rotation_head(tokens.registers[:, 0]),
+            None if self.rotation_head is None else self.rotation_head(tokens.registers[:, -1]),
             pixels,
         )
 
@@ -140,6 +147,8 @@ class SiT(Method):
     def build(self, backbone: BackboneConfig) -> None:
         method, size = self.method, self.views_config.global_size
         check_options(method)
+        if method.corruption == "mask":
+            check_hidden(backbone, "method.corruption mask")
         backbone = network_config(backbone, method)
         self.student = Network(backbone, method)
         patch = self.student.backbone.patch
@@ -201,6 +210,9 @@ class SiT(Method):
             "the mean over corrupted pixels": self.method.reconstruct == "corrupted",
         }
         return super().compares_images() + [name for name in there if there[name]]
+
+    def mixes_images(self) -> list[str]:
+        return ["method.replace_area"] * bool(self.method.corruption in ("blocks", "gmml") and self.method.replace_area)
 
     def on_train_start(self) -> None:
         super().on_train_start()

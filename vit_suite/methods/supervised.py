@@ -142,6 +142,9 @@ class SupervisedViT(Method):
                 label, count = low if low < 0 else high, len(self.classes)
                 raise UserError(f"label {label} has no place in a head of {count} classes (0 to {count - 1}).")
 
+    def mixes_images(self) -> list[str]:
+        return [f"method.{name}" for name in ("mixup", "cutmix") if getattr(self.method, name)]
+
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         if self.average is not None:

@@ -7,8 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vit_suite.config import BackboneConfig
 from vit_suite.errors import UserError
 from vit_suite.models.batch_norm import BatchNorm2d
+
+
+def check_hidden(backbone: BackboneConfig, what: str) -> None:
+    """UserError where `what` hides patches from the network and the stem's convolutions, which overlap, would show some
+    of their pixels in the patches beside them."""
+    if backbone.stem == "conv":
+        raise UserError(
+            f"backbone.stem conv is not for {what}: its convolutions overlap, so the visible patches would show what"
+            " the hidden ones hold. Use backbone.stem patch."
+        )
 
 
 class ConvStem(nn.Module):

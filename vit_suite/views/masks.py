@@ -96,13 +96,14 @@ class Spread:
     """Whether each mask is shifted by a random number of rows and columns, around the edges (DINOv3
     `ibot.mask_random_circular_shift`)."""
 
-    def masked(self, crops: int) -> int:
-        """Crops with a mask among `crops`."""
-        return int(crops * self.probability)
+    def masked(self, first: int, last: int) -> int:
+        """Crops with a mask among crops `first` to `last` of the global batch. Over the N crops of a whole batch they
+        add up to int(N x probability), as in the official code."""
+        return int(last * self.probability) - int(first * self.probability)
 
-    def edges(self, crops: int) -> Tensor:
+    def edges(self, first: int, last: int) -> Tensor:
         """(masked + 1,) shares: masked crop i takes a share between edge i and edge i + 1."""
-        return torch.linspace(self.least, self.most, self.masked(crops) + 1, device="cpu")
+        return torch.linspace(self.least, self.most, self.masked(first, last) + 1, device="cpu")
 
 
 class Masks(NamedTuple):
@@ -123,12 +124,10 @@ def draw_block_masks(draw: Draw, views: int, grid: tuple[int, int], spread: Spre
     shares = draw.uniform(views, purpose="mask share")
     targets, most = torch.zeros(count, views, device="cpu"), 0
     for first, last in parts_of(draw):  # groups, of which the last may be smaller
-        size = min(GROUP, draw.total - (draw.rows.start + first) // GROUP * GROUP) * views
-        edges = spread.edges(size)
+        start = (draw.rows.start + first) // GROUP * GROUP
+        edges = spread.edges(start * views, min(start + GROUP, draw.total) * views)
         # A rank that has a part of a group may have the crops with the most patches.
-        most += sum(
-            sorted((int(patches * edge) for edge in edges[1:].tolist()), reverse=True)[: (last - first) * views]
-        )
+        most += sum(sorted(patches_of(edges[1:], patches).int().tolist(), reverse=True)[: (last - first) * views])
         targets[first:last] = targets_of(places[first:last], shares[first:last], edges, patches)
     numbers = draw.uniform(views, ATTEMPTS, 4, purpose="mask blocks")
     hidden = block_masks(send(numbers.flatten(0, 1), device), send(targets.flatten(), device), grid)
@@ -173,7 +172,13 @@ def targets_of(places: Tensor, shares: Tensor, edges: Tensor, patches: int) -> T
     masked = places < len(edges) - 1
     low = edges[places.clamp(max=len(edges) - 2)] if len(edges) > 1 else torch.zeros_like(shares)
     high = edges[(places + 1).clamp(max=len(edges) - 1)]
-    return torch.where(masked, (patches * (low + (high - low) * shares)).floor(), 0)
+    found = patches_of(low + (high - low) * shares, patches)
+    return torch.where(masked, torch.minimum(found, patches_of(high, patches)), 0)  # rounding may pass the upper edge
+
+
+def patches_of(shares: Tensor, patches: int) -> Tensor:
+    """int(patches x share). Targets and their upper bound use it alike, so that no rounding comes between them."""
+    return (patches * shares).floor()
 
 
 class Split(NamedTuple):
