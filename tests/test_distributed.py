@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from vit_suite import distributed
@@ -64,6 +67,29 @@ def test_one_process_needs_no_group(launcher):
     with distributed.launched():
         distributed.barrier()
         assert (distributed.rank(), distributed.world_size(), distributed.active()) == (0, 1, False)
+
+
+AGAIN = """
+import time
+from vit_suite import distributed
+rank = 0
+for turn in range(2):
+    time.sleep(rank)  # the other rank waits; the address that it finds must not be that of the first group
+    with distributed.launched():
+        distributed.barrier()
+        rank = distributed.rank()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_has_one_group_after_another():
+    """torchrun keeps what the ranks of the first group said of themselves."""
+    job = ["--nproc-per-node", "2", "--standalone", "--no-python", sys.executable, "-c", AGAIN]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *job], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refused" not in done.stderr
 
 
 def test_what_is_done_apart_is_done_as_rank_0_of_1(launcher, monkeypatch):

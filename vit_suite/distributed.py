@@ -4,6 +4,7 @@ works as on rank 0 of 1."""
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,18 +80,25 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for each other."""
+_GROUPS = itertools.count()
+
+
 @contextmanager
 def launched() -> Iterator[None]:
     """A gloo process group over the processes that torchrun or srun started. Without a launcher, or within another
     group, none is made.
 
-    For commands whose ranks share nothing but work and files; a trainer makes its own group. Ranks wait for each other
-    for up to a day.
+    For commands whose ranks share nothing but work and files; a trainer makes its own group.
     """
     if dist.is_initialized() or not (found := _from_launcher()):
         yield
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=1), **found)
+    found_store, rank, ranks = next(dist.rendezvous(found.pop("init_method"), **found, timeout=PATIENCE))
+    # The store of torchrun outlives a group. Without a prefix the next group would find the addresses of this one.
+    store = dist.PrefixStore(f"vit-suite {next(_GROUPS)}", found_store)
+    dist.init_process_group("gloo", timeout=PATIENCE, store=store, rank=rank, world_size=ranks)
     try:
         yield
     finally:
