@@ -88,6 +88,12 @@ def test_original_operations_are_timms_without_inc(name, monkeypatch):
     compare(name, ours, timms(ORIGINAL[name], 0.8, picture, monkeypatch).astype(np.float64))
 
 
+@pytest.mark.parametrize("kind", list(SETS))
+def test_posterizing_keeps_a_bit_at_every_strength(kind):
+    x = as_tensor(photograph(16))
+    assert all(apply("posterize", kind, level / 20, x).max() >= 0.5 for level in range(21))
+
+
 def compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
     """Equal within a level or two, at the pixels that both took from the picture; edges of moved images are blended
     differently."""

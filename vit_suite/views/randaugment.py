@@ -147,7 +147,7 @@ SETS = {
         FLAT
         | _blends(_upwards)
         | {
-            "posterize": lambda x, level, _: functional.posterize(x, int(4 * level)),
+            "posterize": lambda x, level, _: functional.posterize(x, max(1, int(4 * level))),
             "solarize": lambda x, level, _: _solarize(x, int(256 * level)),
             "cutout": lambda x, level, context: _cutout(x, level, context.place),
         },
