@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.commands.conftest import column, pretrain, results, rows, sha256, threads, vit_suite, words  # noqa: F401 (fixtures)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts its background jobs with SIGINT ignored, which `vit_suite` and its children respect."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(folder: Path, **options) -> subprocess.Popen:
